@@ -1,0 +1,92 @@
+"""Optimizers for hidden matrices, and the routing of a model's parameters to them.
+
+    from optim import Aurora, Muon, build_optimizers
+
+`build_optimizers(model, config)` gives every matrix inside the blocks to the matrix optimizer the config names, and
+embeddings, head, gains and scalars to AdamW with a learning rate each.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.aurora import Aurora
+from optim.muon import MatrixOptimizer, Muon
+from optim.replicated import replicate
+
+__all__ = ["MATRIX_OPTIMIZERS", "Aurora", "MatrixOptimizer", "Muon", "build_optimizers", "routing_table"]
+
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, config: Any) -> torch.optim.Optimizer:
+    fused = groups[0]["params"][0][1].device.type != "meta"
+    return replicate(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=fused))
+
+
+def _muon_arguments(config: Any) -> dict[str, Any]:
+    return dict(momentum=config.momentum, polar_method=config.polar_method, polar_steps=config.polar_steps or None)
+
+
+# To add an update rule: a line here, with what it needs from the config.
+MATRIX_OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": lambda groups, config: replicate(torch.optim.SGD(groups, momentum=config.momentum, nesterov=True)),
+    "rmsprop": lambda groups, config: replicate(torch.optim.RMSprop(groups, momentum=config.momentum)),
+    "muon": lambda groups, config: Muon(groups, **_muon_arguments(config)),
+    "aurora": lambda groups, config: Aurora(
+        groups,
+        iterations=config.aurora_iterations,
+        beta=config.aurora_beta,
+        sides=config.aurora_sides,
+        **_muon_arguments(config),
+    ),
+}
+
+
+def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimizer]:
+    """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
+
+    `config` needs the optimizer fields of the trainer's Config. Raises ValueError for an unknown
+    `matrix_optimizer` and whatever the optimizers refuse.
+    """
+    if config.matrix_optimizer not in MATRIX_OPTIMIZERS:
+        names = ", ".join(MATRIX_OPTIMIZERS)
+        raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} is unknown; choose one of {names}")
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
+    for name, p in model.named_parameters():
+        if p in embeddings:
+            routes["embed"].append((name, p))
+        elif name.startswith("head."):
+            routes["head"].append((name, p))
+        else:
+            routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))
+
+    def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
+        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
+
+    groups = [
+        group("embed", config.embed_lr, config.weight_decay),
+        group("head", config.head_lr, config.weight_decay),
+        group("scalar", config.scalar_lr, config.weight_decay),
+    ]
+    return [
+        MATRIX_OPTIMIZERS[config.matrix_optimizer](
+            [group("matrix", config.matrix_lr, config.matrix_weight_decay)], config
+        ),
+        _adamw([g for g in groups if g["params"]], config),
+    ]
+
+
+def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
+    """Which optimizer moves what: one line a group."""
+    lines = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            count = sum(p.numel() for p in group["params"])
+            what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
+            lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
+    return "\n".join(lines)

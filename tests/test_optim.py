@@ -1,0 +1,364 @@
+"""Muon and Aurora against independent references; the base class's promises; routing."""
+
+import copy
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model import GPT, ModelConfig
+from optim import Aurora, MatrixOptimizer, Muon, build_optimizers, routing_table
+from optim.aurora import aurora_polar
+from optim.polar import polar
+
+Make = Callable[..., MatrixOptimizer]
+RULES = pytest.mark.parametrize("rule", [Muon, Aurora], ids=["muon", "aurora"])
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same arithmetic on every machine, whatever its bfloat16 units."""
+    monkeypatch.setattr("optim.muon.fast_half_dtype", lambda device_type: torch.float32)
+    monkeypatch.setattr("optim.aurora.fast_half_dtype", lambda device_type: torch.float32)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uneven(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    """A Gaussian whose longer side has log-normal scales: rows of a tall matrix, columns of a wide one."""
+    scale = randn(max(m, n), seed=seed + 1).exp()
+    return randn(m, n, seed=seed) * (scale[:, None] if m > n else scale)
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)], ids=str)
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("scale", ["spectral", "match_rms_adamw"])
+def test_muon_takes_the_steps_of_torch_optim_muon(
+    shape: tuple[int, int], nesterov: bool, weight_decay: float, scale: str
+) -> None:
+    """torch's Muon runs Newton-Schulz in bfloat16; 1% of the way each step has moved covers its rounding."""
+    ours, theirs = (nn.Parameter(randn(*shape, seed=9)) for _ in range(2))
+    settings = dict(lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
+    optimizer = Muon([ours], polar_method="quintic", scale=scale, **settings)
+    adjust = {"spectral": "original", "match_rms_adamw": "match_rms_adamw"}[scale]
+    reference = torch.optim.Muon([theirs], adjust_lr_fn=adjust, **settings)
+    for step in range(30):
+        before, reference_before = ours.detach().clone(), theirs.detach().clone()
+        ours.grad, theirs.grad = randn(*shape, seed=step), randn(*shape, seed=step)
+        optimizer.step()
+        reference.step()
+        move, reference_move = ours - before, theirs - reference_before
+        cosine = (move * reference_move).sum() / move.norm() / reference_move.norm()
+        assert cosine > 0.9995
+        assert abs(move.norm() / reference_move.norm() - 1) < 0.01
+
+
+@pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
+def test_muon_follows_its_definition_in_float64(nesterov: bool) -> None:
+    weight = nn.Parameter(randn(12, 5, seed=3))
+    expected, momentum = weight.detach().double(), torch.zeros(12, 5, dtype=torch.float64)
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.2, nesterov=nesterov, polar_method="svd")
+    for step in range(20):
+        gradient = randn(12, 5, seed=step)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient.double()
+        direction = 0.95 * momentum + 0.05 * gradient.double() if nesterov else momentum
+        W, _, Vh = torch.linalg.svd(direction, full_matrices=False)
+        expected = expected * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(12 / 5) * (W @ Vh)
+        torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight.grad, gradient)
+
+
+# Aurora
+
+
+def reference_aurora(M: torch.Tensor, iterations: int, beta: float) -> torch.Tensor:
+    """The release definition, a line at a time, in float64 with an exact polar factor."""
+    M = M.double()
+    if M.size(0) < M.size(1):
+        return reference_aurora(M.T, iterations, beta).T
+    m, n = M.shape
+    d = torch.tensor([1 / row.norm() for row in M])
+    for k in range(iterations):
+        W, _, Vh = torch.linalg.svd(torch.diag(d) @ M, full_matrices=False)
+        U = W @ Vh
+        if k < iterations - 1:
+            d = torch.tensor([d[i] * ((n / m) / U[i].norm() ** 2) ** beta for i in range(m)])
+    return U
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=["tall", "wide"])
+@pytest.mark.parametrize(("iterations", "beta"), [(1, 0.5), (2, 0.5), (3, 0.25)])
+def test_aurora_follows_its_definition(shape: tuple[int, int], iterations: int, beta: float) -> None:
+    M = uneven(*shape)
+    expected = reference_aurora(M, iterations, beta)
+    torch.testing.assert_close(aurora_polar(M, iterations, beta, "svd"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(512, 128), (128, 512)], ids=["tall", "wide"])
+@pytest.mark.parametrize("method", ["svd", "simple_quintic"])
+def test_aurora_moves_every_neuron_equally_and_muon_does_not(shape: tuple[int, int], method: str) -> None:
+    """Row norms of the update (columns of a wide one) within 5% of sqrt(n/m), from log-normal gradient rows."""
+    norms = {}
+    for rule in (Muon, Aurora):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = uneven(*shape)
+        rule([weight], lr=1.0, scale="none", polar_method=method).step()
+        norms[rule] = weight.detach().norm(dim=1 if shape[0] > shape[1] else 0) / math.sqrt(min(shape) / max(shape))
+    assert (norms[Aurora] - 1).abs().max() < 0.05
+    assert norms[Muon].min() < 0.2
+    assert norms[Muon].max() > 1.5
+
+
+def test_aurora_with_polar_express_is_equal_about_a_mean_near_one() -> None:
+    """Five Polar Express steps leave singular values about 2.5% high, which moves all rows alike."""
+    norms = aurora_polar(uneven(512, 128), dtype=torch.float32).norm(dim=1) / math.sqrt(128 / 512)
+    assert (norms / norms.mean() - 1).abs().max() < 0.05
+    assert abs(norms.mean() - 1) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)], ids=["tall", "wide"])
+@pytest.mark.parametrize("sides", ["both", "tall", "wide"])
+def test_sides_choose_who_is_balanced(shape: tuple[int, int], sides: str) -> None:
+    moved = []
+    for rule, settings in ((Muon, {}), (Aurora, dict(sides=sides))):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = uneven(*shape)
+        rule([weight], **settings).step()
+        moved.append(weight.detach())
+    is_tall = shape[0] > shape[1]
+    balanced = sides == "both" or (sides == "tall") == is_tall
+    assert torch.equal(moved[0], moved[1]) != balanced
+
+
+def test_aurora_leaves_square_matrices_to_the_polar_factor() -> None:
+    M = randn(16, 16)
+    assert torch.equal(aurora_polar(M, dtype=torch.float32), polar(M, dtype=torch.float32))
+
+
+def test_aurora_with_zero_rows_and_tiny_or_huge_rows_is_finite() -> None:
+    M = uneven(32, 8)
+    M[3] = 0
+    M[5] *= 1e-18
+    M[7] *= 1e18
+    U = aurora_polar(M, dtype=torch.float32)
+    assert U.isfinite().all()
+    assert (U[3] == 0).all()
+    assert (U[[5, 7]].norm(dim=1) / math.sqrt(8 / 32) - 1).abs().max() < 0.15
+
+
+# Promises of the base class
+
+
+@RULES
+def test_stacked_and_grouped_matrices_move_as_if_each_were_alone(rule: Make) -> None:
+    """[2, 3, m, n] is six matrices; another parameter of the same shape shares their batch."""
+    alone = [nn.Parameter(randn(12, 7, seed=i)) for i in range(7)]
+    stacked = nn.Parameter(torch.stack([p.detach() for p in alone[:6]]).view(2, 3, 12, 7))
+    other = nn.Parameter(alone[6].detach().clone())
+    together, apart = rule([stacked, other]), [rule([p]) for p in alone]
+    for step in range(4):
+        gradients = [uneven(12, 7, seed=step * 10 + i) for i in range(7)]
+        stacked.grad, other.grad = torch.stack(gradients[:6]).view(2, 3, 12, 7), gradients[6]
+        together.step()
+        for p, optimizer, gradient in zip(alone, apart, gradients, strict=True):
+            p.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(stacked.view(6, 12, 7), torch.stack(alone[:6]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other, alone[6], rtol=1e-5, atol=1e-6)
+
+
+@RULES
+def test_parameters_without_gradient_are_skipped_and_resume_from_their_own_momentum(rule: Make) -> None:
+    """a, b, c share a bank; b misses step 1. It must look as if b had an optimizer of its own."""
+    shared, alone = ([nn.Parameter(randn(9, 4, seed=i)) for i in range(3)] for _ in range(2))
+    together, apart = rule(shared), [rule([p]) for p in alone]
+    for step in range(4):
+        for i in range(3):
+            missing = i == 1 and step == 1
+            shared[i].grad, alone[i].grad = (None if missing else uneven(9, 4, seed=5 * step + i) for _ in range(2))
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    for p, q in zip(shared, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@RULES
+def test_zero_gradient_gives_zero_update(rule: Make) -> None:
+    weight = nn.Parameter(randn(6, 4))
+    before = weight.detach().clone()
+    weight.grad = torch.zeros(6, 4)
+    rule([weight]).step()
+    assert torch.equal(weight, before)
+
+
+@RULES
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradient_is_refused_by_name_and_nothing_moves(rule: Make, value: float) -> None:
+    named = [
+        ("first", nn.Parameter(randn(6, 4))),
+        ("second", nn.Parameter(randn(3, 4))),
+        ("third", nn.Parameter(randn(6, 4))),
+    ]
+    optimizer = rule(named)
+    for _, p in named:
+        p.grad = randn(*p.shape)
+    optimizer.step()
+    weights, state = [p.detach().clone() for _, p in named], copy.deepcopy(optimizer.state_dict()["state"])
+    named[2][1].grad[1, 1] = value
+    with pytest.raises(FloatingPointError, match="third"):
+        optimizer.step()
+    assert all(torch.equal(p, before) for (_, p), before in zip(named, weights, strict=True))
+    for i, entry in optimizer.state_dict()["state"].items():
+        assert torch.equal(entry["momentum_buffer"], state[i]["momentum_buffer"])
+
+
+@RULES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_dict_round_trip_continues_exactly(rule: Make, dtype: torch.dtype) -> None:
+    def make() -> tuple[list[nn.Parameter], MatrixOptimizer]:
+        params = [nn.Parameter(randn(8, 4, seed=i).to(dtype)) for i in range(2)]
+        return params, rule(params, weight_decay=0.1)
+
+    def advance(params: list[nn.Parameter], optimizer: MatrixOptimizer, steps: range) -> None:
+        for step in steps:
+            for i, p in enumerate(params):
+                p.grad = uneven(8, 4, seed=7 * step + i).to(dtype)
+            optimizer.step()
+
+    whole, whole_optimizer = make()
+    advance(whole, whole_optimizer, range(6))
+    first, first_optimizer = make()
+    advance(first, first_optimizer, range(3))
+    second, second_optimizer = make()
+    for p, q in zip(second, first, strict=True):
+        p.data.copy_(q)
+    second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))
+    assert all(t.dtype == torch.float32 for s in second_optimizer.state.values() for t in s.values())
+    advance(second, second_optimizer, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(whole, second, strict=True))
+
+
+def test_bfloat16_parameters_do_not_lose_small_updates() -> None:
+    """1000 steps of 1e-5 on weights near 1, where bfloat16 steps are 0.0078: alone, none would register."""
+    weight, reference = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)), nn.Parameter(torch.ones(4, 4))
+    optimizers = [Muon([weight], lr=1e-5), Muon([reference], lr=1e-5)]
+    gradient = randn(4, 4)
+    for _ in range(1000):
+        weight.grad, reference.grad = gradient.bfloat16(), gradient.bfloat16().float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (reference - 1).abs().max() > 0.005
+    assert torch.equal(weight, reference.bfloat16())
+
+
+def test_closure_scheduler_groups_and_tensor_rate() -> None:
+    a, b = nn.Parameter(randn(6, 4)), nn.Parameter(randn(6, 4, seed=1))
+    optimizer = Muon([dict(params=[a], lr=torch.tensor(0.1))], momentum=0.0, nesterov=False, polar_method="svd")
+    optimizer.add_param_group(dict(params=[b], lr=0.2))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    before = [a.detach().clone(), b.detach().clone()]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (a * randn(6, 4, seed=2)).sum() + (b * randn(6, 4, seed=3)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == pytest.approx(closure().item() + 0, abs=10)
+    scheduler.step()
+    length = math.sqrt(4) * math.sqrt(6 / 4)  # Frobenius norm of a 6x4 polar factor, times the spectral scale
+    assert (a - before[0]).norm().item() == pytest.approx(0.1 * length, rel=1e-4)
+    assert (b - before[1]).norm().item() == pytest.approx(0.2 * length, rel=1e-4)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1)
+
+
+def test_deepcopy_is_independent() -> None:
+    weight = nn.Parameter(randn(6, 4))
+    optimizer = Muon([weight])
+    weight.grad = randn(6, 4, seed=1)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    buffer = optimizer.state[weight]["momentum_buffer"].clone()
+    (twin_weight,) = twin.param_groups[0]["params"]
+    twin_weight.grad = randn(6, 4, seed=2)
+    twin.step()
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], buffer)
+    assert not torch.equal(twin.state[twin_weight]["momentum_buffer"], buffer)
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "words"),
+    [
+        (Muon, dict(lr=-1.0), ["lr = -1.0", "at least 0"]),
+        (Muon, dict(momentum=1.0), ["momentum = 1.0", "below 1"]),
+        (Muon, dict(scale="big"), ["scale = 'big'", "spectral"]),
+        (Muon, dict(polar_method="qr"), ["'qr'", "polar_express"]),
+        (Aurora, dict(iterations=0), ["iterations = 0", "2 is"]),
+        (Aurora, dict(beta=2.0), ["beta = 2.0", "0.5"]),
+        (Aurora, dict(sides="left"), ["sides = 'left'", "both"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_wrong_settings_are_refused(rule: Make, settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        rule([nn.Parameter(torch.ones(2, 2))], **settings)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_vectors_are_sent_to_adamw_and_a_refused_group_leaves_no_trace() -> None:
+    optimizer = Muon([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(ValueError, match=r"gain has shape \(4,\).*AdamW"):
+        Muon([("gain", nn.Parameter(torch.ones(4)))])
+    with pytest.raises(ValueError, match="AdamW"):
+        optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(4))]))
+    assert len(optimizer.param_groups) == 1
+
+
+# Routing
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    settings: dict[str, Any] = dict(
+        matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, momentum=0.95, polar_method="polar_express",
+        polar_steps=0, aurora_iterations=2, aurora_beta=0.5, aurora_sides="both", embed_lr=0.3, head_lr=0.004,
+        scalar_lr=0.015, adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,
+    )  # fmt: skip
+    return SimpleNamespace(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["muon", "aurora", "adamw", "sgd", "rmsprop"])
+def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str) -> None:
+    model = GPT(ModelConfig(vocab_size=50, num_layers=2, num_heads=2, head_dim=8, model_dim=16, seq_len=8))
+    model.gain = nn.Parameter(torch.ones(16))  # as a fork might add
+    matrix, rest = optimizers = build_optimizers(model, config(matrix_optimizer=name))
+    assert type(matrix).__name__.lower() == name
+    assert type(rest) is torch.optim.AdamW
+    moved = {group["name"]: set(group["params"]) for o in optimizers for group in o.param_groups}
+    assert moved["matrix"] == set(model.blocks.parameters())
+    assert moved["embed"] == {model.embed.weight}
+    assert moved["head"] == {model.head.weight}
+    assert moved["scalar"] == {model.gain}
+    rates = {group["name"]: (group["lr"], group["weight_decay"]) for o in optimizers for group in o.param_groups}
+    assert rates == {"matrix": (0.02, 0.1), "embed": (0.3, 0.01), "head": (0.004, 0.01), "scalar": (0.015, 0.01)}
+    table = routing_table(optimizers)
+    count = sum(p.numel() for p in model.blocks.parameters())
+    assert f"matrix: 8 tensors, {count:,} parameters" in table
+
+
+def test_an_unknown_matrix_optimizer_is_refused() -> None:
+    model = GPT(ModelConfig(vocab_size=50, num_layers=1, num_heads=1, head_dim=8, model_dim=8, seq_len=8))
+    with pytest.raises(ValueError, match=r"matrix_optimizer = 'lion'.*muon"):
+        build_optimizers(model, config(matrix_optimizer="lion"))

@@ -1,0 +1,132 @@
+"""The machine a process runs on: its rank, its device, the dtype it multiplies in, and the clock of its run."""
+
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.polar import fast_half_dtype
+
+# Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets (sparsity not counted); the first
+# name that the device's name contains. A device that is not here has no MFU.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    notes: tuple[str, ...]  # decisions that a reader of the log should know
+
+    @property
+    def name(self) -> str:
+        return device_name(self.device)
+
+    @property
+    def peak_flops(self) -> float | None:
+        """bfloat16 FLOP/s of one device, None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name), None)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+
+def check_device(device: str, dtype: str) -> None:
+    """ValueError unless this machine has what the settings `device` and `dtype` ask for."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"device = {device!r} is unknown; choose auto, cuda or cpu")
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"dtype = {dtype!r} is unknown; choose auto, bfloat16 or float32")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch finds no CUDA GPU; use --device=cpu or a machine that has one")
+
+
+def find_machine(device: str, dtype: str) -> Machine:
+    """This process's place by torchrun's variables (alone without them); joins the other ranks.
+
+    device: auto, cuda or cpu; dtype: auto, bfloat16 or float32. Raises ValueError for what is not there.
+    """
+    check_device(device, dtype)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device != "cpu" and torch.cuda.is_available():
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ValueError(f"local rank {local_rank} has no GPU of its own; set NPROC_PER_NODE={num_gpus} or less")
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+    notes = []
+    fastest = fast_half_dtype(place.type)
+    chosen = fastest if dtype == "auto" else getattr(torch, dtype)
+    if chosen == torch.bfloat16 and fastest == torch.float32:
+        chosen = torch.float32
+        notes.append(f"dtype = 'bfloat16' was asked for, but this {place.type} has no bfloat16 units")
+    notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
+    if world_size > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Machine(rank, world_size, place, chosen, tuple(notes))
+
+
+class Clock:
+    """Wall-clock seconds by phase; exactly one phase runs at a time. Only `train` counts towards a target."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.phase, self.seconds = device, "setup", defaultdict[str, float](float)
+        self._start = time.perf_counter()
+
+    def switch(self, phase: str) -> None:
+        """Wait for the device, book the time since the last switch to the phase that ends, enter another."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self._start
+        self.phase, self._start = phase, now
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what is computed."""
+    result = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numpy", "tiktoken"):
+        try:
+            result[package] = version(package)
+        except PackageNotFoundError:
+            result[package] = "none"
+    return result
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory this process has held: on the GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there and in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

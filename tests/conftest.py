@@ -1,0 +1,75 @@
+"""Shared fixtures: one torch thread, tiny shards that can be learnt, and the trainer in this process."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from data.shards import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_VOCAB = 48
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards: train 1 to 3 of odd sizes (7,001 tokens in all) and val, from one noisy cycle of tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    tokens = np.cumsum(rng.choice([1, 2, 5], size=11_001, p=[0.7, 0.2, 0.1])) % TINY_VOCAB
+    for index, (start, end) in enumerate([(0, 3001), (3001, 6000), (6000, 7001)], start=1):
+        write_shard(folder / f"tiny_train_{index:06d}.bin", tokens[start:end])
+    write_shard(folder / "tiny_val_000000.bin", tokens[7001:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_data: Path) -> Path:
+    """A recipe that trains in about a second: 6 rows of 32 tokens a step, 1.1 epochs, validation on 120 rows."""
+    recipe = tiny_data / "tiny.toml"
+    settings = dict(
+        name="tiny", tokenizer="none", vocab_size=TINY_VOCAB, val_tokens=3840, num_layers=2, num_heads=2, head_dim=8,
+        model_dim=16, seq_len=32, train_steps=40, batch_tokens=192, micro_batch_tokens=192, val_every=10, log_every=5,
+        dtype="float32", device="cpu",
+        train_files=f"{tiny_data}/tiny_train_*.bin", val_files=f"{tiny_data}/tiny_val_*.bin",
+    )  # fmt: skip
+    lines = [f"{key} = {value!r}" for key, value in settings.items()]
+    recipe.write_text("\n".join(lines) + "\n")
+    return recipe
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Trainer = Callable[..., Result]
+
+
+@pytest.fixture
+def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Trainer:
+    """trainer("--seed=1") runs the tiny recipe in this process, with its run directories under tmp_path/runs."""
+
+    def run(*arguments: str) -> Result:
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        status = train_gpt.main([str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}", *arguments])
+        signal.signal(signal.SIGTERM, handler)
+        return Result(status, *capfd.readouterr())
+
+    return run

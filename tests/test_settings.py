@@ -1,0 +1,90 @@
+"""Where settings come from and how mistakes in them are worded: one line naming source, key and what would work."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from settings import parse_settings
+from train_gpt import Config, load_config
+
+
+def toml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_file_overrides_defaults_and_command_line_overrides_file(tmp_path: Path) -> None:
+    recipe = toml(tmp_path, 'name = "x"\nmatrix_lr = 0.5\nadam_betas = [0.1, 0.2]\ncompile = true\nseed = 3\n')
+    config = load_config([recipe, "--matrix_lr=0.25", "--seed", "7", "--stop_at_target"])
+    expected = dict(name="x", matrix_lr=0.25, adam_betas=(0.1, 0.2), compile=True, seed=7, stop_at_target=True)
+    assert config == dataclasses.replace(Config(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--compile"], True), (["--compile=true"], True), (["--compile", "False"], False), (["--compile=false"], False)],
+    ids=str,
+)
+def test_spellings_of_a_switch(arguments: list[str], value: bool) -> None:
+    assert load_config([*arguments, "--seed=1"]).compile is value
+    assert load_config(["--seed=1", *arguments]).compile is value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--matrx_lr=1"], ["command line", "matrx_lr", "did you mean matrix_lr?"]),
+        (["--qqq=1"], ["qqq", "--help lists them all"]),
+        (["--train_steps=many"], ["command line", "--train_steps", "'many'"]),
+        (["--train_steps=2.5"], ["--train_steps", "'2.5'"]),
+        (["--compile=maybe"], ["--compile", "True", "False"]),
+        (["--adam_betas", "0.9"], ["--adam_betas", "2 values"]),
+        (["--train_steps=0"], ["train_steps = 0", "positive", "300"]),
+        (["--matrix_lr=-1"], ["matrix_lr = -1.0", "0 or more"]),
+        (["--matrix_lr=nan"], ["matrix_lr = nan", "0 or more"]),
+        (["--cooldown_frac=1.5"], ["cooldown_frac = 1.5", "between 0 and 1"]),
+        (["--head_dim=7"], ["head_dim = 7", "even"]),
+        (["--vocab_size=300"], ["vocab_size = 300", "'byte'", "257", "none"]),
+        (["--tokenizer=bert"], ["'bert'", "gpt2"]),
+        (["missing.toml"], ["missing.toml", "configs/sotu_cpu.toml"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load_config(arguments)
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("matrix_lrr = 1.0", ["recipe.toml", "matrix_lrr", "did you mean matrix_lr?"]),
+        ('train_steps = "many"', ["recipe.toml", "--train_steps", "'many'"]),
+        ("train_steps = 2.5", ["recipe.toml", "--train_steps", "'2.5'"]),
+        ("train_steps = ", ["recipe.toml", "not valid TOML"]),
+        ("[model]\nwidth = 3", ["recipe.toml", "model"]),
+    ],
+    ids=["unknown key", "wrong type", "fraction", "syntax", "table"],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load_config([toml(tmp_path, text)])
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_help_lists_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Config, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in text
+    assert "polar factors in an Aurora update" in text

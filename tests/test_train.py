@@ -1,0 +1,327 @@
+"""The trainer as its users run it: schedules, log, clock, target, exact restore and resume, mistakes."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from data.shards import head_fingerprint, open_shard, write_shard
+from tests.conftest import ROOT, Result, Trainer
+from train_gpt import Config, load_config, lr_scale, momentum_at, run_sources, set_up, train_step, warm_up
+
+
+def only_run(tmp_path: Path) -> Path:
+    (directory,) = (tmp_path / "runs").iterdir()
+    return directory
+
+
+def metrics(directory: Path, key: str) -> dict[int, float]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    return values
+
+
+# Schedules
+
+
+def test_learning_rate_warms_up_stays_and_cools_down_to_almost_nothing() -> None:
+    config = Config(train_steps=100, warmup_steps=10, cooldown_frac=0.4)
+    scales = [lr_scale(step, config) for step in range(100)]
+    assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert scales[10:61] == [1.0] * 51
+    assert scales[60:] == pytest.approx([1 - i / 40 for i in range(40)])
+
+
+def test_learning_rate_without_warmup_or_cooldown_is_constant() -> None:
+    config = Config(train_steps=10, warmup_steps=0, cooldown_frac=0.0)
+    assert [lr_scale(step, config) for step in range(10)] == [1.0] * 10
+
+
+def test_momentum_rises_from_085() -> None:
+    config = Config(momentum=0.95, momentum_warmup_steps=4)
+    assert [momentum_at(step, config) for step in range(6)] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    assert momentum_at(0, Config(momentum=0.9)) == 0.9
+    assert momentum_at(0, Config(momentum=0.5, momentum_warmup_steps=4)) == 0.5  # never above the target
+
+
+# A run
+
+
+def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_data: Path) -> None:
+    result = trainer("--target_loss=3.3", "--matrix_optimizer=muon")
+    assert result.returncode == 0, result.stderr
+    directory = only_run(tmp_path)
+    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+    losses, final = metrics(directory, "val_loss"), summary(directory)
+
+    # the log: sources, versions, then lines the field's tools parse
+    source, versions, body = (directory / "log.txt").read_text().split("=" * 100)
+    for file in ("train_gpt.py", "model.py", "optim/muon.py", "optim/bank.py", "data/loader.py", "settings.py"):
+        assert f"# file: {file}\n{(ROOT / file).read_text()}" in source
+    assert f'torch": "{torch.__version__}' in versions
+    assert '"matrix_optimizer": "muon"' in versions
+    parsed = re.findall(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+) train_time:([0-9.]+)s step_avg:([0-9.]+)ms", body)
+    assert [int(step) for step, *_ in parsed] == [0, 10, 20, 30, 40]
+    assert all(float(loss) == pytest.approx(losses[int(step)], abs=1e-5) for step, _, loss, *_ in parsed)
+    assert body.strip() in result.stdout
+
+    # the target: the first validation at or below it, by the metrics' own numbers
+    times = metrics(directory, "train_time_s")
+    first = min(step for step, loss in losses.items() if loss <= 3.3)
+    assert final["steps_to_target"] == first
+    assert final["tokens_to_target"] == first * 192
+    assert final["time_to_target_s"] == times[first]
+    assert f"3.3 nats reached after {times[first]:.1f} s of training, {first} steps" in result.stdout
+
+    # it learned, the clock only ran forwards, and the rest of the summary is about this run
+    assert losses[0] == pytest.approx(np.log(64), rel=1e-5)
+    assert losses[40] < 0.75 * losses[0]
+    assert list(times.values()) == sorted(times.values())
+    assert final["val_loss"] == losses[40]
+    assert final["status"] == "finished"
+    assert final["config"]["matrix_optimizer"] == "muon"
+    assert final["val_fingerprint"] == head_fingerprint([open_shard(tiny_data / "tiny_val_000000.bin")], 3840)
+    assert "step:37 epoch 2 of the training data begins" in result.stdout  # 37 * 192 = 7104 >= 7001
+
+
+def test_stop_at_target_ends_the_run_there(trainer: Trainer, tmp_path: Path) -> None:
+    result = trainer("--target_loss=3.9", "--stop_at_target", "--require_target")
+    assert result.returncode == 0, result.stderr
+    final = summary(only_run(tmp_path))
+    assert final["status"] == "stopped at target"
+    assert final["steps"] == final["steps_to_target"] < 40
+    assert final["time_to_target_s"] == final["train_time_s"]
+
+
+def test_a_missed_target_says_by_how_much_and_can_fail(trainer: Trainer, tmp_path: Path) -> None:
+    result = trainer("--target_loss=0.5", "--require_target", "--train_steps=3")
+    assert result.returncode == 3
+    final = summary(only_run(tmp_path))
+    assert final["time_to_target_s"] is final["steps_to_target"] is final["tokens_to_target"] is None
+    assert f"0.5 nats not reached: {final['val_loss'] - 0.5:.4f} short after 3 steps" in result.stdout
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_does_not(trainer: Trainer, tmp_path: Path) -> None:
+    curves = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert trainer(f"--seed={seed}", f"--run_dir={tmp_path / name}", "--train_steps=10").returncode == 0
+        (directory,) = (tmp_path / name).iterdir()
+        curves[name] = metrics(directory, "train_loss")
+    assert curves["a"] == curves["b"]
+    assert curves["a"][10] != curves["c"][10]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [32, 96])
+def test_the_micro_batch_does_not_change_the_curve(trainer: Trainer, tmp_path: Path, micro_batch_tokens: int) -> None:
+    assert trainer(f"--run_dir={tmp_path / 'whole'}").returncode == 0
+    assert trainer(f"--run_dir={tmp_path / 'parts'}", f"--micro_batch_tokens={micro_batch_tokens}").returncode == 0
+    whole, parts = (metrics(next((tmp_path / name).iterdir()), "val_loss") for name in ("whole", "parts"))
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+def tiny_run(tiny_recipe: Path, *arguments: str) -> train_gpt.Run:
+    config = load_config([str(tiny_recipe), *arguments])
+    return set_up(config, train_gpt.find_machine(config.device, config.dtype))
+
+
+@pytest.mark.parametrize("matrix_optimizer", ["aurora", "adamw"])
+def test_warm_up_leaves_no_trace(tiny_recipe: Path, matrix_optimizer: str) -> None:
+    """Two runs that start from one seed, one of them warmed up: the same random numbers and bits afterwards."""
+    cold, warm = (tiny_run(tiny_recipe, f"--matrix_optimizer={matrix_optimizer}") for _ in range(2))
+    torch.manual_seed(1)
+    expected_draw = torch.rand(3)
+    torch.manual_seed(1)
+    warm_up(warm)
+    assert torch.equal(torch.rand(3), expected_draw)
+    for step in range(3):
+        for run in (cold, warm):
+            train_step(run, *run.loader.batch(step))
+    for p, q in zip(cold.model.parameters(), warm.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    for run in (cold, warm):
+        run.loader.close()
+
+
+@pytest.mark.parametrize("matrix_optimizer", ["aurora", "muon", "adamw"])
+def test_resuming_is_the_run_that_was_never_interrupted(
+    trainer: Trainer, tmp_path: Path, matrix_optimizer: str
+) -> None:
+    rule = f"--matrix_optimizer={matrix_optimizer}"
+    assert trainer(rule, "--checkpoint_every=20").returncode == 0
+    whole = only_run(tmp_path)
+    assert sorted(path.name for path in whole.glob("checkpoint*")) == ["checkpoint_000020.pt", "checkpoint_000040.pt"]
+    resumed = tmp_path / "resumed"
+    result = trainer(rule, f"--resume={whole / 'checkpoint_000020.pt'}", f"--run_dir={resumed}")
+    assert result.returncode == 0, result.stderr
+    (directory,) = resumed.iterdir()
+    expected, found = metrics(whole, "val_loss"), metrics(directory, "val_loss")
+    assert found == {step: loss for step, loss in expected.items() if step >= 20}
+    assert summary(directory)["train_time_s"] > metrics(whole, "train_time_s")[20]  # time already trained counts
+
+
+def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer, tmp_path: Path) -> None:
+    result = trainer("--matrix_lr=1e38", "--checkpoint_every=10")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    status = summary(only_run(tmp_path))["status"]
+    assert re.search(r"diverged by step \d+: .*; last good checkpoint: none", status), status
+    assert not list(only_run(tmp_path).glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path: Path, stop: signal.Signals) -> None:
+    command = [sys.executable, str(ROOT / "train_gpt.py"), str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}"]
+    process = subprocess.Popen(
+        [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step:20/1000000 val_loss"):
+            break
+    process.send_signal(stop)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    final = summary(only_run(tmp_path))
+    assert final["status"] == "interrupted"
+    assert final["steps"] >= 20
+    assert metrics(only_run(tmp_path), "val_loss")[20] > 0
+    assert "interrupted" in output
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the pty of Linux")
+def test_a_terminal_sees_a_progress_line(tiny_recipe: Path, tmp_path: Path) -> None:
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
+    command = [sys.executable, str(ROOT / "train_gpt.py"), str(tiny_recipe), f"--run_dir={tmp_path}", "--target_loss=2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    seen, deadline = b"", time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+        seen += chunk
+    assert process.wait() == 0
+    assert re.search(rb"\d+/40 \[.*val_loss \d\.\d{3}, target 2 in <\d+s", seen), seen[-2000:]
+
+
+def test_the_source_in_a_log_is_of_this_repository_alone() -> None:
+    sources = run_sources()
+    assert {"train_gpt.py", "optim/aurora.py", "data/shards.py"} <= set(sources)
+    assert all((ROOT / path).read_text() == source for path, source in sources.items())
+
+
+# Mistakes: one line, exit status 2, nothing written
+
+
+def corrupt(tiny_data: Path, tmp_path: Path, change: str) -> str:
+    """A copy of the first training shard with one fault; returns its path."""
+    content = bytearray((tiny_data / "tiny_train_000001.bin").read_bytes())
+    if change == "magic":
+        content[0:4] = (1).to_bytes(4, "little")
+    elif change == "version":
+        content[4:8] = (9).to_bytes(4, "little")
+    elif change == "count":
+        content[8:12] = (5000).to_bytes(4, "little")
+    elif change == "odd":
+        content = content[:-1]
+    elif change == "token":
+        content[1024:1026] = (999).to_bytes(2, "little")
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content[:500] if change == "short" else content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("magic", ["bad.bin", "magic", "found 1", "20240520"]),
+        ("version", ["bad.bin", "version", "found 9", "expected 1"]),
+        ("count", ["bad.bin", "truncated", "3001 tokens", "5000"]),
+        ("odd", ["bad.bin", "odd"]),
+        ("short", ["bad.bin", "500 bytes", "1024"]),
+        ("token", ["bad.bin", "token 0", "found 999", "48"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_shard_is_refused(
+    trainer: Trainer, tmp_path: Path, tiny_data: Path, change: str, words: list[str]
+) -> None:
+    assert_refused(trainer(f"--train_files={corrupt(tiny_data, tmp_path, change)}"), tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train_files=/nowhere/*.bin"], ["/nowhere/*.bin", "no file"]),
+        (["--train_files=data/fineweb10B/none_*.bin"], ["data.prepare fineweb"]),
+        (["--batch_tokens=8192", "--micro_batch_tokens=8192"], ["7001 tokens", "8193", "batch_tokens"]),
+        (["--val_tokens=6400"], ["4000 validation tokens", "6401", "val_tokens"]),
+        (["--batch_tokens=200"], ["batch_tokens", "200", "192"]),
+        (["--micro_batch_tokens=100"], ["micro_batch_tokens", "100", "seq_len", "96"]),
+        (["--val_tokens=100"], ["val_tokens", "100", "96"]),
+        (["--device=cuda"], ["device = 'cuda'", "--device=cpu"]),
+        (["--device=tpu"], ["device = 'tpu'", "cpu"]),
+        (["--dtype=float8"], ["dtype = 'float8'", "bfloat16"]),
+        (["--matrix_optimizer=lion"], ["'lion'", "aurora"]),
+        (["--polar_method=qr"], ["'qr'", "polar_express"]),
+        (["--aurora_sides=left"], ["'left'", "both"]),
+        (["--resume=nothing.pt"], ["resume = 'nothing.pt'", "No such file"]),
+        (["--matrx_lr=1"], ["did you mean matrix_lr?"]),
+        (["--train_steps=x"], ["--train_steps", "'x'"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_a_mistake_is_one_line(trainer: Trainer, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    if arguments == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert_refused(trainer(*arguments), tmp_path, words)
+
+
+def test_an_unwritable_run_directory(trainer: Trainer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(trainer(f"--run_dir={tmp_path / 'file' / 'runs'}"), tmp_path, ["run_dir", "file/runs", "cannot be"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(trainer: Trainer, tmp_path: Path) -> None:
+    assert trainer("--train_steps=2", "--checkpoint_every=2", f"--run_dir={tmp_path / 'first'}").returncode == 0
+    (checkpoint,) = (tmp_path / "first").glob("*/checkpoint_000002.pt")
+    result = trainer(f"--resume={checkpoint}", "--model_dim=32")
+    assert_refused(result, tmp_path, ["resume =", "not a checkpoint of this model", "embed.weight"])
+
+
+def test_a_bad_token_far_into_the_data_ends_the_run_with_its_place(trainer: Trainer, tmp_path: Path) -> None:
+    tokens = np.zeros(4000, dtype=np.uint16)
+    tokens[3000] = 500
+    write_shard(tmp_path / "late.bin", tokens)
+    result = trainer(f"--train_files={tmp_path / 'late.bin'}")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert re.search(r"failed at step \d+: .*late.bin: token 3000: found 500", summary(only_run(tmp_path))["status"])
+
+
+def assert_refused(result: Result, tmp_path: Path, words: list[str]) -> None:
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,492 @@
+"""Train a GPT to a target loss and report how long it took.
+
+    ./run.sh configs/sotu_cpu.toml --matrix_lr=0.03                                    (installs, fetches, launches)
+    torchrun --standalone --nproc_per_node=8 train_gpt.py configs/fineweb_124m_aurora.toml     (everything is there)
+    python train_gpt.py --help                                                         (every field of a config)
+
+Top to bottom: settings, schedules, the clock, the run's log, evaluation, checkpoints, one training step, main.
+Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for, 3 target missed under --require_target,
+130 interrupted (the run directory is whole and says so).
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint, save_checkpoint
+from data.loader import TokenLoader, TokenStream, validation_batches
+from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
+from data.tokenizer import end_of_text, get_tokenizer, vocab_size
+from machine import Clock, Machine, find_machine, peak_memory_mib, versions
+from model import GPT, ModelConfig
+from optim import build_optimizers, routing_table
+from settings import parse_settings
+
+Optimizers = list[torch.optim.Optimizer]
+ROOT = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class Config:
+    # The run
+    name: str = "run"  # first part of the run directory's name
+    track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
+    author: str = ""  # who ran it
+    description: str = ""  # what is new about it
+    seed: int = 0  # of the initial weights
+    run_dir: str = "runs"  # where run directories are made
+    device: str = "auto"  # auto (a GPU if there is one), cuda or cpu
+    dtype: str = "auto"  # of matrix products: auto (bfloat16 where hardware has it), bfloat16 or float32
+    compile: bool = False  # torch.compile the model
+    # Data
+    train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
+    val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
+    tokenizer: str = "byte"  # gpt2, byte, or none for token ids of your own (then set vocab_size)
+    vocab_size: int = 257  # tokens the data may hold; the model pads it to a multiple of 64
+    val_tokens: int = 131072  # validation tokens: the first ones of the validation shards
+    # Model
+    num_layers: int = 4  # blocks
+    num_heads: int = 2  # attention heads
+    head_dim: int = 64  # width of a head; even
+    model_dim: int = 128  # width of the residual stream
+    mlp_hidden: int = 0  # hidden width of the MLP; 0: 8/3 of model_dim rounded up to a multiple of 64
+    seq_len: int = 256  # tokens in a training row
+    softcap: float = 15.0  # logits are kept within +- this
+    # Optimizers
+    matrix_optimizer: str = "aurora"  # of the matrices in blocks: muon, aurora, adamw, sgd or rmsprop
+    matrix_lr: float = 0.02  # learning rate of those matrices
+    matrix_weight_decay: float = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
+    momentum: float = 0.95  # of muon, aurora, sgd and rmsprop
+    momentum_warmup_steps: int = 0  # steps over which momentum rises from 0.85
+    polar_method: str = "polar_express"  # polar_express, quintic, simple_quintic or svd
+    polar_steps: int = 0  # Newton-Schulz steps; 0: the method's own number
+    aurora_iterations: int = 2  # polar factors in an Aurora update
+    aurora_beta: float = 0.5  # strength of its row correction, 0 to 1
+    aurora_sides: str = "both"  # matrices it balances: both, tall or wide
+    embed_lr: float = 0.3  # AdamW, token embedding
+    head_lr: float = 0.004  # AdamW, output head
+    scalar_lr: float = 0.015  # AdamW, whatever is not a matrix
+    adam_betas: tuple[float, float] = (0.8, 0.95)  # AdamW, everywhere
+    adam_eps: float = 1e-10  # AdamW, everywhere
+    weight_decay: float = 0.0  # AdamW, embedding, head and scalars
+    # Schedule
+    train_steps: int = 300  # optimizer steps of the whole schedule
+    batch_tokens: int = 4096  # tokens in a step, over all ranks and micro-batches
+    micro_batch_tokens: int = 4096  # tokens a rank takes through the model at once
+    warmup_steps: int = 0  # steps of linear learning-rate warm-up
+    cooldown_frac: float = 0.7  # last part of the schedule, in which the rate falls linearly to 0
+    # Target, validation, log, checkpoints
+    target_loss: float = 0.0  # nats a token; 0: none
+    stop_at_target: bool = False  # end the run when the target is reached
+    require_target: bool = False  # exit with status 3 when it was not
+    val_every: int = 25  # steps between validations
+    log_every: int = 10  # steps between training-loss lines
+    checkpoint_every: int = 0  # steps between checkpoints; 0: none
+    resume: str = ""  # checkpoint file to go on from
+
+
+POSITIVE = (
+    "vocab_size val_tokens num_layers num_heads head_dim model_dim seq_len softcap train_steps batch_tokens "
+    "micro_batch_tokens val_every log_every adam_eps"
+)
+NOT_NEGATIVE = (
+    "mlp_hidden matrix_lr matrix_weight_decay momentum_warmup_steps polar_steps embed_lr head_lr scalar_lr "
+    "weight_decay warmup_steps target_loss checkpoint_every"
+)
+
+
+def load_config(argv: list[str]) -> Config:
+    """Defaults, then the TOML file named first (if one is), then --key=value. ValueError says what is wrong."""
+    config = parse_settings(Config, argv, description=__doc__)
+    for key in f"{POSITIVE} {NOT_NEGATIVE}".split():
+        value, is_positive = getattr(config, key), key in POSITIVE.split()
+        if value < 0 or (is_positive and value == 0) or not math.isfinite(value):
+            rule = "positive" if is_positive else "0 or more"
+            raise ValueError(f"{key} = {value} must be {rule}; the default is {getattr(Config, key)}")
+    if not 0 <= config.cooldown_frac <= 1:
+        raise ValueError(f"cooldown_frac = {config.cooldown_frac} must be between 0 and 1; 0.7 is usual")
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim = {config.head_dim} must be even for rotary positions; 64 or 128 are usual")
+    if config.tokenizer != "none" and config.vocab_size != vocab_size(config.tokenizer):
+        raise ValueError(
+            f"vocab_size = {config.vocab_size} does not fit tokenizer = {config.tokenizer!r}, which has "
+            f"{vocab_size(config.tokenizer)} tokens; set that, or tokenizer = 'none' for ids of your own"
+        )
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step
+
+
+def lr_scale(step: int, config: Config) -> float:
+    """Factor on every learning rate at `step` (from 0): linear warm-up, constant, linear cooldown towards 0."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = 1 - step / config.train_steps
+    return warmup if left >= config.cooldown_frac else min(warmup, left / config.cooldown_frac)
+
+
+def momentum_at(step: int, config: Config) -> float:
+    """Momentum at `step`: from 0.85 linearly to `momentum` over `momentum_warmup_steps`."""
+    done = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
+    return config.momentum - (1 - done) * max(0.0, config.momentum - 0.85)
+
+
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Config) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_scale(step, config)
+            if "momentum" in group:
+                group["momentum"] = momentum_at(step, config)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run's log
+
+
+def run_sources() -> dict[str, str]:
+    """Source of every module of this repository that was imported, by path: a log that can be run again."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file).resolve() for file in files if file and Path(file).is_file()}
+    own = sorted(path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
+    return {str(path): (ROOT / path).read_text() for path in own if "site-packages" not in path.parts}
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty if it is missing or fails."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
+
+
+class RunLog:
+    """The run directory and the terminal, on the first rank; other ranks' calls do nothing.
+
+    log.txt opens with all the run was made of. Every line is flushed: a killed run leaves a whole log.
+    """
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        self.active, self.target = machine.rank == 0, config.target_loss
+        self.bar = tqdm(total=config.train_steps, unit="step", dynamic_ncols=True, leave=False,
+                        disable=not (self.active and sys.stderr.isatty()))  # fmt: skip
+        self.validations: list[tuple[float, float]] = []  # (train_time_s, val_loss)
+        if not self.active:
+            return
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.directory = Path(config.run_dir) / f"{config.name}-{stamp}-{secrets.token_hex(3)}"
+        try:
+            self.directory.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(
+                f"run_dir = {config.run_dir!r} cannot be written ({error.strerror}); choose another, such as /tmp/runs"
+            ) from None
+        self.log, self.metrics = ((self.directory / name).open("w") for name in ("log.txt", "metrics.jsonl"))
+        header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
+        header += ["=" * 100, f"python {sys.version}\n{json.dumps(versions())}"]
+        header += [f"git {output_of('git', 'rev-parse', 'HEAD')}\n{output_of('git', 'status', '--short')}"]
+        header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
+        header += [json.dumps(dataclasses.asdict(config), indent=1), "=" * 100]
+        self.log.write("\n".join(header) + "\n")
+
+    def line(self, text: str) -> None:
+        if self.active:
+            print(text, file=self.log, flush=True)
+            with self.bar.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def metric(self, **values: float) -> None:
+        if self.active:
+            print(json.dumps(values), file=self.metrics, flush=True)
+        if "val_loss" in values:
+            self.validations.append((values["train_time_s"], values["val_loss"]))
+            self.bar.set_postfix_str(f"val_loss {values['val_loss']:.3f}{self._eta_to_target()}")
+
+    def _eta_to_target(self) -> str:
+        """Where the last two validations point: a floor for the rate of fall, which cooldown only steepens."""
+        if not self.target or len(self.validations) < 2:
+            return ""
+        (time_0, loss_0), (time_1, loss_1) = self.validations[-2:]
+        if loss_1 <= self.target or loss_0 <= loss_1:
+            return ""
+        return f", target {self.target:g} in <{(loss_1 - self.target) * (time_1 - time_0) / (loss_0 - loss_1):.0f}s"
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write summary.json under its name only when it is whole."""
+        if self.active:
+            temporary = self.directory / "summary.json.tmp"
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+            temporary.replace(self.directory / "summary.json")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Set-up, evaluation, one step
+
+
+@dataclass
+class Run:
+    """What set_up makes and train uses."""
+
+    config: Config
+    machine: Machine
+    clock: Clock
+    model: GPT
+    compiled: Callable[..., Tensor]  # the model, through torch.compile if asked for
+    optimizers: Optimizers
+    loader: TokenLoader
+    val_stream: TokenStream
+    val_fingerprint: str = ""
+    resumed: dict[str, Any] | None = None  # the checkpoint that model and optimizers were loaded from
+
+
+def set_up(config: Config, machine: Machine) -> Run:
+    """Everything that can be refused is looked at here, before the run directory exists. Raises ValueError."""
+    clock = Clock(machine.device)
+    loader = TokenLoader(
+        TokenStream(find_shards(config.train_files), config.vocab_size), config.batch_tokens, config.seq_len,
+        config.micro_batch_tokens, machine.rank, machine.world_size, machine.device,
+    )  # fmt: skip
+    loader.batch(0)
+    val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
+    validation(config, machine, val_stream)
+    val_tokens = val_stream.read(0, config.val_tokens)
+    torch.manual_seed(config.seed)
+    shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    with machine.device:
+        model = GPT(ModelConfig(**shape), machine.dtype)
+    if machine.world_size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, src=0)
+    optimizers = build_optimizers(model, config)
+    compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
+    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream)
+    run.val_fingerprint = head_fingerprint([val_tokens], config.val_tokens)
+    if config.resume:
+        run.resumed = load_checkpoint(config.resume, model, optimizers, machine.device)
+    return run
+
+
+def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the validation rows; wrong sizes are refused by the call itself."""
+    return validation_batches(
+        stream, config.val_tokens, config.seq_len, config.micro_batch_tokens,
+        machine.rank, machine.world_size, machine.device,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean loss in nats over the validation tokens, the same for any number of ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
+    for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
+        total += run.compiled(inputs_BT, targets_BT)
+    return run.machine.sum(total).item() / run.config.val_tokens
+
+
+def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+    """One update from this rank's [micro-batches, rows, seq_len]; returns its summed loss in nats, on the device.
+
+    Gradients are of the mean loss over this rank's tokens; the optimizers average them over the ranks.
+    """
+    total = torch.zeros((), device=run.machine.device)
+    for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
+        loss = run.compiled(inputs_BT, targets_BT)
+        (loss / targets.numel()).backward()
+        total += loss.detach()
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return total
+
+
+def warm_up(run: Run) -> None:
+    """Compile and load every kernel on dummy tokens; then model, optimizers and RNG are exactly as before."""
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
+    with torch.random.fork_rng():
+        inputs, targets = (torch.randint_like(tokens, run.config.vocab_size) for tokens in run.loader.batch(0))
+        for _ in range(2):
+            train_step(run, inputs[:1], targets[:1])
+        with torch.no_grad():
+            run.compiled(inputs[0], targets[0])
+    run.model.load_state_dict(weights)
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def check_finite(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {what} is {value}; lower the learning rates")
+
+
+def train(run: Run, log: RunLog) -> dict[str, Any]:
+    """Train until the schedule ends, the target stops the run, Ctrl-C or divergence; returns the summary."""
+    config, machine, clock = run.config, run.machine, run.clock
+    summary: dict[str, Any] = dict(
+        status="finished", val_loss=None, steps=0, time_to_target_s=None, steps_to_target=None, tokens_to_target=None
+    )
+    first_step, last_checkpoint = 0, config.resume or "none"
+    if run.resumed:
+        first_step, summary = run.resumed["step"], run.resumed["summary"]
+        clock.seconds["train"] = run.resumed["train_time_s"]
+        log.line(f"resumed from {config.resume} at step {first_step}")
+        log.bar.update(first_step)
+
+    def progress(step: int) -> str:
+        seconds = clock.seconds["train"]
+        return f"train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, step):.2f}ms"
+
+    step = first_step
+    try:
+        clock.switch("warmup")
+        warm_up(run)
+        for step in range(first_step, config.train_steps + 1):
+            is_last = step == config.train_steps
+            summary["steps"] = step
+            tokens = step * config.batch_tokens
+            if step % config.val_every == 0 or is_last:
+                clock.switch("validation")
+                loss = evaluate(run)
+                check_finite(loss, "validation loss")
+                seconds = clock.seconds["train"]
+                summary["val_loss"] = loss
+                log.metric(step=step, tokens=tokens, train_time_s=seconds, val_loss=loss)
+                log.line(f"step:{step}/{config.train_steps} val_loss:{loss:.5f} {progress(step)}")
+                if loss <= config.target_loss and summary["steps_to_target"] is None:
+                    summary.update(time_to_target_s=seconds, steps_to_target=step, tokens_to_target=tokens)
+                if config.stop_at_target and summary["steps_to_target"] is not None:
+                    summary["status"] = "stopped at target"
+                    break
+            if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
+                clock.switch("checkpoint")
+                if machine.rank == 0:
+                    last_checkpoint = str(save_checkpoint(
+                        log.directory, step, run.model, run.optimizers,
+                        train_time_s=clock.seconds["train"], summary=summary,
+                    ))  # fmt: skip
+            if is_last:
+                break
+            clock.switch("train")
+            if run.loader.epoch(step) > run.loader.epoch(max(step - 1, 0)):
+                log.line(f"step:{step} epoch {run.loader.epoch(step) + 1} of the training data begins")
+            set_schedule(run.optimizers, step, config)
+            loss_sum = train_step(run, *run.loader.batch(step))
+            log.bar.update()
+            if (step + 1) % config.log_every == 0:
+                clock.switch("logging")
+                loss = machine.sum(loss_sum).item() / config.batch_tokens
+                check_finite(loss, "training loss")
+                values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
+                log.metric(step=step + 1, tokens=tokens + config.batch_tokens, **values)
+                log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
+    except FloatingPointError as error:
+        summary["status"] = f"diverged by step {step}: {error}; last good checkpoint: {last_checkpoint}"
+    except DataError as error:
+        summary["status"] = f"failed at step {step}: {error}"
+    except torch.OutOfMemoryError:
+        summary["status"] = (
+            f"failed at step {step}: out of memory with micro_batch_tokens = {config.micro_batch_tokens}; a smaller one "
+            "changes neither the batch nor the loss"
+        )
+    except KeyboardInterrupt:
+        for further in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(further, signal.SIG_IGN)  # torchrun sends its own: the summary still gets written
+        summary["status"] = "interrupted"
+    clock.switch("summary")
+    return summary
+
+
+def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
+    """Complete and write the summary; end the terminal's output with what people look for, and a sample."""
+    config, machine, seconds = run.config, run.machine, run.clock.seconds
+    tokens = summary["steps"] * config.batch_tokens
+    tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
+    peak = machine.peak_flops if machine.dtype == torch.bfloat16 else None
+    mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
+    summary.update(
+        train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
+        peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
+        world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
+        git_commit=output_of("git", "rev-parse", "HEAD"), track=config.track,
+        val_fingerprint=run.val_fingerprint,
+        train_fingerprint=set_fingerprint(run.loader.stream.shards), config=dataclasses.asdict(config),
+    )  # fmt: skip
+    log.summary(summary)
+    if machine.rank != 0:
+        return
+    log.line("---")
+    if summary["steps_to_target"] is not None:
+        log.line(f"target       {config.target_loss:g} nats reached after {summary['time_to_target_s']:.1f} s of "
+                 f"training, {summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens")  # fmt: skip
+    elif config.target_loss and summary["val_loss"] is not None:
+        gap = summary["val_loss"] - config.target_loss
+        log.line(
+            f"target       {config.target_loss:g} nats not reached: {gap:.4f} short after {summary['steps']} steps"
+        )
+    log.line(f"run          {summary['status']}")
+    if summary["val_loss"] is not None:
+        log.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {tokens:,} tokens")
+    log.line(f"speed        {tokens_per_s:,.0f} tokens/s{f', MFU {mfu:.1%}' if mfu else ''}")
+    log.line(f"machine      {machine.world_size} x {machine.name}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
+    log.line("seconds      " + ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in seconds.items()))
+    log.line(f"directory    {log.directory}")
+    if config.tokenizer != "none" and not summary["status"].startswith("diverged"):
+        with contextlib.suppress(DataError):  # a tokenizer whose files cannot be fetched here
+            prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
+            tokens = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
+            text = get_tokenizer(config.tokenizer).decode(tokens)
+            log.line(f"sample       {' '.join(text[:200].split())}")
+
+
+def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop ends a run as Ctrl-C does
+    try:
+        config = load_config(argv)
+        machine = find_machine(config.device, config.dtype)
+        run = set_up(config, machine)
+        log = RunLog(config, machine)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    epochs = run.loader.epochs(config.train_steps)
+    log.line(f"{run.model.num_params():,} parameters; {'; '.join(machine.notes)}; {epochs:.2f} epochs of training data")
+    log.line(routing_table(run.optimizers))
+    summary = train(run, log)
+    run.loader.close()
+    log.bar.close()
+    finish(run, log, summary)
+    if summary["status"] == "interrupted":
+        return 130
+    if machine.world_size > 1:
+        dist.destroy_process_group()
+    if summary["status"].startswith(("diverged", "failed")):
+        return 1 if summary["status"].startswith("diverged") else 2
+    return 3 if config.require_target and summary["steps_to_target"] is None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""From a step number to this rank's batch.
+
+The shards are one circular stream of tokens. With B = batch_tokens and T = seq_len, step s covers stream
+positions [s B, (s + 1) B] (the last one is only a target), and its row j is
+
+    inputs = stream[p : p + T]      targets = stream[p + 1 : p + T + 1]      p = s B + j T
+
+Rank r of R takes the r-th contiguous 1/R of the rows, in order, cut into micro-batches. So the rows of a step
+depend on neither R nor the micro-batch, and a run resumes from its step number alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.shards import DataError, Tokens, check_tokens, open_shard
+
+PREFETCH_STEPS = 2
+
+
+class TokenStream:
+    """Shards, in the order given, as one circular stream of `num_tokens` tokens. `shards` holds the mapped
+    arrays, for fingerprints."""
+
+    def __init__(self, files: Sequence[str | Path], vocab_size: int) -> None:
+        if not files:
+            raise DataError("token stream: found no shard files, expected at least one")
+        self.files = [Path(file) for file in files]
+        self.vocab_size = vocab_size
+        self.shards: list[Tokens] = [np.asarray(open_shard(file)) for file in self.files]
+        self._starts = np.cumsum([0, *map(len, self.shards)])  # of each shard in the stream; the last is its end
+        self.num_tokens = int(self._starts[-1])
+
+    def read(self, start: int, count: int) -> Tokens:
+        """Tokens [start, start + count) modulo `num_tokens`, uint16 [count]. Every token read is checked
+        against the vocabulary here, so that nobody has to scan the whole set first."""
+        tokens = np.empty(count, dtype=np.uint16)
+        filled = 0
+        while filled < count:
+            position = (start + filled) % self.num_tokens
+            index = int(np.searchsorted(self._starts, position, side="right")) - 1
+            offset = position - int(self._starts[index])
+            piece = self.shards[index][offset : offset + count - filled]
+            tokens[filled : filled + len(piece)] = piece
+            check_tokens(tokens[filled : filled + len(piece)], self.vocab_size, self.files[index], offset)
+            filled += len(piece)
+        return tokens
+
+    def __str__(self) -> str:
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more}"
+
+
+class TokenLoader:
+    """Batches of one rank. A thread reads ahead of steps asked for in order; any other step is as right, only
+    slower. Use as a context manager or call `close`, which ends the thread."""
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_tokens: int,
+        seq_len: int,
+        micro_batch_tokens: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        _check_multiple("micro_batch_tokens", micro_batch_tokens, "seq_len", seq_len)
+        unit = world_size * micro_batch_tokens
+        rule = f"world_size * micro_batch_tokens = {world_size} * {micro_batch_tokens}"
+        _check_multiple("batch_tokens", batch_tokens, rule, unit)
+        if stream.num_tokens < batch_tokens + 1:
+            raise DataError(
+                f"{stream}: found {stream.num_tokens} tokens, expected at least batch_tokens + 1 = "
+                f"{batch_tokens + 1} for one step; use more data or a smaller batch_tokens"
+            )
+        self.stream = stream
+        self.batch_tokens = batch_tokens
+        self.device = torch.device(device)
+        self._shape = (batch_tokens // unit, micro_batch_tokens // seq_len, seq_len)
+        self._rank_tokens = batch_tokens // world_size
+        self._rank_offset = rank * self._rank_tokens
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
+        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs int32 and targets int64 of this rank, both [num_micro_batches, rows, seq_len]. Raises here
+        what went wrong in the thread."""
+        wanted = range(step, step + 1 + PREFETCH_STEPS)
+        for stale in self._ahead.keys() - wanted:
+            self._ahead.pop(stale).cancel()
+        for each in wanted:
+            if each not in self._ahead:
+                self._ahead[each] = self._thread.submit(self._read, each)
+        inputs, targets = self._ahead.pop(step).result()
+        return _to_device(inputs.view(self._shape), targets.view(self._shape), self.device)
+
+    def epoch(self, step: int) -> int:
+        """How many whole passes over the stream lie before `step`'s first token."""
+        return step * self.batch_tokens // self.stream.num_tokens
+
+    def epochs(self, train_steps: int) -> float:
+        """How many passes over the stream a run of `train_steps` steps makes."""
+        return train_steps * self.batch_tokens / self.stream.num_tokens
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()
+
+    def __enter__(self) -> "TokenLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        start = step * self.batch_tokens + self._rank_offset
+        return _host_pair(self.stream.read(start, self._rank_tokens + 1), self.device)
+
+
+def validation_batches(
+    stream: TokenStream,
+    val_tokens: int,
+    seq_len: int,
+    micro_batch_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the first `val_tokens` tokens, as inputs int32 and targets int64
+    [micro_batch_tokens / seq_len, seq_len].
+
+    Over all ranks every row comes exactly once, for any `world_size`; all ranks get the same number of batches
+    of the same shape. Rows that are only there to fill a batch have targets -1, which the loss ignores.
+    Arguments are checked by the call itself, before the first batch is drawn.
+    """
+    _check_multiple("micro_batch_tokens", micro_batch_tokens, "seq_len", seq_len)
+    _check_multiple("val_tokens", val_tokens, "seq_len", seq_len)
+    if stream.num_tokens < val_tokens + 1:
+        raise DataError(
+            f"{stream}: found {stream.num_tokens} validation tokens, expected at least val_tokens + 1 = "
+            f"{val_tokens + 1}; use a smaller val_tokens or more validation data"
+        )
+    device = torch.device(device)
+    rows_per_batch, total_rows = micro_batch_tokens // seq_len, val_tokens // seq_len
+    batches_per_rank = -(-total_rows // (rows_per_batch * world_size))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(rank * batches_per_rank, (rank + 1) * batches_per_rank):
+            start = min(index * rows_per_batch, total_rows)
+            rows = min(rows_per_batch, total_rows - start)
+            tokens = np.zeros(micro_batch_tokens + 1, dtype=np.uint16)
+            tokens[: rows * seq_len + 1] = stream.read(start * seq_len, rows * seq_len + 1)
+            inputs, targets = _host_pair(tokens, device)
+            targets[rows * seq_len :] = -1
+            yield _to_device(inputs.view(-1, seq_len), targets.view(-1, seq_len), device)
+
+    return batches()
+
+
+def _host_pair(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and the targets one position later, in pinned memory when a GPU is to copy them. Converted by NumPy,
+    in the calling thread alone: torch's threads would compete with those that train."""
+    pin = device.type == "cuda"
+    inputs = torch.empty(len(tokens) - 1, dtype=torch.int32, pin_memory=pin)
+    targets = torch.empty(len(tokens) - 1, dtype=torch.int64, pin_memory=pin)
+    inputs.numpy()[:] = tokens[:-1]
+    targets.numpy()[:] = tokens[1:]
+    return inputs, targets
+
+
+def _to_device(inputs: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def _check_multiple(name: str, value: int, rule: str, unit: int) -> None:
+    if value < 1 or value % unit:
+        works = max(1, round(value / unit)) * unit
+        raise ValueError(f"{name}: found {value}, expected a positive multiple of {rule} ({unit}); {works} works")

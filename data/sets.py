@@ -1,0 +1,178 @@
+"""A tokenized set in a folder: documents in, shards out, resumable after a kill at any moment.
+
+A shard gets its name only when it is whole, and progress.json notes in which document, and after how many of its
+tokens, the next one begins: a run that was killed goes on from there and ends with the same bytes.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.shards import DataError, ShardWriter, Tokens, open_shard
+
+PROGRESS = "progress.json"
+LAST_SHARD = 999_999  # six digits in a name
+
+Source = Callable[[int], Iterator[str]]  # the documents from a given index on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the bytes of a set."""
+
+    name: str
+    encoding: str
+    val_tokens: int
+    shard_tokens: int
+    sources: str  # identifies the text
+
+
+def write_set(folder: Path, settings: Settings, source: Source, train_shards: int | None = None) -> None:
+    """Tokenize the documents: `val_tokens` tokens into shard 0, then `shard_tokens` into each training shard, all
+    of the text or at most `train_shards` of them. Resumes what a run with the same settings left unfinished and
+    refuses to mix with anything else."""
+    from data.tokenizer import get_tokenizer
+
+    get_tokenizer(settings.encoding)  # a vocabulary that is missing is found before anything is written
+    with sole_writer(folder):
+        shards, complete = _finished_shards(folder, settings)
+        if complete and (train_shards is None or len(shards) > train_shards):
+            print(f"{folder}: nothing to do")
+        else:
+            save_progress(folder, settings, shards, complete=False)
+            _write_shards(folder, settings, source, shards, train_shards or LAST_SHARD)
+            save_progress(folder, settings, shards, complete=True)
+    val, *train = (shard["tokens"] for shard in shards)
+    print(f"{folder}: {val:,} validation and {sum(train):,} training tokens, {settings.encoding} encoding")
+
+
+def _write_shards(
+    folder: Path, settings: Settings, source: Source, shards: list[dict[str, Any]], last_shard: int
+) -> None:
+    """Write the missing shards, adding each to `shards` and to the progress file."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from data.tokenizer import encode_documents, end_of_text
+
+    # Written so far: every document before `document`, and `offset` tokens of that one.
+    document, offset = (shards[-1]["document"], shards[-1]["offset"]) if shards else (-1, 0)
+    encoded = encode_documents(source(max(document, 0)), settings.encoding, threads=os.cpu_count() or 1)
+    with closing(encoded), tqdm(unit=" tokens", unit_scale=True, disable=None) as bar:
+        stream = _drop(encoded, offset)
+        for index in range(len(shards), last_shard + 1):
+            size = settings.shard_tokens if index else settings.val_tokens
+            with ShardWriter(folder / shard_name(settings.name, index)) as shard:
+                for tokens in stream:
+                    part, rest = np.split(tokens, [size - shard.num_tokens])
+                    starts = np.flatnonzero(part == end_of_text(settings.encoding))
+                    document += len(starts)
+                    offset = len(part) - int(starts[-1]) if len(starts) else offset + len(part)
+                    shard.write(part)
+                    bar.update(len(part))
+                    if shard.num_tokens == size:
+                        stream = itertools.chain([rest], stream)
+                        break
+                if shard.num_tokens == 0 or (index == 0 and shard.num_tokens < size):
+                    break  # the text has ended; unfinished, this shard vanishes
+                shard.finish()
+            shards.append({"file": shard.path.name, "tokens": shard.num_tokens, "document": document, "offset": offset})
+            save_progress(folder, settings, shards, complete=False)
+    if len(shards) < 2:  # without training tokens a set is of no use
+        for path in [*(folder / shard["file"] for shard in shards), folder / PROGRESS]:
+            path.unlink()
+        found = shards[0]["tokens"] if shards else shard.num_tokens
+        raise DataError(
+            f"--val_tokens: found {settings.val_tokens}, expected less than the {found} tokens of the text; "
+            f"{max(1, found // 10)} works"
+        )
+
+
+def _drop(stream: Iterator[Tokens], count: int) -> Iterator[Tokens]:
+    """The stream without its first `count` tokens."""
+    for tokens in stream:
+        yield tokens[count:]
+        count = max(0, count - len(tokens))
+
+
+def shard_name(name: str, index: int) -> str:
+    return f"{name}_{'train' if index else 'val'}_{index:06d}.bin"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Progress
+
+
+def is_complete(folder: Path) -> bool:
+    """False while a set that this module makes is unfinished; shards from elsewhere have no progress file."""
+    path = folder / PROGRESS
+    return not path.exists() or bool(_read_json(path)["complete"])
+
+
+def _finished_shards(folder: Path, settings: Settings) -> tuple[list[dict[str, Any]], bool]:
+    """The records of the shards that a run with the same settings finished, up to the first that is no longer
+    whole, and whether that is all of a complete set."""
+    path = folder / PROGRESS
+    if not path.exists():
+        if strangers := sorted(folder.glob(f"{settings.name}_*.bin")):
+            raise DataError(
+                f"{strangers[0]}: found a shard without a {PROGRESS} beside it, expected an empty folder or one that "
+                "data.prepare made; delete it or choose another --out"
+            )
+        return [], False
+    progress = _read_json(path)
+    if not progress["shards"]:
+        return [], False  # there is nothing to mix with
+    for field, expected in asdict(settings).items():
+        if (found := progress["settings"].get(field)) != expected:
+            raise DataError(
+                f"{path}: {field}: found {found!r} from an earlier run, expected {expected!r} as asked now; "
+                f"delete {folder} to start over or choose another --out"
+            )
+    shards = list(itertools.takewhile(lambda shard: is_whole(folder / shard["file"]), progress["shards"]))
+    return shards, progress["complete"] and len(shards) == len(progress["shards"])
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        open_shard(path)
+    except DataError:
+        return False
+    return True
+
+
+def save_progress(folder: Path, settings: Settings | None, shards: list[dict[str, Any]], complete: bool) -> None:
+    content = {"complete": complete, "settings": asdict(settings) if settings else {}, "shards": shards}
+    temporary = folder / f"{PROGRESS}.tmp"
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / PROGRESS)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DataError(f"{path}: found invalid JSON ({error}); delete {path.parent} to start over") from None
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Makes the folder and waits until no other process prepares it: nodes may share a file system."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: waiting for another data.prepare", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

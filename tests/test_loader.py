@@ -1,0 +1,200 @@
+"""The loader against a naive concatenation of the shards, repeated for as many epochs as it takes."""
+
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import TokenLoader, TokenStream, validation_batches
+from data.shards import DataError, write_shard
+
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 1000
+SIZES = (101, 1, 37, 250)  # odd, tiny, and one longer than a batch
+
+
+def make_stream(folder: Path, sizes: Sequence[int] = SIZES) -> tuple[TokenStream, np.ndarray]:
+    """A stream over shards of these sizes, and the same tokens 20 times over as one array."""
+    tokens = np.random.default_rng(sum(sizes)).integers(0, VOCAB_SIZE, sum(sizes), dtype=np.uint16)
+    paths = [folder / f"{index}.bin" for index in range(len(sizes))]
+    for path, part in zip(paths, np.split(tokens, np.cumsum(sizes)[:-1]), strict=True):
+        write_shard(path, part)
+    return TokenStream(paths, VOCAB_SIZE), np.tile(tokens, 20)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (5,), (1, 1, 1)], ids=str)
+def test_read_is_a_slice_of_the_endless_stream(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    stream, naive = make_stream(tmp_path, sizes)
+    assert stream.num_tokens == sum(sizes)
+    for start in range(0, 2 * sum(sizes), 3):
+        for count in (0, 1, 2, sum(sizes), 3 * sum(sizes) + 1):
+            tokens = stream.read(start, count)
+            assert tokens.dtype == np.uint16
+            np.testing.assert_array_equal(tokens, naive[start : start + count])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_tokens", [8, 16])
+def test_ranks_together_have_the_rows_of_the_naive_stream(
+    tmp_path: Path, world_size: int, micro_batch_tokens: int
+) -> None:
+    """Over several epochs (389 tokens, 96 a step), whatever the ranks and the micro-batch."""
+    stream, naive = make_stream(tmp_path)
+    batch_tokens, seq_len = 96 * (micro_batch_tokens // 8), 8
+    loaders = [
+        TokenLoader(stream, batch_tokens, seq_len, micro_batch_tokens, rank, world_size) for rank in range(world_size)
+    ]
+    micro_batches = batch_tokens // world_size // micro_batch_tokens
+    for step in range(15):
+        batches = [loader.batch(step) for loader in loaders]
+        for inputs, targets in batches:
+            assert inputs.shape == targets.shape == (micro_batches, micro_batch_tokens // seq_len, seq_len)
+            assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64)
+        start = step * batch_tokens
+        inputs, targets = (torch.cat([pair[index].flatten() for pair in batches]).numpy() for index in (0, 1))
+        np.testing.assert_array_equal(inputs, naive[start : start + batch_tokens])
+        np.testing.assert_array_equal(targets, naive[start + 1 : start + batch_tokens + 1])
+    for loader in loaders:
+        loader.close()
+
+
+def test_any_order_of_steps_gives_the_same_batches(tmp_path: Path) -> None:
+    stream, naive = make_stream(tmp_path)
+    with TokenLoader(stream, 64, 16, 32) as loader:
+        for step in [5, 6, 7, 3, 3, 4, 60, 0, 2, 1, 5]:
+            inputs, targets = loader.batch(step)
+            np.testing.assert_array_equal(inputs.flatten(), naive[step * 64 : step * 64 + 64])
+            np.testing.assert_array_equal(targets.flatten(), naive[step * 64 + 1 : step * 64 + 65])
+
+
+def test_batches_do_not_share_memory(tmp_path: Path) -> None:
+    """A batch stays as it was while later ones are read and while it is written to."""
+    stream, naive = make_stream(tmp_path)
+    with TokenLoader(stream, 64, 16, 32) as loader:
+        first = loader.batch(0)
+        first[0].zero_()
+        for step in range(1, 5):
+            loader.batch(step)
+        np.testing.assert_array_equal(first[1].flatten(), naive[1:65])
+        np.testing.assert_array_equal(loader.batch(0)[0].flatten(), naive[:64])
+
+
+def test_epochs(tmp_path: Path) -> None:
+    stream, _ = make_stream(tmp_path, (100, 28))
+    with TokenLoader(stream, 48, 16, 16) as loader:
+        assert [loader.epoch(step) for step in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+        assert loader.epochs(8) == 3.0
+        assert loader.epochs(1) == 0.375
+
+
+def test_bad_token_is_named_by_the_step_that_reads_it(tmp_path: Path) -> None:
+    """Reading ahead finds it earlier, but only the caller who wants that step is told."""
+    for name, tokens in (("0", [1] * 50), ("1", [2] * 20 + [999, 1000] + [2] * 60)):
+        write_shard(tmp_path / f"{name}.bin", tokens)
+    stream = TokenStream([tmp_path / "0.bin", tmp_path / "1.bin"], VOCAB_SIZE)
+    with TokenLoader(stream, 32, 16, 16) as loader:
+        for step in (0, 1):
+            loader.batch(step)
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"1\.bin: token 21: found 1000, expected less than vocab_size 1000"):
+                loader.batch(2)
+        loader.batch(0)
+
+
+def test_close_ends_the_thread(tmp_path: Path) -> None:
+    stream, _ = make_stream(tmp_path)
+    before = set(threading.enumerate())
+    with TokenLoader(stream, 64, 16, 32) as loader:
+        loader.batch(0)
+        assert len(set(threading.enumerate()) - before) == 1
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("val_tokens", [8, 56, 128, 384])
+def test_validation_has_every_row_once(tmp_path: Path, world_size: int, val_tokens: int) -> None:
+    stream, naive = make_stream(tmp_path)
+    seq_len, micro_batch_tokens = 8, 24
+    ranks = [
+        list(validation_batches(stream, val_tokens, seq_len, micro_batch_tokens, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert len(ranks[0]) == -(-val_tokens // (micro_batch_tokens * world_size))
+    rows = []
+    for inputs, targets in (pair for batches in ranks for pair in batches):
+        assert inputs.shape == targets.shape == (3, seq_len)
+        assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64)
+        for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
+            if target != [-1] * seq_len:
+                rows.append((row, target))
+    expected = [
+        (naive[start : start + seq_len].tolist(), naive[start + 1 : start + seq_len + 1].tolist())
+        for start in range(0, val_tokens, seq_len)
+    ]
+    assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_tokens": 100},
+            "batch_tokens: found 100, expected a positive multiple of world_size * micro_batch_tokens = 2 * 32 (64); "
+            "128 works",
+        ),
+        (
+            {"batch_tokens": 0},
+            "batch_tokens: found 0, expected a positive multiple of world_size * micro_batch_tokens = 2 * 32 (64); "
+            "64 works",
+        ),
+        (
+            {"micro_batch_tokens": 40},
+            "micro_batch_tokens: found 40, expected a positive multiple of seq_len (16); 32 works",
+        ),
+        (
+            {"micro_batch_tokens": 8},
+            "micro_batch_tokens: found 8, expected a positive multiple of seq_len (16); 16 works",
+        ),
+    ],
+    ids=["batch", "zero", "micro-batch", "micro-batch below a row"],
+)
+def test_sizes_that_do_not_divide(tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    stream, _ = make_stream(tmp_path)
+    sizes = {"batch_tokens": 128, "seq_len": 16, "micro_batch_tokens": 32, "world_size": 2} | changes
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TokenLoader(stream, **sizes)
+
+
+def test_validation_tokens_have_to_fill_rows(tmp_path: Path) -> None:
+    stream, _ = make_stream(tmp_path)
+    with pytest.raises(ValueError, match=r"val_tokens: found 100, .* multiple of seq_len \(16\); 96 works"):
+        validation_batches(stream, 100, 16, 32)
+
+
+def test_too_few_tokens_for_one_step(tmp_path: Path) -> None:
+    stream, naive = make_stream(tmp_path, (100, 28))
+    with pytest.raises(DataError) as error:
+        TokenLoader(stream, 128, 16, 32)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / '0.bin'} and 1 more: found 128 tokens")
+    assert "expected at least batch_tokens + 1 = 129" in message
+    stream, naive = make_stream(tmp_path, (100, 29))  # one more is enough
+    with TokenLoader(stream, 128, 16, 32) as loader:
+        np.testing.assert_array_equal(loader.batch(0)[1].flatten(), naive[1:129])
+
+
+def test_too_few_validation_tokens(tmp_path: Path) -> None:
+    stream, _ = make_stream(tmp_path, (100, 28))
+    with pytest.raises(DataError, match=r"found 128 validation tokens, expected at least val_tokens \+ 1 = 129"):
+        validation_batches(stream, 128, 16, 32)  # told by the call, not by the first batch
+
+
+def test_no_files() -> None:
+    with pytest.raises(DataError, match="found no shard files, expected at least one"):
+        TokenStream([], VOCAB_SIZE)

@@ -1,0 +1,103 @@
+"""Keep a sweep's loss curves as one small JSON file, and draw them.
+
+    python -m experiments.curves runs/sweep_sotu_cpu --out experiments/results/sotu_optimizers.json
+    python -m experiments.curves experiments/results/sotu_optimizers.json                          (draws it again)
+
+The figure, beside the JSON as .png: validation loss against seconds of training and against steps; a line for the
+mean over the seeds of a cell, a band from the lowest to the highest seed, a dotted line at the target.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments.sweep import Result, load_sweep
+
+KEPT = (
+    "status val_loss steps time_to_target_s steps_to_target tokens_to_target train_time_s tokens_per_s num_params "
+    "device dtype world_size versions git_commit val_fingerprint train_fingerprint config"
+)
+
+
+def collect(sweep: Path) -> dict[str, Any]:
+    """What a reader needs of a sweep: its plan and, for each run that ended, summary and validation curve."""
+    loaded = load_sweep(sweep)
+    runs = []
+    for result in loaded.results.values():
+        if result.ended:
+            summary = {key: result.summary[key] for key in KEPT.split()}
+            runs.append(dict(overrides=result.overrides, seed=result.seed, summary=summary, curve=curve(result)))
+    return {key: loaded.record[key] for key in ("recipe", "fixed", "jobs", "threads")} | {"runs": runs}
+
+
+def curve(result: Result) -> list[tuple[int, float, float]]:
+    """(step, seconds of training, validation loss) at every validation of a run."""
+    rows = [json.loads(line) for line in (Path(result.directory) / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], round(row["train_time_s"], 3), row["val_loss"]) for row in rows if "val_loss" in row]
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells: dict[str, list[Any]] = defaultdict(list)
+    for run in record["runs"]:
+        cells[", ".join(run["overrides"].values()) or record["recipe"]].append(run)
+    target = record["runs"][0]["summary"]["config"]["target_loss"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for label, runs in cells.items():
+        length = min(len(run["curve"]) for run in runs)  # a run that stopped at its target is shorter
+        curves = np.array([run["curve"][:length] for run in runs])[:, 1:]  # without step 0: a new model's guess
+        steps, seconds, losses = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
+        for axis, x in zip(axes, (seconds, steps), strict=True):
+            (line,) = axis.plot(x, losses.mean(0), label=f"{label} (n = {len(runs)})", linewidth=1.5)
+            axis.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.25, linewidth=0)
+    for axis, name in zip(axes, ("training time (s)", "step"), strict=True):
+        axis.set(xlabel=name, yscale="log")
+        axis.yaxis.set_major_formatter("{x:.1f}")
+        axis.yaxis.set_minor_formatter("{x:.1f}")
+        axis.grid(alpha=0.3, which="both")
+        if target:
+            axis.axhline(target, color="black", linestyle=":", linewidth=1, label=f"target {target:g}")
+    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[1].legend(frameon=False)
+    figure.suptitle(record["runs"][0]["summary"]["device"], fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(source: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+    """Draw a sweep's curves.
+
+    Args:
+        source: Folder of a sweep, or a JSON file that this tool wrote.
+        out: JSON file to write; the figure gets the same name with .png. Needed for a folder.
+    """
+    try:
+        if source.is_dir():
+            if out is None:
+                raise ValueError(f"{source} is a sweep: say where its curves go, such as --out {source}/curves.json")
+            record, path = collect(source), out
+        else:
+            record, path = json.loads(source.read_text()), out or source
+        if not record["runs"]:
+            raise ValueError(f"{source} has no run that ended: nothing to draw; run the sweep first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record) + "\n")
+        draw(record, path.with_suffix(".png"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__, use_underscores=True))

@@ -1,0 +1,61 @@
+"""What the benchmarks share: fair timing, a table on the terminal, a JSON file that names the machine."""
+
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from machine import device_name, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of this process and of the children it waited for: what other users of the machine hardly change
+
+
+def median_seconds(variants: Mapping[str, Callable[[], object]], passes: int) -> dict[str, Seconds]:
+    """Median seconds of each variant. Variants take turns within a pass, so that a slow moment of a shared machine
+    does not fall on one alone. What a variant starts on a GPU it has to wait for itself."""
+    turns: dict[str, list[Seconds]] = {name: [] for name in variants}
+    for _ in range(passes):
+        for name, variant in variants.items():
+            wall, cpu = time.perf_counter(), sum(os.times()[:4])
+            variant()
+            turns[name].append(Seconds(time.perf_counter() - wall, sum(os.times()[:4]) - cpu))
+    return {name: Seconds(*map(statistics.median, zip(*times, strict=True))) for name, times in turns.items()}
+
+
+def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) -> Path:
+    """Print the rows as a table under the machine's name and save all of it in
+    results/<benchmark>_<device>.json; returns that path."""
+    name = device_name(torch.device(device))
+    print(f"{benchmark} on {name}; " + ", ".join(f"{package} {version}" for package, version in versions().items()))
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    slug = re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", name.lower()).strip("-")
+    path = RESULTS / f"{benchmark}_{slug}.json"
+    path.parent.mkdir(exist_ok=True)
+    content = {"benchmark": benchmark, "device": name, "versions": versions(), "settings": settings, "rows": list(rows)}
+    content["time_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"-> {path}")
+    return path
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,9 +1,11 @@
 """The machine a process runs on: its rank, its device, the dtype it multiplies in, and the clock of its run."""
 
+import contextlib
 import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -84,7 +86,8 @@ def find_machine(device: str, dtype: str) -> Machine:
         notes.append(f"dtype = 'bfloat16' was asked for, but this {place.type} has no bfloat16 units")
     notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
     if world_size > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        on_gpu = place.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
     return Machine(rank, world_size, place, chosen, tuple(notes))
 
 
@@ -122,6 +125,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             result[package] = "none"
     return result
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; empty if it is missing or fails."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return ""
+
+
+def git_commit() -> str:
+    """The commit this was run from, ending in -dirty when files have changed since; empty outside git."""
+    return output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def peak_memory_mib(device: torch.device) -> float:

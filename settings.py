@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import tomllib
 from pathlib import Path
 from typing import TypeVar
@@ -65,7 +66,7 @@ def _tidy(kind: type, arguments: list[str], source: str) -> list[str]:
     """Arguments in the one form tyro takes, `--key value` with True and False; refuses unknown keys."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     tidy: list[str] = []
-    for argument, follower in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, follower in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         if not argument.startswith("--"):
             tidy.append(argument.capitalize() if argument in ("true", "false") else argument)
             continue

@@ -17,7 +17,6 @@ import math
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer, vocab_size
-from machine import Clock, Machine, find_machine, peak_memory_mib, versions
+from machine import Clock, Machine, find_machine, git_commit, output_of, peak_memory_mib, versions
 from model import GPT, ModelConfig
 from optim import build_optimizers, routing_table
 from settings import parse_settings
@@ -172,13 +171,6 @@ def run_sources() -> dict[str, str]:
     return {str(path): (ROOT / path).read_text() for path in own if "site-packages" not in path.parts}
 
 
-def output_of(*command: str) -> str:
-    """What a command prints; empty if it is missing or fails."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return ""
-
-
 class RunLog:
     """The run directory and the terminal, on the first rank; other ranks' calls do nothing.
 
@@ -203,7 +195,7 @@ class RunLog:
         self.log, self.metrics = ((self.directory / name).open("w") for name in ("log.txt", "metrics.jsonl"))
         header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
         header += ["=" * 100, f"python {sys.version}\n{json.dumps(versions())}"]
-        header += [f"git {output_of('git', 'rev-parse', 'HEAD')}\n{output_of('git', 'status', '--short')}"]
+        header += [f"git {git_commit()}\n{output_of('git', 'status', '--short')}"]
         header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
         header += [json.dumps(dataclasses.asdict(config), indent=1), "=" * 100]
         self.log.write("\n".join(header) + "\n")
@@ -322,7 +314,9 @@ def warm_up(run: Run) -> None:
     """Compile and load every kernel on dummy tokens; then model, optimizers and RNG are exactly as before."""
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
-    with torch.random.fork_rng():
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = 0.0  # the dummy tokens must not make weights overflow
+    with torch.random.fork_rng([run.machine.device] if run.machine.device.type == "cuda" else []):
         inputs, targets = (torch.randint_like(tokens, run.config.vocab_size) for tokens in run.loader.batch(0))
         for _ in range(2):
             train_step(run, inputs[:1], targets[:1])
@@ -408,8 +402,8 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
         summary["status"] = f"failed at step {step}: {error}"
     except torch.OutOfMemoryError:
         summary["status"] = (
-            f"failed at step {step}: out of memory with micro_batch_tokens = {config.micro_batch_tokens}; a smaller one "
-            "changes neither the batch nor the loss"
+            f"failed at step {step}: out of memory with micro_batch_tokens = {config.micro_batch_tokens}; a smaller "
+            "one changes neither the batch nor the loss"
         )
     except KeyboardInterrupt:
         for further in (signal.SIGINT, signal.SIGTERM):
@@ -430,7 +424,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
         world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
-        git_commit=output_of("git", "rev-parse", "HEAD"), track=config.track,
+        git_commit=git_commit(), track=config.track,
         val_fingerprint=run.val_fingerprint,
         train_fingerprint=set_fingerprint(run.loader.stream.shards), config=dataclasses.asdict(config),
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # ranks meet on 127.0.0.1
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import torch
 
 import train_gpt
 from data.shards import write_shard
+
+pytest_plugins = ["tests.gpt2_vocabulary"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48

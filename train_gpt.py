@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py configs/fineweb_124m_aurora.toml     (everything is there)
     python train_gpt.py --help                                                         (every field of a config)
 
-Top to bottom: settings, schedules, the clock, the run's log, evaluation, checkpoints, one training step, main.
+Top to bottom: settings, schedules, the run's log, set-up, evaluation, one training step, the run, main.
 Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for, 3 target missed under --require_target,
 130 interrupted (the run directory is whole and says so).
 """
@@ -214,13 +214,13 @@ class RunLog:
             self.bar.set_postfix_str(f"val_loss {values['val_loss']:.3f}{self._eta_to_target()}")
 
     def _eta_to_target(self) -> str:
-        """Where the last two validations point: a floor for the rate of fall, which cooldown only steepens."""
+        """Where a line through the last two validations crosses the target."""
         if not self.target or len(self.validations) < 2:
             return ""
         (time_0, loss_0), (time_1, loss_1) = self.validations[-2:]
         if loss_1 <= self.target or loss_0 <= loss_1:
             return ""
-        return f", target {self.target:g} in <{(loss_1 - self.target) * (time_1 - time_0) / (loss_0 - loss_1):.0f}s"
+        return f", target {self.target:g} in ~{(loss_1 - self.target) * (time_1 - time_0) / (loss_0 - loss_1):.0f}s"
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write summary.json under its name only when it is whole."""
@@ -274,6 +274,10 @@ def set_up(config: Config, machine: Machine) -> Run:
     run.val_fingerprint = head_fingerprint([val_tokens], config.val_tokens)
     if config.resume:
         run.resumed = load_checkpoint(config.resume, model, optimizers, machine.device)
+        if run.resumed["step"] >= config.train_steps:
+            raise ValueError(
+                f"resume is at step {run.resumed['step']} of train_steps = {config.train_steps}: raise that"
+            )
     return run
 
 
@@ -356,6 +360,8 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
     step = first_step
     try:
         clock.switch("warmup")
+        if config.compile:
+            log.line("compiling and warming up, off the clock ...")
         warm_up(run)
         for step in range(first_step, config.train_steps + 1):
             is_last = step == config.train_steps
@@ -424,8 +430,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
         world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
-        git_commit=git_commit(), track=config.track,
-        val_fingerprint=run.val_fingerprint,
+        git_commit=git_commit(), track=config.track, val_fingerprint=run.val_fingerprint,
         train_fingerprint=set_fingerprint(run.loader.stream.shards), config=dataclasses.asdict(config),
     )  # fmt: skip
     log.summary(summary)
@@ -475,10 +480,13 @@ def main(argv: list[str]) -> int:
     finish(run, log, summary)
     if summary["status"] == "interrupted":
         return 130
+    if summary["status"].startswith("diverged"):
+        return 1
+    if summary["status"].startswith("failed"):
+        print(f"error: {summary['status']}", file=sys.stderr)  # by the rank that saw it, first or not
+        return 2
     if machine.world_size > 1:
         dist.destroy_process_group()
-    if summary["status"].startswith(("diverged", "failed")):
-        return 1 if summary["status"].startswith("diverged") else 2
     return 3 if config.require_target and summary["steps_to_target"] is None else 0
 
 

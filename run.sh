@@ -93,6 +93,10 @@ case "${1:-}" in
         shift
         install_dev
         [ $# -gt 0 ] || set -- loader tokenize train_step
+        if [ -z "${TIKTOKEN_CACHE_DIR:-}" ]; then # GPT-2's vocabulary without a network
+            TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary .venv-dev/gpt2)
+            export TIKTOKEN_CACHE_DIR
+        fi
         for name in "$@"; do python -m "benchmarks.$name"; done
         ;;
     *) train "$@" ;;

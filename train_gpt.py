@@ -452,7 +452,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     log.line(f"machine      {machine.world_size} x {machine.name}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
     log.line("seconds      " + ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in seconds.items()))
     log.line(f"directory    {log.directory}")
-    if config.tokenizer != "none" and not summary["status"].startswith("diverged"):
+    if config.tokenizer != "none" and summary["status"] in ("finished", "stopped at target"):
         with contextlib.suppress(DataError):  # a tokenizer whose files cannot be fetched here
             prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
             tokens = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)

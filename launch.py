@@ -46,9 +46,12 @@ def main(argv: list[str]) -> int:
         check_device(config.device, config.dtype)
         arguments = torchrun_arguments(config, dict(os.environ))
         ensure(config.train_files, config.val_files, config.train_steps * config.batch_tokens + 1)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what data there is", file=sys.stderr)
+        return 130
     try:
         run(parse_args([*arguments, str(ROOT / "train_gpt.py"), *argv]))
     except ChildFailedError as error:

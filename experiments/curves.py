@@ -31,6 +31,7 @@ def collect(sweep: Path) -> dict[str, Any]:
     for result in loaded.results.values():
         if result.ended:
             summary = {key: result.summary[key] for key in KEPT.split()}
+            summary["config"] = {key: value for key, value in summary["config"].items() if key != "run_dir"}
             runs.append(dict(overrides=result.overrides, seed=result.seed, summary=summary, curve=curve(result)))
     return {key: loaded.record[key] for key in ("recipe", "fixed", "jobs", "threads")} | {"runs": runs}
 

@@ -1,0 +1,72 @@
+"""Device, dtype and clock: fallbacks are said, refusals help, seconds land in the right phase."""
+
+import time
+
+import pytest
+import torch
+
+import machine
+from machine import PEAK_FLOPS, Clock, Machine, find_machine, versions
+
+
+@pytest.mark.parametrize(
+    ("asked", "hardware", "expected", "notes"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16, 1),
+        ("auto", torch.float32, torch.float32, 1),
+        ("bfloat16", torch.bfloat16, torch.bfloat16, 1),
+        ("bfloat16", torch.float32, torch.float32, 2),  # falls back, and says so
+        ("float32", torch.bfloat16, torch.float32, 1),
+    ],
+)
+def test_dtype_follows_the_hardware_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, asked: str, hardware: torch.dtype, expected: torch.dtype, notes: int
+) -> None:
+    monkeypatch.setattr(machine, "fast_half_dtype", lambda device_type: hardware)
+    found = find_machine("cpu", asked)
+    assert found.dtype == expected
+    assert len(found.notes) == notes
+    assert str(expected).removeprefix("torch.") in found.notes[-1]
+    if notes == 2:
+        assert "'bfloat16' was asked for, but this cpu has no bfloat16 units" in found.notes[0]
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own; set NPROC_PER_NODE=2"):
+        find_machine("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", PEAK_FLOPS["H100"]),
+        ("NVIDIA H100 PCIe", PEAK_FLOPS["H100 PCIe"]),
+        ("NVIDIA L40S", PEAK_FLOPS["L40S"]),
+        ("NVIDIA L4", PEAK_FLOPS["L4"]),
+        ("NVIDIA A100-SXM4-80GB", PEAK_FLOPS["A100"]),
+        ("Some Future GPU", None),
+    ],
+)
+def test_peak_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    assert Machine(0, 1, torch.device("cuda", 0), torch.bfloat16, ()).peak_flops == peak
+    assert Machine(0, 1, torch.device("cpu"), torch.bfloat16, ()).peak_flops is None
+
+
+def test_the_clock_runs_in_one_phase_at_a_time() -> None:
+    start = time.perf_counter()
+    clock = Clock(torch.device("cpu"))
+    for phase, seconds in (("train", 0.05), ("validation", 0.1), ("train", 0.05), ("end", 0.0)):
+        clock.switch(phase)
+        time.sleep(seconds)
+    clock.switch("after")
+    assert 0.1 <= clock.seconds["train"] < 0.19
+    assert clock.seconds["validation"] >= 0.1
+    assert sum(clock.seconds.values()) == pytest.approx(time.perf_counter() - start, abs=0.02)
+
+
+def test_versions_name_what_computes() -> None:
+    assert versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -189,8 +189,9 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
 def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, str(ROOT / "train_gpt.py"), str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}"]
     process = subprocess.Popen(
-        [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step:20/1000000 val_loss"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from settings import parse_settings
+from tests.conftest import ROOT
 from train_gpt import Config, load_config
 
 
@@ -88,3 +89,16 @@ def test_help_lists_every_field_with_its_meaning(capsys: pytest.CaptureFixture[s
     for field in dataclasses.fields(Config):
         assert f"--{field.name}" in text
     assert "polar factors in an Aurora update" in text
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_whole_and_divides_on_eight_ranks_or_one(recipe: Path) -> None:
+    config = load_config([str(recipe)])
+    assert config.name == recipe.stem
+    assert config.track
+    assert config.description
+    assert config.micro_batch_tokens % config.seq_len == config.val_tokens % config.seq_len == 0
+    num_ranks = 8 if config.name.startswith("fineweb") else 1
+    assert config.batch_tokens % (num_ranks * config.micro_batch_tokens) == 0
+    assert config.matrix_optimizer in config.name or config.name.startswith("sotu")
+    assert config.num_heads * config.head_dim == config.model_dim

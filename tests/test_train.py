@@ -101,6 +101,28 @@ def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_da
     assert "step:37 epoch 2 of the training data begins" in result.stdout  # 37 * 192 = 7104 >= 7001
 
 
+@pytest.mark.parametrize(
+    ("function", "phase"), [("evaluate", "validation"), ("save_checkpoint", "checkpoint"), ("warm_up", "warmup")]
+)
+def test_the_clock_stops_for_everything_but_training(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, phase: str
+) -> None:
+    """A second of sleep in each call must show in its own phase and not in the training time."""
+    genuine, calls = getattr(train_gpt, function), []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        calls.append(function)
+        time.sleep(1)
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(train_gpt, function, slow)
+    assert trainer("--train_steps=4", "--val_every=1", "--checkpoint_every=1", "--log_every=1").returncode == 0
+    final = summary(only_run(tmp_path))
+    assert len(calls) == {"evaluate": 5, "save_checkpoint": 4, "warm_up": 1}[function]
+    assert final["phase_s"][phase] >= len(calls)
+    assert final["train_time_s"] == final["phase_s"]["train"] < 0.9
+
+
 def test_stop_at_target_ends_the_run_there(trainer: Trainer, tmp_path: Path) -> None:
     result = trainer("--target_loss=3.9", "--stop_at_target", "--require_target")
     assert result.returncode == 0, result.stderr

@@ -79,6 +79,7 @@ class Config:
     momentum_warmup_steps: int = 0  # steps over which momentum rises from 0.85
     polar_method: str = "polar_express"  # polar_express, quintic, simple_quintic or svd
     polar_steps: int = 0  # Newton-Schulz steps; 0: the method's own number
+    kernels: str = "auto"  # of muon and aurora: auto (Triton on a GPU), triton or torch
     aurora_iterations: int = 2  # polar factors in an Aurora update
     aurora_beta: float = 0.5  # strength of its row correction, 0 to 1
     aurora_sides: str = "both"  # matrices it balances: both, tall or wide

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernels import backend
 from optim.aurora import Aurora
 from optim.muon import MatrixOptimizer, Muon
 from optim.replicated import replicate
@@ -27,7 +28,12 @@ def _adamw(groups: Groups, config: Any) -> torch.optim.Optimizer:
 
 
 def _muon_arguments(config: Any) -> dict[str, Any]:
-    return dict(momentum=config.momentum, polar_method=config.polar_method, polar_steps=config.polar_steps or None)
+    return dict(
+        momentum=config.momentum,
+        polar_method=config.polar_method,
+        polar_steps=config.polar_steps or None,
+        kernels=config.kernels,
+    )
 
 
 # To add an update rule: a line here, with what it needs from the config.
@@ -88,5 +94,7 @@ def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
         for group in optimizer.param_groups:
             count = sum(p.numel() for p in group["params"])
             what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
+            if isinstance(optimizer, MatrixOptimizer):
+                what += f", {backend(optimizer.kernels, group['params'][0].device).name} kernels"
             lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
     return "\n".join(lines)

@@ -16,8 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import backend
 from optim.muon import MatrixOptimizer
-from optim.polar import fast_half_dtype, polar
+from optim.polar import (
+    SAFETY,
+    check_polar_arguments,
+    fast_half_dtype,
+    newton_schulz,
+    plan_segments,
+    polar,
+    polar_svd,
+    storage_dtype,
+)
 
 SIDES = ("both", "tall", "wide")
 
@@ -29,28 +39,38 @@ def aurora_polar(
     method: str = "polar_express",
     steps: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    kernels: str = "auto",
+    form: str = "auto",
 ) -> Tensor:
     """The row-balanced polar factor of each matrix of M [..., m, n] (columns where m < n), in `dtype`.
 
-    Rows (columns) have norm sqrt(n / m) within some percent after 2 iterations; zero ones stay zero.
+    Rows (columns) have norm sqrt(n / m) within some percent after 2 iterations; zero ones stay zero. The arguments
+    after `beta` are those of `polar`. d * M is never stored: it enters the products as they load M, and an iteration
+    that only corrects d computes the row norms of its polar factor without writing it.
     """
     m, n = M.shape[-2:]
     if m == n:
-        return polar(M, method, steps, dtype)
+        return polar(M, method, steps, dtype, kernels, form)
     if m < n:
-        return aurora_polar(M.mT, iterations, beta, method, steps, dtype).mT
-    # Unit rows: M and d of the definition enter only as d * M. Two divisions keep the squares inside float32.
-    tiny = torch.finfo(torch.float32).tiny  # for zero rows
-    M = M.float()
-    M = M / M.abs().amax(dim=-1, keepdim=True).clamp_min(tiny)
-    M = M / torch.linalg.vector_norm(M, dim=-1, keepdim=True).clamp_min(tiny)
-    U = polar(M, method, steps, dtype)
-    d = torch.ones_like(M[..., :1])
+        return aurora_polar(M.mT, iterations, beta, method, steps, dtype, kernels, form).mT
+    check_polar_arguments(method, steps)
+    ops = backend(kernels, M.device)
+    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device)
+    rows, norm = ops.normalize_rows(M.reshape(-1, m, n), storage)
+
+    def factor(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
+        if method == "svd":
+            U = polar_svd(d.unsqueeze(-1) * rows)
+            return U, U.square().sum(dim=-1).float()
+        plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
+        return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+
+    d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them
     for _ in range(iterations - 1):
-        row_square = U.float().square().sum(dim=-1, keepdim=True)
+        _, row_square = factor(d, "row_square")
         d = d * torch.where(row_square > 0, n / (m * row_square), 1) ** beta
-        U = polar(d * M, method, steps, dtype)
-    return U
+    U, _ = factor(d, "matrix")
+    return U.reshape(M.shape)
 
 
 class Aurora(MatrixOptimizer):
@@ -77,7 +97,8 @@ class Aurora(MatrixOptimizer):
         m, n = update.shape[-2:]
         side = "tall" if m > n else "wide"
         iterations = group["iterations"] if group["sides"] in ("both", side) else 0
-        polar_arguments = group["polar_method"], group["polar_steps"], fast_half_dtype(update.device.type)
+        dtype = fast_half_dtype(update.device.type)
+        polar_arguments = group["polar_method"], group["polar_steps"], dtype, self.kernels
         if iterations == 0:
             return polar(update, *polar_arguments)
         return aurora_polar(update, iterations, group["beta"], *polar_arguments)

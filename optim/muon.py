@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels import backend
 from optim.bank import Bank, make_banks
 from optim.polar import check_polar_arguments, fast_half_dtype, polar
 
@@ -41,7 +42,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Parameters have two or more dimensions; the last two are the matrix, leading ones are batch. Momentum is
     float32 whatever the parameter's dtype. Gradients are averaged over `process_group` (default: all ranks, where
     torch.distributed is initialised) and must be present on the same parameters everywhere. A parameter without
-    a gradient is skipped.
+    a gradient is skipped. `kernels` is "auto" (Triton on CUDA), "triton" or "torch".
     Raises ValueError for wrong hyperparameters and for parameters that are not matrices; FloatingPointError, before
     anything is touched, for a gradient on the CPU that is not finite. On CUDA that check would stall the device at
     every step: there NaN propagates, and the caller's look at the loss finds it.
@@ -57,10 +58,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         scale: str = "spectral",
         polar_method: str = "polar_express",
         polar_steps: int | None = None,
+        kernels: str = "auto",
         process_group: dist.ProcessGroup | None = None,
         **rule: Any,
     ) -> None:
-        self.process_group = process_group
+        self.kernels, self.process_group = kernels, process_group  # where and how, not what: no part of the state
         self._banks: dict[int, list[Bank]] = {}  # index of the param group -> its banks, made when first needed
         defaults = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, scale=scale,
@@ -100,6 +102,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{rule}: {name} has dtype {p.dtype}; only real floating-point matrices can be updated"
                 )
+            backend(self.kernels, p.device)
 
     def _names(self, index: int) -> list[str]:
         group = self.param_groups[index]
@@ -116,6 +119,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)  # also the end of load_state_dict: the banks no longer hold the state
         self._banks = {}
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("kernels", "auto")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state stays float32 where torch would cast it to the parameter's dtype."""
@@ -168,4 +172,4 @@ class Muon(MatrixOptimizer):
 
     def orthogonalize(self, update: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         dtype = fast_half_dtype(update.device.type)
-        return polar(update, group["polar_method"], group["polar_steps"], dtype)
+        return polar(update, group["polar_method"], group["polar_steps"], dtype, self.kernels)

@@ -3,10 +3,17 @@
 With X = W S V^T the polar factor is W V^T: every singular value becomes 1 and the singular vectors stay. A
 Newton-Schulz step applies the odd polynomial p(s) = a s + b s^3 + c s^5 to the singular values, since
 
-    X (a I + b A + c A^2) = W p(S) V^T    with A = X^T X    (or (a I + b A + c A^2) X with A = X X^T)
+    X (a I + b R + c R^2) = W p(S) V^T    with R = X^T X
 
-so a few steps with coefficients that push (0, 1] towards 1 replace a singular value decomposition. The Gram
-matrix A is taken on the smaller side; with s = min(m, n) and l = max(m, n) a step costs 4 s^2 l + 2 s^3 FLOPs.
+so a few steps with coefficients that push (0, 1] towards 1 replace a singular value decomposition. X is taken tall,
+m >= n; a wide one is its transposed view.
+
+Two ways to run the steps. Direct: a new R from the new X every step. Gram form: X is left alone while the steps'
+factors P = a I + b R + c R^2 are multiplied up, Q <- Q P, and R follows by R <- P R P, all n x n and symmetric; then
+X <- X Q once. R is noise where X has no weight, and the steps amplify it, so in short formats the Gram form restarts:
+it applies Q and takes a new R. Direct is a restart after every step, and a run of steps between restarts is here a
+segment. A segment of L steps costs 4 m n^2 + (4 L - 3) 2 n^3 FLOPs, of which kernels that know about symmetry do
+3 m n^2 + (4 L - 3) n^3.
 
 Coefficients: `quintic` from Keller Jordan, "Muon: an optimizer for hidden layers" (2024): fast, ends within about
 [0.7, 1.2]. `polar_express` from Amsel et al., arXiv 2505.16932: the best polynomial for each step in turn.
@@ -17,6 +24,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from kernels import Backend, backend
 
 Coefficients = tuple[float, float, float]
 
@@ -31,8 +40,19 @@ POLAR_EXPRESS: list[Coefficients] = [
 ]
 COEFFICIENTS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC, "simple_quintic": SIMPLE_QUINTIC}
 METHODS = (*COEFFICIENTS, "svd")
+FORMS = ("auto", "direct", "gram")
 # Polar Express is tuned for spectral norms up to 1/1.02, which leaves room for rounding in half precision.
 SAFETY = {"polar_express": 1.02, "quintic": 1.0, "simple_quintic": 1.0}
+# Longest segments that lose nothing against the direct form in bfloat16 on any spectrum of benchmarks/polar.py. In
+# bfloat16 itself every restart saved costs accuracy.
+LONGEST_SEGMENT = {
+    torch.float16: {"polar_express": 3, "quintic": 3, "simple_quintic": 5},
+    torch.bfloat16: {"polar_express": 1, "quintic": 1, "simple_quintic": 1},
+    torch.float32: {"polar_express": 6, "quintic": 6, "simple_quintic": 6},
+}
+TINY = torch.finfo(torch.float32).tiny  # keeps 0 / 0 at 0
+
+Segments = list[list[Coefficients]]
 
 
 @cache
@@ -46,37 +66,39 @@ def fast_half_dtype(device_type: str) -> torch.dtype:
 
 
 def polar(
-    X: Tensor, method: str = "polar_express", steps: int | None = None, dtype: torch.dtype = torch.bfloat16
+    X: Tensor,
+    method: str = "polar_express",
+    steps: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    kernels: str = "auto",
+    form: str = "auto",
 ) -> Tensor:
     """Polar factor of each matrix of X [..., m, n], in X's shape and in `dtype` (float64 for "svd").
 
     `steps` defaults to the method's own number (polar_express 5, quintic 5, simple_quintic 12); further steps
-    repeat the last coefficients. Works for any scale from 1e-30 to 1e30; a zero matrix stays zero.
-    Raises ValueError for an unknown method, fewer than two dimensions or steps < 1.
+    repeat the last coefficients. `dtype` is bfloat16, float16 or float32; on CUDA bfloat16 is computed in float16,
+    which is as fast and rounds eight times finer, and entries are scaled to stay inside its range. `kernels` is
+    "auto", "triton" or "torch", `form` "auto" (the cheaper one), "direct" or "gram". Works for any scale from 1e-30
+    to 1e30; a zero matrix stays zero. Raises ValueError for other arguments.
     """
     check_polar_arguments(method, steps)
     if X.ndim < 2:
         raise ValueError(f"polar: X has shape {tuple(X.shape)}; the last two dimensions must be a matrix")
     if method == "svd":
-        return _polar_svd(X)
-    # Dividing by the largest entry first keeps the squares of very small or large entries inside float32.
-    tiny = torch.finfo(torch.float32).tiny  # for the zero matrix
-    X = X.float()
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    X = (X / (SAFETY[method] * norm).clamp_min(tiny)).to(dtype)
-    shape, (m, n) = X.shape, X.shape[-2:]
-    X = X.reshape(-1, m, n)
-    coefficients = COEFFICIENTS[method]
-    for step in range(steps or len(coefficients)):
-        a, b, c = coefficients[min(step, len(coefficients) - 1)]
-        if m > n:
-            A = X.mT @ X
-            X = torch.baddbmm(X, X, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
-        else:
-            A = X @ X.mT
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.reshape(shape)
+        return polar_svd(X)
+    tall = X if X.size(-2) > X.size(-1) else X.mT  # X X^T of a square row-major X is quicker than X^T X on CPUs
+    ops = backend(kernels, X.device)
+    storage = storage_dtype(dtype, X.device)
+    m, n = tall.shape[-2:]
+    plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
+    batch, norm = tall.flatten(0, -3) if tall.ndim > 2 else tall.unsqueeze(0), None
+    if storage == torch.float16:  # rows of a small norm would leave its range beside large ones
+        batch, norm = ops.normalize_rows(batch, storage)
+    else:
+        batch = _normalize(batch, SAFETY[method]).to(storage)
+    U, _ = newton_schulz(ops, batch, norm, plan, SAFETY[method], dtype)
+    U = U.reshape(tall.shape)
+    return U if tall is X else U.mT
 
 
 def check_polar_arguments(method: str, steps: int | None) -> None:
@@ -86,8 +108,91 @@ def check_polar_arguments(method: str, steps: int | None) -> None:
         raise ValueError(f"polar_steps = {steps} must be at least 1; leave it out for the method's own number")
 
 
-def _polar_svd(X: Tensor) -> Tensor:
-    """W V^T over the singular values that are not numerically zero, so that a zero matrix stays zero."""
+def polar_svd(X: Tensor) -> Tensor:
+    """W V^T over the singular values that are not numerically zero, so that a zero matrix stays zero; float64."""
     W, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     rank_tolerance = S[..., :1] * max(X.shape[-2:]) * torch.finfo(torch.float64).eps
     return (W * (rank_tolerance < S).unsqueeze(-2)) @ Vh
+
+
+def storage_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrices are held in between products, when the result is wanted in `dtype`."""
+    if dtype not in LONGEST_SEGMENT:
+        raise ValueError(f"polar: dtype = {dtype} must be torch.bfloat16, torch.float16 or torch.float32")
+    return torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else dtype
+
+
+def plan_segments(
+    method: str, steps: int | None, storage: torch.dtype, m: int, n: int, symmetric: bool, form: str = "auto"
+) -> Segments:
+    """The steps' coefficients, cut where a new Gram matrix is taken, for m x n matrices (m >= n) in dtype `storage`.
+
+    "auto" takes the form with fewer FLOPs; `symmetric` says that symmetric products cost half.
+    """
+    if form not in FORMS:
+        raise ValueError(f"polar: form = {form!r} is unknown; choose one of {', '.join(FORMS)}")
+    table = COEFFICIENTS[method]
+    coefficients = [table[min(step, len(table) - 1)] for step in range(steps or len(table))]
+    longest = LONGEST_SEGMENT[storage][method]
+    direct, gram = ([coefficients[i : i + k] for i in range(0, len(coefficients), k)] for k in (1, longest))
+    if form == "auto":
+        return min(direct, gram, key=lambda segments: flops(segments, m, n, symmetric))
+    return direct if form == "direct" else gram
+
+
+def flops(segments: Segments, m: int, n: int, symmetric: bool) -> float:
+    """Floating-point operations of a polar factor of one m x n matrix, m >= n."""
+    half = 0.5 if symmetric else 1.0
+    products = sum(4 * len(segment) - 3 for segment in segments)
+    return len(segments) * (half + 1) * 2 * m * n**2 + products * half * 2 * n**3
+
+
+def newton_schulz(
+    ops: Backend, X: Tensor, row_scale: Tensor | None, segments: Segments, safety: float, dtype: torch.dtype,
+    outputs: str = "matrix",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Newton-Schulz on diag(row_scale) X, normalised by `safety` times its Frobenius norm; the product is not stored.
+
+    X [B, m, n], m >= n, in the dtype to compute in, with rows of norm 1 (or 0); row_scale float32 [B, m], not
+    negative. Without row_scale X is taken as it is, with a spectral norm of at most 1.
+    Returns the polar factor U [B, m, n] in `dtype` and the sums of squares of its rows, float32 [B, m]; `outputs`
+    ("matrix", "row_square" or "both") says which are wanted, the other is empty. A zero matrix gives zeros.
+    """
+    gram_scale = None
+    if row_scale is not None:
+        row_scale = row_scale / row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)  # at most 1, as gram asks
+        frobenius_square = row_scale.square().sum(dim=-1).clamp_min(TINY)  # since rows have norm 1
+        gram_scale = 1 / (safety**2 * frobenius_square)
+        full_scale = row_scale * gram_scale.sqrt().unsqueeze(-1)
+    for segment in segments[:-1]:
+        S, alpha = _segment_factor(ops, ops.gram(X, row_scale, gram_scale), segment)
+        if row_scale is None or X.dtype == torch.float16:  # in float16 rows keep their own scale, for its range
+            X, _ = ops.apply_symmetric(X, S, alpha)
+        else:
+            X, _ = ops.apply_symmetric(X, S, alpha, full_scale)
+            row_scale = gram_scale = None
+    S, alpha = _segment_factor(ops, ops.gram(X, row_scale, gram_scale), segments[-1])
+    return ops.apply_symmetric(X, S, alpha, None if row_scale is None else full_scale, dtype, outputs=outputs)
+
+
+def _normalize(X: Tensor, safety: float) -> Tensor:
+    """X [B, m, n] divided by `safety` times its Frobenius norm, in float32."""
+    X = X.float()
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range
+    return X / (safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY)
+
+
+def _segment_factor(ops: Backend, R: Tensor, segment: list[Coefficients]) -> tuple[Tensor, float]:
+    """(S, alpha) with alpha I + S the product of a segment's factors a I + b R + c R^2, R following the steps.
+
+    The identity's share stays a number beside the matrix: stored inside, it would be rounded like everything else.
+    """
+    S, alpha = R, 1.0
+    for i, (a, b, c) in enumerate(segment):
+        Z = ops.symmetric_product(R, R, c, b)
+        S = Z if i == 0 else ops.symmetric_product(S, Z, 1, a, alpha)
+        alpha *= a
+        if i + 1 < len(segment):
+            half_way = ops.symmetric_product(R, Z, 1, a)
+            R = ops.symmetric_product(half_way, Z, 1, a)
+    return S, alpha

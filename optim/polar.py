@@ -165,14 +165,38 @@ def newton_schulz(
         gram_scale = 1 / (safety**2 * frobenius_square)
         full_scale = row_scale * gram_scale.sqrt().unsqueeze(-1)
     for segment in segments[:-1]:
-        S, alpha = _segment_factor(ops, ops.gram(X, row_scale, gram_scale), segment)
+        S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segment)
         if row_scale is None or X.dtype == torch.float16:  # in float16 rows keep their own scale, for its range
             X, _ = ops.apply_symmetric(X, S, alpha)
         else:
             X, _ = ops.apply_symmetric(X, S, alpha, full_scale)
             row_scale = gram_scale = None
-    S, alpha = _segment_factor(ops, ops.gram(X, row_scale, gram_scale), segments[-1])
+    S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segments[-1])
     return ops.apply_symmetric(X, S, alpha, None if row_scale is None else full_scale, dtype, outputs=outputs)
+
+
+def _segment_factor(
+    ops: Backend, X: Tensor, row_scale: Tensor | None, gram_scale: Tensor | None, segment: list[Coefficients]
+) -> tuple[Tensor, float]:
+    """(S, alpha) with alpha I + S the product of a segment's factors a I + b R + c R^2, R following the steps.
+
+    The identity's share stays a number beside the matrix: stored inside, it would be rounded like everything else.
+    """
+    unrounded = None
+    if X.dtype == torch.float16 and len(segment) > 2:  # see kernels/symmetric_product.py
+        unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
+        R = unrounded.to(X.dtype)
+    else:
+        R = ops.gram(X, row_scale, gram_scale)
+    S, alpha = R, 1.0
+    for i, (a, b, c) in enumerate(segment):
+        Z = ops.symmetric_product(R, R, c, b, unrounded_A=unrounded)
+        S = Z if i == 0 else ops.symmetric_product(S, Z, 1, a, alpha)
+        alpha *= a
+        if i + 1 < len(segment):
+            half_way = ops.symmetric_product(R, Z, 1, a, unrounded_A=unrounded)
+            R, unrounded = ops.symmetric_product(half_way, Z, 1, a), None
+    return S, alpha
 
 
 def _normalize(X: Tensor, safety: float) -> Tensor:
@@ -180,19 +204,3 @@ def _normalize(X: Tensor, safety: float) -> Tensor:
     X = X.float()
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range
     return X / (safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY)
-
-
-def _segment_factor(ops: Backend, R: Tensor, segment: list[Coefficients]) -> tuple[Tensor, float]:
-    """(S, alpha) with alpha I + S the product of a segment's factors a I + b R + c R^2, R following the steps.
-
-    The identity's share stays a number beside the matrix: stored inside, it would be rounded like everything else.
-    """
-    S, alpha = R, 1.0
-    for i, (a, b, c) in enumerate(segment):
-        Z = ops.symmetric_product(R, R, c, b)
-        S = Z if i == 0 else ops.symmetric_product(S, Z, 1, a, alpha)
-        alpha *= a
-        if i + 1 < len(segment):
-            half_way = ops.symmetric_product(R, Z, 1, a)
-            R = ops.symmetric_product(half_way, Z, 1, a)
-    return S, alpha

@@ -1,9 +1,10 @@
-"""polar against float64 SVD: quality, shapes, hostile scales, refusals."""
+"""polar against float64 SVD: quality, shapes, forms, formats, hostile scales and spectra, refusals."""
 
 import pytest
 import torch
 
-from optim.polar import COEFFICIENTS, polar
+from benchmarks import polar_quality
+from optim.polar import COEFFICIENTS, LONGEST_SEGMENT, flops, plan_segments, polar
 
 # Largest distance of a singular value from 1 after the method's own number of steps, for Gaussian matrices of the
 # shapes below, from the coefficients: the quintic oscillates within [0.68, 1.14], Polar Express ends close to 1.
@@ -85,14 +86,140 @@ def test_zero_and_rank_deficient_matrices_stay_finite(method: str) -> None:
     assert 0.6 < rank_one.norm() < 1.2
 
 
+# Forms, formats and kernels
+
+
+# A single singular value near 1 shows rounding most: Polar Express's first polynomial is 16 times as steep there.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05}
+FORMATS = [
+    pytest.param(torch.float32, "direct", id="float32-direct"),
+    pytest.param(torch.float32, "gram", id="float32-gram"),
+    pytest.param(torch.float16, "direct", id="float16-direct"),
+    pytest.param(torch.float16, "gram", id="float16-gram"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMATS)
+@pytest.mark.parametrize("method", COEFFICIENTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_form_applies_the_same_polynomials(
+    shape: tuple[int, int], method: str, dtype: torch.dtype, form: str
+) -> None:
+    X = gaussian(*shape)
+    expected = polar(X.double(), method, dtype=torch.float32, form="direct")
+    result = polar(X, method, dtype=dtype, form=form)
+    assert result.dtype == dtype
+    assert result.shape == X.shape
+    assert (result.float() - expected).norm() <= ROUNDING[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("method", COEFFICIENTS)
+@pytest.mark.parametrize("spectrum", polar_quality.SPECTRA)
+@pytest.mark.parametrize("shape", [(160, 160), (257, 101), (96, 250)], ids=str)
+def test_no_form_is_worse_than_the_dense_one_in_bfloat16(shape: tuple[int, int], spectrum: str, method: str) -> None:
+    """By orthogonality and direction, with the triangle mirrored as the Triton kernels do."""
+    problem = polar_quality.make_problem(*shape, spectrum, method)
+    results = polar_quality.measure(problem, method, "cpu")
+    for name in ("float16 direct", "float16 gram", "float32 direct", "float32 gram"):
+        assert polar_quality.is_no_worse(results[name], results["bfloat16 dense direct"], results["unrounded"]), name
+    assert results["float32 gram"].distance < 5e-3
+
+
+def test_the_quality_measure_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without restarts float16 loses the weak directions, and the measure says so."""
+    monkeypatch.setitem(LONGEST_SEGMENT[torch.float16], "polar_express", 5)
+    problem = polar_quality.make_problem(257, 101, "log-uniform to 1e-6", "polar_express")
+    results = polar_quality.measure(problem, "polar_express", "cpu")
+    result, dense, unrounded = (results[name] for name in ("float16 gram", "bfloat16 dense direct", "unrounded"))
+    assert not polar_quality.is_no_worse(result, dense, unrounded)
+
+
+def test_rows_of_very_different_norms_survive_float16() -> None:
+    """Half the rows are 1e-6 of the others, far below float16 beside them, and alone in their directions."""
+    X = torch.zeros(1, 40, 16)
+    X[:, :20, :8] = gaussian(20, 8)
+    X[:, 20:, 8:] = gaussian(20, 8) * 1e-2
+    reference = polar(X, dtype=torch.float32)
+    assert (polar(X, dtype=torch.float16).float() - reference).norm() < 0.02 * reference.norm()
+    X[:, 20:] *= 1e-4
+    small = polar(X, dtype=torch.float32)[:, 20:]
+    assert (polar(X, dtype=torch.float16)[:, 20:].float() - small).norm() < 0.02 * small.norm()
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMATS)
+@pytest.mark.parametrize("shape", [(37, 19), (19, 37), (20, 20), (1, 9)], ids=str)
+def test_triton_kernels_give_what_the_plain_ones_give(shape: tuple[int, int], dtype: torch.dtype, form: str) -> None:
+    pytest.importorskip("triton")
+    X = gaussian(*shape, 2)
+    expected = polar(X, dtype=torch.float32, kernels="torch", form="direct")
+    result = polar(X, dtype=dtype, kernels="triton", form=form)
+    assert (result.float() - expected).norm() <= ROUNDING[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_triton_kernels_keep_hostile_matrices_finite(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    base = gaussian(24, 16)
+    hostile = [
+        torch.zeros(24, 16),
+        torch.ones(24, 16),
+        base * 1e-30,
+        base * 1e30,
+        base * (torch.arange(24) == 3)[:, None],
+    ]
+    results = polar(torch.stack([base, *hostile]), dtype=dtype, kernels="triton").float()
+    assert results.isfinite().all()
+    assert (results[1] == 0).all()
+    for scaled in results[3:5]:
+        torch.testing.assert_close(scaled, results[0], rtol=1e-3, atol=1e-3)
+    assert 0.6 < results[5].norm() < 1.3
+    assert (results[5][torch.arange(24) != 3] == 0).all()
+
+
+def test_segments_are_as_long_as_the_format_allows_where_that_is_cheaper() -> None:
+    def lengths(m: int, n: int, dtype: torch.dtype, form: str = "auto", method: str = "polar_express") -> list[int]:
+        return [len(s) for s in plan_segments(method, None, dtype, m, n, symmetric=False, form=form)]
+
+    assert lengths(2048, 768, torch.float32) == [5]
+    assert lengths(2048, 768, torch.float16) == [3, 2]
+    assert lengths(2048, 768, torch.bfloat16) == [1] * 5
+    assert lengths(768, 768, torch.float32) == [1] * 5
+    assert lengths(768, 768, torch.float32, "gram") == [5]
+    assert lengths(2048, 768, torch.float32, "direct") == [1] * 5
+    assert lengths(2048, 768, torch.float16, method="simple_quintic") == [5, 5, 2]
+
+
+def test_flops_are_those_of_the_published_counts() -> None:
+    """The 124 M bank, 36 of 2048x768 and 48 of 768x768: 1.69 TFLOP dense, 1.17 with symmetric products."""
+
+    def bank(symmetric: bool, form: str, dtype: torch.dtype = torch.float32) -> float:
+        plans = {m: plan_segments("polar_express", None, dtype, m, 768, symmetric, form) for m in (2048, 768)}
+        return sum(count * flops(plans[m], m, 768, symmetric) for m, count in ((2048, 36), (768, 48))) / 1e12
+
+    assert bank(False, "direct") == pytest.approx(1.69, abs=0.01)
+    assert bank(True, "direct") == pytest.approx(1.17, abs=0.01)
+    assert bank(True, "auto") < bank(True, "gram", torch.float16) < bank(True, "direct")
+
+
+def test_more_steps_than_the_method_has_repeat_the_last() -> None:
+    X = gaussian(40, 16)
+    once = polar(X, "polar_express", 5, torch.float32)
+    six, by_hand = polar(X, "polar_express", 6, torch.float32), once.double()
+    R, (a, b, c) = by_hand.mT @ by_hand, COEFFICIENTS["polar_express"][-1]
+    torch.testing.assert_close(six.double(), by_hand @ (a * torch.eye(16) + b * R + c * R @ R), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (dict(X=torch.ones(3, 3), method="newton"), ["polar_method", "'newton'", "polar_express"]),
         (dict(X=torch.ones(3)), ["shape (3,)", "matrix"]),
         (dict(X=torch.ones(3, 3), steps=0), ["polar_steps = 0", "at least 1"]),
+        (dict(X=torch.ones(3, 3), dtype=torch.float64), ["dtype = torch.float64", "torch.bfloat16"]),
+        (dict(X=torch.ones(3, 3), form="fast"), ["form = 'fast'", "auto, direct, gram"]),
+        (dict(X=torch.ones(3, 3), kernels="cuda"), ["kernels = 'cuda'", "auto, triton, torch"]),
     ],
-    ids=["method", "vector", "steps"],
+    ids=["method", "vector", "steps", "dtype", "form", "kernels"],
 )
 def test_refusals_say_what_and_what_works(arguments: dict, words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:

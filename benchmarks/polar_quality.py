@@ -1,0 +1,158 @@
+"""How good the polar factors are: every form and format against float64 SVD, over hostile spectra.
+
+    python -m benchmarks.polar_quality
+
+orthogonality   ||U^T U - I||_F / sqrt(n): how far singular values are from 1, the method's own unfinished ones included
+direction       1 - cosine between U and the exact polar factor (of the singular values above 0)
+distance        ||U - exact|| / ||exact|| to the same polynomials applied in float64: the rounding alone
+
+The question is whether the Gram form costs accuracy. It is judged against the dense direct form in bfloat16 with the
+same coefficients: direction no worse, and orthogonality no worse than it or than the method itself without rounding
+(where a method has not converged, rounding can look like progress). On a CPU the Triton kernels are emulated:
+products in float16 with float32 sums, one triangle mirrored.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.polar import dense_polar
+from benchmarks.report import Row, report
+from kernels import Backend, backend
+from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
+
+SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant")
+SHAPES = ("768x768", "2048x768", "768x2048", "3072x768", "1023x511", "257x101")
+
+
+@dataclass(frozen=True)
+class Args:
+    shapes: tuple[str, ...] = SHAPES
+    method: str = "polar_express"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Quality(NamedTuple):
+    orthogonality: float
+    direction: float
+    distance: float
+
+
+class Problem(NamedTuple):
+    """A matrix X [1, m, n], its exact polar factor and what `method` would give without rounding, both float64."""
+
+    X: Tensor
+    factor: Tensor
+    unrounded: Tensor
+
+
+def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    k = min(m, n)
+    if spectrum != "gaussian":
+        W, _, Vh = torch.linalg.svd(X, full_matrices=False)
+        S = {
+            "log-uniform to 1e-6": torch.logspace(0, -6, k, dtype=torch.float64),
+            "rank-deficient": (torch.arange(k) < math.ceil(k / 4)).double(),
+            "one dominant": torch.full((k,), 1e-2, dtype=torch.float64).index_fill(0, torch.tensor(0), 1),
+        }[spectrum]
+        X = (W * S) @ Vh
+    X = X.float()
+    W, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    rank = math.ceil(k / 4) if spectrum == "rank-deficient" else k
+    s = S / (SAFETY[method] * S.norm())
+    for a, b, c in COEFFICIENTS[method]:
+        s = a * s + b * s**3 + c * s**5
+    return Problem(X[None], W[:, :rank] @ Vh[:rank], (W * s) @ Vh)
+
+
+def quality(U: Tensor, problem: Problem) -> Quality:
+    U = U.squeeze(0).double().cpu()
+    tall = U if U.size(0) >= U.size(1) else U.mT
+    n = tall.size(1)
+    return Quality(
+        float((tall.mT @ tall - torch.eye(n, dtype=torch.float64)).norm() / n**0.5),
+        1 - float((U * problem.factor).sum() / U.norm() / problem.factor.norm()),
+        float((U - problem.unrounded).norm() / problem.unrounded.norm()),
+    )
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """On a CPU, plain kernels that round and mirror as the Triton kernels do."""
+
+    def mirrored(*arguments: Any, **options: Any) -> Tensor:
+        product: Tensor = plain.symmetric_product(*arguments, **options)
+        return product.tril() + product.tril(-1).mT
+
+    def emulated(kernels: str, device: torch.device) -> Backend:
+        ops = backend(kernels, device)
+        return ops if ops.name == "triton" else plain._replace(symmetric_product=mirrored)
+
+    plain = backend("torch", torch.device("cpu"))
+    with mock.patch("optim.polar.backend", emulated):
+        yield
+
+
+def measure(problem: Problem, method: str, device: str) -> dict[str, Quality]:
+    """Quality by form and format; "unrounded" and "bfloat16 dense direct" are what the rest is judged by."""
+    X = problem.X.to(device)
+    results = {
+        "unrounded": quality(problem.unrounded, problem),
+        "bfloat16 dense direct": quality(dense_polar(X, torch.bfloat16, method), problem),
+    }
+    with as_on_a_gpu():
+        for dtype in (torch.float16, torch.float32):
+            for form in ("direct", "gram"):
+                name = f"{dtype} {form}".removeprefix("torch.")
+                results[name] = quality(polar(X, method, dtype=dtype, form=form), problem)
+    return results
+
+
+def is_no_worse(result: Quality, dense: Quality, unrounded: Quality) -> bool:
+    """Than the dense direct form in bfloat16; 1% for chance."""
+    return (
+        result.direction <= 1.01 * dense.direction + 1e-5
+        and result.orthogonality <= 1.01 * max(dense.orthogonality, unrounded.orthogonality)
+    )  # fmt: skip
+
+
+def main(args: Args) -> int:
+    if args.method not in COEFFICIENTS:
+        print(f"error: method = {args.method!r} is none of {', '.join(METHODS[:-1])}", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    problems = [(shape, spectrum) for shape in args.shapes for spectrum in SPECTRA]
+    with torch.no_grad():
+        for shape, spectrum in tqdm(problems, leave=False, disable=None):
+            m, n = map(int, shape.split("x"))
+            results = measure(make_problem(m, n, spectrum, args.method), args.method, args.device)
+            for name, result in results.items():
+                verdict = is_no_worse(result, results["bfloat16 dense direct"], results["unrounded"])
+                rows.append(
+                    dict(
+                        shape=shape,
+                        spectrum=spectrum,
+                        form=name,
+                        no_worse="yes" if verdict else "NO",
+                        **result._asdict(),
+                    )
+                )
+    report("polar_quality", rows, args.device, method=args.method)
+    worse = [row for row in rows if row["no_worse"] == "NO"]
+    print(f"{len(worse)} of {len(rows)} worse than the dense direct form in bfloat16")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))

@@ -1,0 +1,73 @@
+"""Matrix kernels of the optimizers: Triton on CUDA, the same functions in plain torch everywhere else.
+
+    ops = kernels.backend("auto", device)
+    R = ops.gram(X)                          row_norm, normalize_rows, gram, symmetric_product, apply_symmetric
+
+Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Backend(NamedTuple):
+    """One implementation of every kernel. `symmetric`: computes half of a symmetric product."""
+
+    name: str
+    symmetric: bool
+    row_norm: Callable[..., Any]
+    normalize_rows: Callable[..., Any]
+    gram: Callable[..., Any]
+    symmetric_product: Callable[..., Any]
+    apply_symmetric: Callable[..., Any]
+
+
+def backend(kernels: str, device: torch.device) -> Backend:
+    """What `kernels` ("auto", "triton" or "torch") means on `device`; auto is Triton where it can run.
+
+    Raises ValueError for another name and for Triton where it cannot run.
+    """
+    if kernels not in BACKENDS:
+        raise ValueError(f"kernels = {kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and _has_triton())):
+        return _torch()
+    if not _has_triton():
+        raise ValueError("kernels = 'triton', but Triton is not installed here; use kernels = 'torch' or 'auto'")
+    from kernels.launch import can_launch
+
+    if can_launch(device):
+        return _triton()
+    if kernels == "auto":
+        return _torch()
+    raise ValueError(
+        f"kernels = 'triton' needs a CUDA GPU of compute capability 8.0 or later, and the matrices are on {device}; "
+        "use kernels = 'torch' or 'auto'"
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # there is none for macOS
+
+
+@cache
+def _torch() -> Backend:
+    from kernels import reference as r
+
+    return Backend("torch", False, r.row_norm, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric)
+
+
+@cache
+def _triton() -> Backend:
+    from kernels.apply_symmetric import apply_symmetric
+    from kernels.gram import gram
+    from kernels.row_norm import normalize_rows, row_norm
+    from kernels.symmetric_product import symmetric_product
+
+    return Backend("triton", True, row_norm, normalize_rows, gram, symmetric_product, apply_symmetric)

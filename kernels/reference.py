@@ -1,0 +1,102 @@
+"""The kernels in plain torch: the same functions, readable, for any device; used on the CPU and by the tests.
+
+A batch of matrices is X [B, m, n]; scales are float32, one for each row or matrix. Products accumulate in float32
+(float64 for float64 inputs) and results are rounded to X's dtype. Nothing here is differentiable by intent.
+"""
+
+import torch
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny  # keeps 0 / 0 at 0
+
+
+def row_norm(X: Tensor) -> Tensor:
+    """Euclidean norm of each row of X [B, m, n], float32 [B, m], for entries from 1e-30 to 1e30."""
+    largest, unit = _without_largest(X)
+    return largest * torch.linalg.vector_norm(unit, dim=-1)
+
+
+def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of X [B, m, n] divided by their norm, in `dtype`, and the norms, float32 [B, m]; zero rows stay zero."""
+    largest, unit = _without_largest(X)
+    norm = torch.linalg.vector_norm(unit, dim=-1)
+    return (unit / norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
+
+
+def _without_largest(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest magnitude (or TINY), and the row divided by it: its squares stay inside float32's range."""
+    X = X.float()
+    largest = X.abs().amax(dim=-1).clamp_min(TINY)
+    return largest, X / largest.unsqueeze(-1)
+
+
+def gram(
+    X: Tensor,
+    row_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+    side: str = "columns",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """scale * Y^T Y ("columns", [B, n, n]) or scale * Y Y^T ("rows", [B, m, m]) with Y = diag(row_scale) X.
+
+    row_scale [B, m], scale [B], both 1 where left out. In X's dtype, or in `dtype` float32 without rounding to it.
+    """
+    if scale is not None:
+        root = scale.sqrt().unsqueeze(-1)  # on both operands: the unscaled product could leave float16's range
+        row_scale = root.expand(X.shape[:-1]) if row_scale is None else row_scale * root
+    if row_scale is not None:
+        X = (X * row_scale.unsqueeze(-1)).to(X.dtype)
+    left, right = (X.mT, X) if side == "columns" else (X, X.mT)
+    return left @ right if dtype in (None, X.dtype) else _float32_product(left, right)
+
+
+def _float32_product(A: Tensor, B: Tensor) -> Tensor:
+    """A B with the float32 sums left as they are."""
+    if A.dtype == torch.float32:
+        return A @ B
+    if A.is_cuda:
+        return torch.bmm(A, B, out_dtype=torch.float32)
+    return A.float() @ B.float()  # the CPU has no product with a wider result
+
+
+def symmetric_product(
+    A: Tensor, B: Tensor, alpha: float = 1, beta: float = 0, gamma: float = 0, unrounded_A: Tensor | None = None
+) -> Tensor:
+    """alpha A B + beta A + gamma B for symmetric A and B [B, n, n] that commute, so that the result is symmetric.
+
+    `unrounded_A` float32 [B, n, n], from which A was rounded, takes its place in beta A.
+    """
+    if unrounded_A is None:
+        product = torch.baddbmm(A, A, B, beta=beta, alpha=alpha)
+    else:
+        product = torch.add(beta * unrounded_A, _float32_product(A, B), alpha=alpha).to(A.dtype)
+    return product.add_(B, alpha=gamma) if gamma else product
+
+
+def apply_symmetric(
+    X: Tensor,
+    S: Tensor,
+    alpha: float = 0,
+    row_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    side: str = "right",
+    outputs: str = "matrix",
+) -> tuple[Tensor, Tensor]:
+    """Y = diag(row_scale) (alpha X + X S), or (alpha X + S X) with side "left", and the sums of squares of Y's rows.
+
+    X [B, m, n]; S symmetric, [B, n, n] or on the left [B, m, m]; row_scale [B, m]. Y [B, m, n] in `dtype` (default:
+    X's), the sums of squares float32 [B, m]. `outputs` is "matrix", "row_square" or "both"; what was not asked for
+    is an empty tensor.
+    """
+    if X.stride(1) < X.stride(2):  # the transposed problem, so that Y is in X's order of memory
+        Y = (
+            torch.baddbmm(X.mT, S, X.mT, beta=alpha).mT
+            if side == "right"
+            else torch.baddbmm(X.mT, X.mT, S, beta=alpha).mT
+        )
+    else:
+        Y = torch.baddbmm(X, X, S, beta=alpha) if side == "right" else torch.baddbmm(X, S, X, beta=alpha)
+    if row_scale is not None:
+        Y = Y * row_scale.unsqueeze(-1)
+    row_square = Y.float().square().sum(dim=-1) if outputs != "matrix" else X.new_empty(0, dtype=torch.float32)
+    return Y.to(dtype or X.dtype) if outputs != "row_square" else X.new_empty(0), row_square

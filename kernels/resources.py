@@ -1,0 +1,168 @@
+"""Registers and shared memory of every kernel as it would be launched, for GPUs that are not here.
+
+    python -m kernels.resources                 table; exit status 1 if a kernel spills or does not fit
+
+The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
+caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
+Needs Triton, no GPU; a second or so for each kernel and core.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.apply_symmetric import apply_symmetric
+from kernels.gram import gram
+from kernels.launch import ARCHITECTURES, DTYPES
+from kernels.row_norm import normalize_rows, row_norm
+from kernels.symmetric_product import symmetric_product
+
+# Most shared memory one block may ask for, in bytes (CUDA C programming guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+class Launch(NamedTuple):
+    """A caught launch: what names a kernel, and what it would be compiled with."""
+
+    what: str
+    architecture: int
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
+
+
+class Resources(NamedTuple):
+    what: str
+    architecture: int
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread's stack and local memory
+    shared: int  # bytes of a block
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= self.shared_limit
+
+
+def launches(architecture: int) -> list[Launch]:
+    """Every kernel with every tile and variant that the optimizers and the public functions reach."""
+    caught: list[Launch] = []
+
+    def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        caught.append(as_launch(what, architecture, kernel, arguments, options))
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", catch),
+        mock.patch("kernels.launch.architecture", return_value=architecture),
+        mock.patch("kernels.launch.can_launch", return_value=True),
+    ):
+        for dtype in DTYPES:
+            for n in (768,) if dtype == torch.float32 else (768, 128):  # float32 has one tile, half formats two
+                X, S = torch.empty(2, 3 * n, n, dtype=dtype), torch.empty(2, n, n, dtype=dtype)
+                d, scale = torch.empty(2, 3 * n), torch.empty(2)
+                what = f"{dtype} {n}".replace("torch.", "")
+                gram(X, d, scale)
+                symmetric_product(S, S, 1.0, 2.0, 3.0)
+                apply_symmetric(X, S, 2.0, d)
+                if dtype == torch.bfloat16:  # its instructions are float16's by another name
+                    continue
+                wide, d_wide = X.new_empty(2, n, 3 * n), torch.empty(2, n)
+                gram(X)
+                gram(X, d, scale, dtype=torch.float32)
+                gram(wide, d_wide, side="rows")
+                gram(wide.mT, d, scale)
+                symmetric_product(S, S, 2.0, 3.0)
+                symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
+                apply_symmetric(X, S, 2.0)
+                apply_symmetric(X, S, 2.0, d, torch.bfloat16)
+                apply_symmetric(wide.mT, S, 2.0, d, torch.bfloat16)
+                apply_symmetric(X, S, 2.0, d, outputs="row_square")
+                apply_symmetric(wide, S, 2.0, d_wide, side="left", outputs="both")
+        for dtype in DTYPES:
+            what = f"{dtype} 768".replace("torch.", "")
+            X = torch.empty(2, 2048, 768, dtype=dtype)
+            row_norm(X)
+            normalize_rows(X, torch.float16)
+            normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
+    return caught
+
+
+def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """Triton's own reading of arguments: None and 1 are constants, multiples of 16 and tensors are aligned."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if name.isupper() or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    variant = " ".join(f"{k}={v}".lower() for k, v in options.items() if k in names and k not in ("PRECISION",))
+    meta = {k: v for k, v in options.items() if k not in names}
+    transposed = " transposed" if values.get("stride_m", values.get("stride_xm")) == 1 else ""
+    title = f"{kernel.__name__} {what} {variant}{transposed}"
+    return Launch(title, architecture, kernel.__module__, kernel.__name__, signature, constants, attributes, meta)
+
+
+def compile_launch(launch: Launch) -> Resources:
+    """Compile for the launch's architecture and read the registers, stack and shared memory off the cubin."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = ASTSource(kernel, launch.signature, constexprs=launch.constants, attrs=launch.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.architecture, 32), options=launch.options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return Resources(
+        launch.what, launch.architecture, found["REG"], found["STACK"] + found["LOCAL"],
+        found["SHARED"] + compiled.metadata.shared, SHARED_LIMIT[launch.architecture],
+    )  # fmt: skip
+
+
+def main() -> int:
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture)}
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(compile_launch, unique.values()))
+    print("registers  spilled B  shared KiB  limit  sm   kernel")
+    for row in rows:
+        print(
+            f"{row.registers:9}  {row.spilled:9}  {row.shared / 1024:10.1f}  {row.shared_limit // 1024:5}  "
+            f"{row.architecture:<3}  {row.what}{'' if row.fits else '   DOES NOT FIT'}"
+        )
+    misfits = sum(not row.fits for row in rows)
+    print(f"{len(rows)} kernels compiled, {misfits} spill registers or exceed shared memory")
+    return 1 if misfits else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

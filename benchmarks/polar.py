@@ -2,7 +2,7 @@
 
     python -m benchmarks.polar                          the cases of this device, checked, then timed
     python -m benchmarks.polar --cases 124m 1024        some of them
-    python -m benchmarks.polar --tune                   times tiles of the Triton kernels too (a GPU; minutes)
+    ./run.sh bench polar polar_quality polar_tiles      checks, times and tile sizes: all there is for one GPU
 
 A variant is timed only if its result, on one matrix of every shape, is as near to float64 Newton-Schulz with the same
 coefficients as it should be. Variants take turns. FLOPs and bytes are counted by running the real code with counting
@@ -47,8 +47,6 @@ class Args:
     """Of the result: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 on a CPU."""
     passes: int = 15
     """Turns of each variant; the table has medians."""
-    tune: bool = False
-    """Time tiles of the Triton kernels at the shapes of the 124 M model, and name the best."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,7 +262,8 @@ def time_case(
         row["effective_tflops"] = dense.flops / best / 1e12
         row["executed_tflops"] = flop_s / best / 1e12
         row["gbytes_per_s"] = byte_s / best / 1e9
-        row["of_roofline"] = max(flop_s / peaks[0], byte_s / peaks[1]) / best
+        if key != "torch.optim.Muon" or dtype == torch.bfloat16:  # which is in bfloat16 whatever was asked for
+            row["of_roofline"] = max(flop_s / peaks[0], byte_s / peaks[1]) / best
     return list(rows.values())
 
 

@@ -59,3 +59,19 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A Markdown table of the columns {key in a row: heading}; absent values are a dash."""
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    lines += [[_cell(row[key]) if row.get(key, "") != "" else "-" for key in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_section(document: str, name: str, content: str) -> str:
+    """The document with `content` between the lines <!-- name --> and <!-- /name -->; ValueError without them."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if start not in document or end not in document:
+        raise ValueError(f"the document has no section between {start.strip()} and {end}; add both lines")
+    before, rest = document.split(start, 1)
+    return before + start + content + end + rest.split(end, 1)[1]

@@ -78,6 +78,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
     return register
 
 
+@torch.compiler.assume_constant_result
 def can_launch(device: torch.device) -> bool:
     """On CUDA from compute capability 8.0; anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
     if device.type == "cuda":

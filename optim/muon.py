@@ -115,6 +115,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 bank.restore(self.state)
         return self._banks[index]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "kernels": self.kernels}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also the end of load_state_dict: the banks no longer hold the state
         self._banks = {}

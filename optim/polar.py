@@ -136,7 +136,7 @@ def plan_segments(
     longest = LONGEST_SEGMENT[storage][method]
     direct, gram = ([coefficients[i : i + k] for i in range(0, len(coefficients), k)] for k in (1, longest))
     if form == "auto":
-        return min(direct, gram, key=lambda segments: flops(segments, m, n, symmetric))
+        form = "direct" if flops(direct, m, n, symmetric) <= flops(gram, m, n, symmetric) else "gram"
     return direct if form == "direct" else gram
 
 

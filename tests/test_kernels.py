@@ -23,6 +23,8 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 from kernels import apply_symmetric as apply_module
 from kernels import gram as gram_module
 from kernels.launch import ARCHITECTURES, FLOAT32, LARGE, SMALL, Tile, architecture
+from optim.aurora import aurora_polar
+from optim.polar import polar
 from tests.conftest import ROOT, Trainer
 
 apply_symmetric, gram = apply_module.apply_symmetric, gram_module.gram
@@ -287,20 +289,20 @@ def test_a_device_takes_the_newest_tiles_it_can_run(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_kernels_are_single_nodes_of_a_compiled_graph() -> None:
-    """torch.compile without graph breaks, shapes and strides of the outputs known beforehand; equal results."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("rule", [polar, aurora_polar], ids=["polar", "aurora_polar"])
+def test_a_compiled_graph_holds_the_whole_polar_factor(rule: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """torch.compile without graph breaks, the kernels' shapes and strides known beforehand; equal results."""
+    torch._dynamo.reset()
 
-    def everything(X: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-        rows, norm = normalize_rows(X, torch.float32)
-        R = gram(rows, d, 1 / norm.sum(dim=-1))
-        return apply_symmetric(rows, symmetric_product(R, R, 2.0, 3.0), 1.5, d, outputs="both")
+    def update(X: Tensor) -> Tensor:
+        return rule(X, dtype=dtype, kernels="triton")
 
-    compiled = torch.compile(everything, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")
-    for X in (randn(2, 9, 5), randn(2, 5, 9).mT):
-        d = rand(2, 9)
-        for result, expected in zip(compiled(X, d), everything(X, d), strict=True):
-            assert result.stride() == expected.stride()
-            torch.testing.assert_close(result, expected)
+    compiled = torch.compile(update, fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")
+    for X in (randn(2, 20, 9), randn(2, 9, 20)):
+        result, expected = compiled(X), update(X)
+        assert result.stride() == expected.stride()
+        torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.slow

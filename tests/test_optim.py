@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.polar import exact_aurora
 from model import GPT, ModelConfig
 from optim import Aurora, MatrixOptimizer, Muon, build_optimizers, routing_table
 from optim.aurora import aurora_polar
@@ -126,6 +127,37 @@ def test_aurora_with_polar_express_is_equal_about_a_mean_near_one() -> None:
     norms = aurora_polar(uneven(512, 128), dtype=torch.float32).norm(dim=1) / math.sqrt(128 / 512)
     assert (norms / norms.mean() - 1).abs().max() < 0.05
     assert abs(norms.mean() - 1) < 0.05
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("form", ["direct", "gram"])
+@pytest.mark.parametrize("shape", [(61, 23), (23, 61)], ids=["tall", "wide"])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_aurora_without_storing_the_scaled_matrix_is_its_definition(
+    shape: tuple[int, int], form: str, dtype: torch.dtype, kernels: str, iterations: int
+) -> None:
+    """Scales folded into the products, in every format and form, against float64 with d * M written out."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    M = torch.stack([uneven(*shape), uneven(*shape, seed=4)])
+    expected = exact_aurora(M, iterations)
+    result = aurora_polar(M, iterations, dtype=dtype, kernels=kernels, form=form).double()
+    assert (result - expected).norm() <= (1e-3 if dtype == torch.float32 else 0.03) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("shape", [(2048, 768), (768, 2048), (3072, 768)], ids=str)
+def test_two_iterations_put_rows_of_real_shapes_within_three_percent(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Log-normal rows, the default method. Muon's rows of the same matrix differ tenfold."""
+    M, is_tall = uneven(*shape), shape[0] > shape[1]
+    share = math.sqrt(min(shape) / max(shape))
+    norms = aurora_polar(M, 2, dtype=dtype).float().norm(dim=1 if is_tall else 0) / share
+    assert (norms - 1).abs().max() < 0.03
+    muon = polar(M, dtype=dtype).float().norm(dim=1 if is_tall else 0)
+    assert muon.max() > 10 * muon.min()
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24)], ids=["tall", "wide"])
@@ -357,6 +389,25 @@ def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str)
     table = routing_table(optimizers)
     count = sum(p.numel() for p in model.blocks.parameters())
     assert f"matrix: 8 tensors, {count:,} parameters" in table
+    assert ("torch kernels" in table) == (name in ("muon", "aurora"))
+
+
+def test_kernels_that_cannot_run_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"kernels = 'triton' needs a CUDA GPU.*on cpu"):
+        Muon([weight], kernels="triton")
+    with pytest.raises(ValueError, match=r"kernels = 'fast' is unknown"):
+        Aurora([weight], kernels="fast")
+
+
+def test_kernels_are_the_machine_s_own_and_no_part_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    saved = Muon([nn.Parameter(torch.zeros(4, 4))], kernels="triton").state_dict()
+    optimizer = Muon([nn.Parameter(torch.zeros(4, 4))], kernels="torch")
+    optimizer.load_state_dict(saved)
+    assert optimizer.kernels == copy.deepcopy(optimizer).kernels == "torch"
 
 
 def test_an_unknown_matrix_optimizer_is_refused() -> None:

@@ -1,0 +1,86 @@
+"""Which tile sizes suit this GPU: every product of the Gram form, timed with every candidate, the best first.
+
+    python -m benchmarks.polar_tiles                    then put the best into LARGE of kernels/launch.py
+
+Tiles are chosen once, here, and written down: a kernel that tunes itself would do so on a run's clock, and two runs
+could differ.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import tyro
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.polar import CASES, Shape, synchronized
+from benchmarks.report import Row, median_seconds, report
+from kernels.apply_symmetric import apply_symmetric
+from kernels.gram import gram
+from kernels.launch import LARGE, Tile, can_launch
+from kernels.symmetric_product import symmetric_product
+
+CANDIDATES = (
+    *dict.fromkeys(LARGE.values()), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4),
+    Tile(64, 64, 64, 4, 4), Tile(64, 64, 32, 4, 5), Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    case: str = "124m"
+    """Shapes, by their name in benchmarks/polar.py."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    passes: int = 15
+    """Turns of each candidate; the table has medians."""
+
+
+def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.device, passes: int) -> list[Row]:
+    """A row for each product, shape and tile that the device can hold, by time within a product and shape."""
+    rows: list[Row] = []
+    for B, m, n in shapes:
+        X = torch.randn(B, m, n, device=device).half() / max(m, n) ** 0.5
+        X = X if m >= n else X.mT  # as the optimizers see it
+        d = torch.rand(X.shape[:2], device=device)
+        R = gram(X)
+        side, flops = min(m, n), float(max(m, n)) * min(m, n) ** 2
+        products: dict[str, tuple[Callable[..., object], float]] = {
+            "gram": (partial(gram, X, d), flops),  # half of the output
+            "symmetric_product": (partial(symmetric_product, R, R, 1.0, 2.0), float(side) ** 3),
+            "apply_symmetric": (partial(apply_symmetric, X, R, 2.0), 2 * flops),
+        }
+        for name, (product, flops) in products.items():
+            runs: dict[str, Callable[[], object]] = {}
+            for tile in tiles:
+                if tile.rows == tile.columns or name == "apply_symmetric":  # a triangle needs square tiles
+                    with suppress(OutOfResources):
+                        product(tile=tile)
+                        runs[str(tuple(tile))] = synchronized(partial(product, tile=tile), device)
+            seconds = {tile: value.wall for tile, value in median_seconds(runs, passes).items()}
+            for tile_name in sorted(seconds, key=seconds.__getitem__):
+                row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * seconds[tile_name])
+                rows.append(row | dict(tflops=B * flops / seconds[tile_name] / 1e12))
+    return rows
+
+
+def main(args: Args) -> int:
+    device = torch.device(args.device)
+    if args.case not in CASES or not can_launch(device):
+        print(
+            f"error: case = {args.case!r} must be one of {', '.join(CASES)}, and device = {args.device!r} a CUDA GPU: "
+            "tiles are Triton's",
+            file=sys.stderr,
+        )
+        return 2
+    with torch.no_grad():
+        rows = time_tiles(CASES[args.case], CANDIDATES, device, args.passes)
+    report("polar_tiles", rows, args.device, case=args.case, passes=args.passes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))

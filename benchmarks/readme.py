@@ -1,0 +1,68 @@
+"""Write the README's generated tables from the committed results.
+
+    python -m benchmarks.readme
+
+A section stands between <!-- name --> and <!-- /name -->; a test fails when the README and the results differ.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.report import RESULTS, Row, markdown, with_section
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def polar_section() -> str:
+    """Milliseconds by matrices and variant, a table for each device; of ours as a CUDA graph where there is one."""
+    parts = []
+    for path in sorted(RESULTS.glob("polar_[!qt]*.json")):
+        result = json.loads(path.read_text())
+        settings = result["settings"]
+        table: dict[str, Row] = {}
+        for row in result["rows"]:
+            line = table.setdefault(row["case"], dict(case=row["case"]))
+            line[row["variant"]] = row.get("graph_ms") or row.get("ms", "")
+            if row["variant"] == "auto":
+                line["of_roofline"] = f"{row['of_roofline']:.0%}"
+        variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
+        headings = {name: name for name in variants} | {
+            "torch.optim.Muon": "torch.optim.Muon (bfloat16)",
+            "auto": "ours",
+        }
+        parts.append(
+            f"{result['device']}, {settings['dtype']}, {settings['kernels']} kernels; milliseconds, medians of "
+            f"{settings['passes']}. Large matrix products reach {settings['product_tflops']:.3g} TFLOP/s there, copies "
+            f"{settings['copy_gbytes_per_s']:.3g} GB/s:\n\n"
+            + markdown(list(table.values()), {"case": "matrices"} | headings | {"of_roofline": "ours of roofline"})
+        )
+    return "\n".join(parts)
+
+
+def quality_section() -> str:
+    """The float16 Gram form beside the dense form in bfloat16."""
+    parts = []
+    for path in sorted(RESULTS.glob("polar_quality_*.json")):
+        result = json.loads(path.read_text())
+        forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram": "ours, float16 Gram", "unrounded": "exact"}
+        table: dict[tuple[str, str], Row] = {}
+        for row in result["rows"]:
+            if row["form"] in forms:
+                line = table.setdefault(
+                    (row["shape"], row["spectrum"]), dict(shape=row["shape"], spectrum=row["spectrum"])
+                )
+                line[row["form"]] = f"{row['orthogonality']:.4f} / {row['direction']:.5f}"
+        columns = dict(shape="matrix", spectrum="singular values") | forms
+        parts.append(markdown(list(table.values()), columns) + f"\n({result['device']})\n")
+    return "".join(parts)
+
+
+def main() -> None:
+    document = README.read_text()
+    for name, section in (("polar", polar_section()), ("polar_quality", quality_section())):
+        document = with_section(document, name, section)
+    README.write_text(document)
+
+
+if __name__ == "__main__":
+    main()

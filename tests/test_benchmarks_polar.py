@@ -1,0 +1,92 @@
+"""The polar benchmarks: they refuse what is wrong, count what is done, and write the README's tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import polar, polar_quality, readme, report
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setitem(polar.CASES, "tiny", [(2, 48, 16), (1, 16, 16)])
+    monkeypatch.setattr(polar.torch, "compile", lambda function, **options: function)  # seconds, and not ours to test
+    return tmp_path
+
+
+def test_every_variant_is_checked_then_timed(tiny: Path) -> None:
+    assert polar.main(polar.Args(cases=("tiny",), device="cpu", passes=2)) == 0
+    (path,) = tiny.glob("polar_*.json")
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert {row["check"] for row in rows.values()} == {"right"}
+    dense = 2 * 5 * (4 * 16**2 * 48 + 2 * 16**3) + 5 * 6 * 16**3
+    assert rows["torch eager"]["executed_gflop"] == pytest.approx(dense / 1e9)
+    assert rows["direct"]["executed_gflop"] == pytest.approx(dense / 1e9)
+    # 48x16 in one segment of 5 steps; the square ones take the direct form unless told otherwise
+    tall = 2 * (4 * 16**2 * 48 + 17 * 2 * 16**3)
+    assert rows["gram"]["executed_gflop"] == pytest.approx((tall + 4 * 16**3 + 17 * 2 * 16**3) / 1e9)
+    assert rows["auto"]["executed_gflop"] == pytest.approx((tall + 5 * 6 * 16**3) / 1e9)
+    assert rows["aurora K=2"]["executed_gflop"] == pytest.approx((2 * tall + 5 * 6 * 16**3) / 1e9)
+    assert rows["torch eager"]["of_eager"] == 1
+
+
+def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = polar.aurora_polar
+    monkeypatch.setattr(polar, "aurora_polar", lambda X, k, **options: right(X, k, **options) * (1.01 if k == 3 else 1))
+    assert polar.main(polar.Args(cases=("tiny",), device="cpu", passes=1)) == 1
+    rows = {row["variant"]: row for row in json.loads(next(tiny.glob("polar_*.json")).read_text())["rows"]}
+    assert rows["aurora K=1"]["check"] == "right"
+    assert "error 0.0" in rows["aurora K=3"]["check"]
+    assert rows["aurora K=3"]["ms"] == ""
+    assert "allowed" in capsys.readouterr().out
+
+
+def test_unknown_cases_and_formats_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert polar.main(polar.Args(cases=("huge",))) == 2
+    assert "huge" in capsys.readouterr().err
+    assert polar.main(polar.Args(cases=("tiny",), dtype="float64")) == 2
+    assert not list(tiny.iterdir())
+
+
+def test_quality_of_a_small_matrix_is_reported_for_every_form(tiny: Path) -> None:
+    assert polar_quality.main(polar_quality.Args(shapes=("257x101",), device="cpu")) == 0
+    (path,) = tiny.glob("polar_quality_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["spectrum"] for row in rows} == set(polar_quality.SPECTRA)
+    exact = [row for row in rows if row["form"] == "unrounded" and row["spectrum"] == "rank-deficient"]
+    assert exact[0]["direction"] < 1e-9  # all its singular values reach about the same value
+    assert all(row["distance"] < 0.05 for row in rows if row["form"].startswith("float16"))
+
+
+def test_tiles_are_timed_by_product_and_the_best_comes_first() -> None:
+    polar_tiles = pytest.importorskip("benchmarks.polar_tiles")
+    from kernels.launch import Tile
+
+    if torch.cuda.is_available():
+        pytest.skip("runs in the interpreter")
+    tiles = (Tile(16, 16, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+    rows = polar_tiles.time_tiles([(1, 40, 20), (1, 20, 40)], tiles, CPU, passes=1)
+    assert [(row["kernel"], row["shape"]) for row in rows[:4]] == [
+        ("gram", "1x40x20"), ("symmetric_product", "1x40x20"), ("apply_symmetric", "1x40x20"),
+        ("apply_symmetric", "1x40x20"),
+    ]  # fmt: skip
+    assert rows[2]["ms"] <= rows[3]["ms"]
+
+
+def test_the_readme_holds_the_committed_results() -> None:
+    document = readme.README.read_text()
+    for name, section in (("polar", readme.polar_section()), ("polar_quality", readme.quality_section())):
+        assert section
+        assert report.with_section(document, name, section) == document, "run python -m benchmarks.readme"
+
+
+def test_a_missing_section_is_said() -> None:
+    with pytest.raises(ValueError, match=r"<!-- polar -->"):
+        report.with_section("# Nothing\n", "polar", "")

@@ -14,7 +14,8 @@ usage() {
 ./run.sh test [pytest arguments]       all tests
 ./run.sh check                         lint, format, types, shellcheck and the fast tests
 ./run.sh lint                          the same without tests
-./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step (default: all)
+./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step, polar,
+                                       polar_quality (default: these), polar_tiles (a GPU)
 
 Several nodes: the same line on each, with NNODES, NODE_RANK and RDZV_ENDPOINT=host:port set.
 PYTHON chooses the interpreter that makes the virtual environment (3.11 or later).
@@ -92,7 +93,7 @@ case "${1:-}" in
     bench)
         shift
         install_dev
-        [ $# -gt 0 ] || set -- loader tokenize train_step
+        [ $# -gt 0 ] || set -- loader tokenize train_step polar polar_quality
         if [ -z "${TIKTOKEN_CACHE_DIR:-}" ]; then # GPT-2's vocabulary without a network
             TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary .venv-dev/gpt2)
             export TIKTOKEN_CACHE_DIR

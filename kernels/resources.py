@@ -1,6 +1,6 @@
 """Registers and shared memory of every kernel as it would be launched, for GPUs that are not here.
 
-    python -m kernels.resources                 table; exit status 1 if a kernel spills or does not fit
+    python -m kernels.resources      a table; exit status 1 if a kernel spills, does not fit, or misses tensor cores
 
 The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
 caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
@@ -55,10 +55,12 @@ class Resources(NamedTuple):
     spilled: int  # bytes of a thread's stack and local memory
     shared: int  # bytes of a block
     shared_limit: int
+    tensor_cores: bool  # uses them
 
     @property
-    def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= self.shared_limit
+    def is_good(self) -> bool:
+        needs_tensor_cores = "row_norm" not in self.what and "float32 " not in self.what
+        return self.spilled == 0 and self.shared <= self.shared_limit and (self.tensor_cores or not needs_tensor_cores)
 
 
 def launches(architecture: int) -> list[Launch]:
@@ -81,16 +83,16 @@ def launches(architecture: int) -> list[Launch]:
                 gram(X, d, scale)
                 symmetric_product(S, S, 1.0, 2.0, 3.0)
                 apply_symmetric(X, S, 2.0, d)
-                if dtype == torch.bfloat16:  # its instructions are float16's by another name
+                gram(X)
+                apply_symmetric(X, S, 2.0)
+                if dtype != torch.float16:  # bfloat16 is the same by another name, float32 nobody's first choice
                     continue
                 wide, d_wide = X.new_empty(2, n, 3 * n), torch.empty(2, n)
-                gram(X)
                 gram(X, d, scale, dtype=torch.float32)
                 gram(wide, d_wide, side="rows")
                 gram(wide.mT, d, scale)
                 symmetric_product(S, S, 2.0, 3.0)
                 symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
-                apply_symmetric(X, S, 2.0)
                 apply_symmetric(X, S, 2.0, d, torch.bfloat16)
                 apply_symmetric(wide.mT, S, 2.0, d, torch.bfloat16)
                 apply_symmetric(X, S, 2.0, d, outputs="row_square")
@@ -144,6 +146,7 @@ def compile_launch(launch: Launch) -> Resources:
     return Resources(
         launch.what, launch.architecture, found["REG"], found["STACK"] + found["LOCAL"],
         found["SHARED"] + compiled.metadata.shared, SHARED_LIMIT[launch.architecture],
+        re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]) is not None,
     )  # fmt: skip
 
 
@@ -153,15 +156,19 @@ def main() -> int:
     unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture)}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_launch, unique.values()))
-    print("registers  spilled B  shared KiB  limit  sm   kernel")
+    print("registers  spilled B  shared KiB  limit  tensor cores  sm   kernel")
     for row in rows:
+        verdict = "" if row.is_good else "   BAD"
         print(
             f"{row.registers:9}  {row.spilled:9}  {row.shared / 1024:10.1f}  {row.shared_limit // 1024:5}  "
-            f"{row.architecture:<3}  {row.what}{'' if row.fits else '   DOES NOT FIT'}"
+            f"{'yes' if row.tensor_cores else 'no':>12}  {row.architecture:<3}  {row.what}{verdict}"
         )
-    misfits = sum(not row.fits for row in rows)
-    print(f"{len(rows)} kernels compiled, {misfits} spill registers or exceed shared memory")
-    return 1 if misfits else 0
+    bad = sum(not row.is_good for row in rows)
+    print(
+        f"{len(rows)} kernels compiled; {bad} spill registers, exceed shared memory or multiply half precision "
+        "without tensor cores"
+    )
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

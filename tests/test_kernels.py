@@ -342,7 +342,7 @@ def test_every_shipped_kernel_compiles_for_every_architecture_without_spilling(
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if "_kernel" in line]
     for sm in ("80", "89", "90", "100"):
-        compiled = {row[5] for row in rows if row[4] == sm}
+        compiled = {row[6] for row in rows if row[5] == sm}
         assert compiled == {"gram_kernel", "symmetric_product_kernel", "apply_symmetric_kernel", "row_norm_kernel"}
         assert all(0 < int(row[0]) <= 255 and int(row[1]) == 0 for row in rows)
 

@@ -51,19 +51,18 @@ def backend(kernels: str, device: torch.device) -> Backend:
     )
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # there is none for macOS
 
 
-@cache
 def _torch() -> Backend:
     from kernels import reference as r
 
     return Backend("torch", False, r.row_norm, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric)
 
 
-@cache
 def _triton() -> Backend:
     from kernels.apply_symmetric import apply_symmetric
     from kernels.gram import gram

@@ -84,7 +84,7 @@ def apply_symmetric(
         )
     check_batch("apply_symmetric: X", X)
     check_batch("apply_symmetric: S", S, like=X)
-    check_scale("apply_symmetric: row_scale", row_scale, tuple(X.shape[:2]), X)
+    row_scale = check_scale("apply_symmetric: row_scale", row_scale, tuple(X.shape[:2]), X)
     tall = X if side == "right" else X.mT
     if S.shape != (X.size(0), tall.size(2), tall.size(2)):
         raise ValueError(

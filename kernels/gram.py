@@ -59,6 +59,8 @@ def gram_kernel(
         total *= d_i[:, None] * d_j[None, :]
     if SCALE:
         total *= tl.load(scale + b)
+    if i == j:  # symmetric but for the rounding of the scaled operand
+        total = 0.5 * (total + tl.trans(total))
     result = total.to(out.dtype.element_ty)
     inside = (columns_i < n)[:, None] & (columns_j < n)[None, :]
     out += b * n * n
@@ -88,8 +90,8 @@ def gram(
     check_batch("gram: X", X)
     if dtype not in (None, X.dtype, torch.float32):
         raise ValueError(f"gram: dtype = {dtype} must be X's own, {X.dtype}, or torch.float32")
-    check_scale("gram: row_scale", row_scale, tuple(X.shape[:2]), X)
-    check_scale("gram: scale", scale, (X.size(0),), X)
+    row_scale = check_scale("gram: row_scale", row_scale, tuple(X.shape[:2]), X)
+    scale = check_scale("gram: scale", scale, (X.size(0),), X)
     tall = X if side == "columns" else X.mT
     return _gram(tall, row_scale, scale, side == "rows", dtype or X.dtype, tile and list(tile))
 

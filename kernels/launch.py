@@ -98,14 +98,15 @@ def check_batch(what: str, X: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tensor) -> None:
-    """ValueError unless `scale` is left out, or float32 of that shape on X's device and contiguous."""
+def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tensor) -> Tensor | None:
+    """`scale`, contiguous; ValueError unless it is left out, or float32 of that shape on X's device."""
     if scale is None:
-        return
+        return None
     if scale.shape != shape or scale.dtype != torch.float32 or scale.device != X.device:
         raise ValueError(
             f"{what} is {scale.dtype} {tuple(scale.shape)} on {scale.device}; it must be float32 {shape} on {X.device}"
         )
+    return scale.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import polar_quality
+from benchmarks.polar import dense_polar
 from optim.polar import COEFFICIENTS, LONGEST_SEGMENT, flops, plan_segments, polar
 
 # Largest distance of a singular value from 1 after the method's own number of steps, for Gaussian matrices of the
@@ -123,6 +124,17 @@ def test_no_form_is_worse_than_the_dense_one_in_bfloat16(shape: tuple[int, int],
     for name in ("float16 direct", "float16 gram", "float32 direct", "float32 gram"):
         assert polar_quality.is_no_worse(results[name], results["bfloat16 dense direct"], results["unrounded"]), name
     assert results["float32 gram"].distance < 5e-3
+
+
+@pytest.mark.parametrize("spectrum", polar_quality.SPECTRA)
+def test_the_triton_kernels_themselves_are_no_worse(spectrum: str) -> None:
+    """The float16 Gram form through the kernels, several tiles wide."""
+    pytest.importorskip("triton")
+    problem = polar_quality.make_problem(150, 90, spectrum, "polar_express")
+    dense = polar_quality.quality(dense_polar(problem.X, torch.bfloat16), problem)
+    unrounded = polar_quality.quality(problem.unrounded, problem)
+    result = polar_quality.quality(polar(problem.X, dtype=torch.float16, kernels="triton", form="gram"), problem)
+    assert polar_quality.is_no_worse(result, dense, unrounded)
 
 
 def test_the_quality_measure_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 def polar_section() -> str:
     """Milliseconds by matrices and variant, a table for each device; of ours as a CUDA graph where there is one."""
     parts = []
-    for path in sorted(RESULTS.glob("polar_[!qt]*.json")):
+    for path in sorted(RESULTS.glob("polar_[!qrt]*.json")):
         result = json.loads(path.read_text())
         settings = result["settings"]
         table: dict[str, Row] = {}

@@ -35,14 +35,14 @@ def apply_symmetric_kernel(
     rows, columns, depth = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     x += b * stride_xb + rows[:, None].to(tl.int64) * stride_xm
-    x_tile = x + depth[None, :] * stride_xn
+    x_tile = x + depth[None, :].to(tl.int64) * stride_xn
     s_tile = s + b * n * n + depth[:, None].to(tl.int64) * n + columns[None, :]
     y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for k in range(0, n, DEPTH):
         left = tl.load(x_tile, mask=(rows < m)[:, None] & (k + depth < n)[None, :], other=0.0)
         right = tl.load(s_tile, mask=(k + depth < n)[:, None] & (columns < n)[None, :], other=0.0)
         y = tl.dot(left, right, y, input_precision=PRECISION)
-        x_tile += DEPTH * stride_xn
+        x_tile += tl.full((), DEPTH, tl.int64) * stride_xn
         s_tile += DEPTH * n
     if ALPHA:
         x_here = x + columns[None, :].to(tl.int64) * stride_xn

@@ -38,19 +38,20 @@ def gram_kernel(
     columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     rows = tl.arange(0, DEPTH)
     x += b * stride_b
-    x_i = x + rows[:, None] * stride_m + columns_i[None, :].to(tl.int64) * stride_n
-    x_j = x + rows[:, None] * stride_m + columns_j[None, :].to(tl.int64) * stride_n
+    # X_i is loaded transposed: so both operands come in as the product reads them, without a turn in registers
+    x_i = x + columns_i[:, None].to(tl.int64) * stride_n + rows[None, :].to(tl.int64) * stride_m
+    x_j = x + rows[:, None].to(tl.int64) * stride_m + columns_j[None, :].to(tl.int64) * stride_n
+    step = tl.full((), DEPTH, tl.int64) * stride_m
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
     for k in range(0, m, DEPTH):
-        inside = (k + rows < m)[:, None]
-        left = tl.load(x_i, mask=inside & (columns_i < n)[None, :], other=0.0)
-        right = tl.load(x_j, mask=inside & (columns_j < n)[None, :], other=0.0)
+        left = tl.load(x_i, mask=(columns_i < n)[:, None] & (k + rows < m)[None, :], other=0.0)
+        right = tl.load(x_j, mask=(k + rows < m)[:, None] & (columns_j < n)[None, :], other=0.0)
         if ROW_SCALE == "summed":
             d = tl.load(row_scale + b * m + k + rows, mask=k + rows < m, other=0.0)
-            left = (left * (d * d * lift)[:, None]).to(left.dtype)
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
-        x_i += DEPTH * stride_m
-        x_j += DEPTH * stride_m
+            left = (left * (d * d * lift)[None, :]).to(left.dtype)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        x_i += step
+        x_j += step
     if ROW_SCALE == "summed":
         total /= lift
     if ROW_SCALE == "output":

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 # Tiles of the matrix products, by architecture. Chosen for occupancy and shared memory from compiler output
-# (python -m kernels.resources); not yet timed on a device. `python -m benchmarks.polar --tune` times others.
+# (python -m kernels.resources); not yet timed on a device. python -m benchmarks.polar_tiles times others.
 LARGE = {
     80: Tile(128, 128, 32, 8, 4),
     89: Tile(128, 128, 32, 8, 3),

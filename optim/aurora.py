@@ -20,6 +20,7 @@ from kernels import backend
 from optim.muon import MatrixOptimizer
 from optim.polar import (
     SAFETY,
+    as_matrices,
     check_polar_arguments,
     fast_half_dtype,
     newton_schulz,
@@ -32,6 +33,7 @@ from optim.polar import (
 SIDES = ("both", "tall", "wide")
 
 
+@torch.no_grad()
 def aurora_polar(
     M: Tensor,
     iterations: int = 2,
@@ -45,9 +47,11 @@ def aurora_polar(
     """The row-balanced polar factor of each matrix of M [..., m, n] (columns where m < n), in `dtype`.
 
     Rows (columns) have norm sqrt(n / m) within some percent after 2 iterations; zero ones stay zero. The arguments
-    after `beta` are those of `polar`. d * M is never stored: it enters the products as they load M, and an iteration
-    that only corrects d computes the row norms of its polar factor without writing it.
+    after `beta` are those of `polar`. On CUDA d * M is never stored: it enters the products as they load M, and an
+    iteration that only corrects d computes the row norms of its polar factor without writing it.
     """
+    M = as_matrices(M)
+    check_aurora_arguments("aurora_polar", iterations, beta)
     m, n = M.shape[-2:]
     if m == n:
         return polar(M, method, steps, dtype, kernels, form)
@@ -55,8 +59,8 @@ def aurora_polar(
         return aurora_polar(M.mT, iterations, beta, method, steps, dtype, kernels, form).mT
     check_polar_arguments(method, steps)
     ops = backend(kernels, M.device)
-    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device)
-    rows, norm = ops.normalize_rows(M.reshape(-1, m, n), storage)
+    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
+    rows, norm = ops.normalize_rows(M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0), storage)
 
     def factor(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
         if method == "svd":
@@ -73,6 +77,13 @@ def aurora_polar(
     return U.reshape(M.shape)
 
 
+def check_aurora_arguments(who: str, iterations: int, beta: float) -> None:
+    if iterations < 1:
+        raise ValueError(f"{who}: iterations = {iterations} must be at least 1; 2 is the usual choice")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"{who}: beta = {beta} must be between 0 and 1; 0.5 is the usual choice")
+
+
 class Aurora(MatrixOptimizer):
     """Muon with equal row norms. `sides` names the matrices it balances ("both", "tall" or "wide"); the others get
     Muon's update. `iterations` polar factors a step (1 is known as Muon-EQ) and `beta` the strength of correction.
@@ -86,10 +97,7 @@ class Aurora(MatrixOptimizer):
     def _check_group(self, index: int) -> None:
         super()._check_group(index)
         group = self.param_groups[index]
-        if group["iterations"] < 1:
-            raise ValueError(f"Aurora: iterations = {group['iterations']} must be at least 1; 2 is the usual choice")
-        if not 0 <= group["beta"] <= 1:
-            raise ValueError(f"Aurora: beta = {group['beta']} must be between 0 and 1; 0.5 is the usual choice")
+        check_aurora_arguments("Aurora", group["iterations"], group["beta"])
         if group["sides"] not in SIDES:
             raise ValueError(f"Aurora: sides = {group['sides']!r} is unknown; choose one of {', '.join(SIDES)}")
 

@@ -162,7 +162,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state = bank.state if rows is None else {name: value[rows] for name, value in bank.state.items()}
         momentum_buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp_(momentum_buffer, group["momentum"]) if group["nesterov"] else momentum_buffer.clone()
-        direction = self.orthogonalize(update, state, group)
+        with torch.autocast(update.device.type, enabled=False):  # the caller's would recast the products
+            direction = self.orthogonalize(update, state, group)
         if rows is not None:
             for name, value in state.items():
                 bank.state[name][rows] = value

@@ -20,12 +20,14 @@ Coefficients: `quintic` from Keller Jordan, "Muon: an optimizer for hidden layer
 `simple_quintic`: the slow textbook iteration, quadratically convergent at 1. `svd`: float64, the oracle for tests.
 """
 
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels import Backend, backend
+from kernels.reference import TINY
 
 Coefficients = tuple[float, float, float]
 
@@ -43,15 +45,13 @@ METHODS = (*COEFFICIENTS, "svd")
 FORMS = ("auto", "direct", "gram")
 # Polar Express is tuned for spectral norms up to 1/1.02, which leaves room for rounding in half precision.
 SAFETY = {"polar_express": 1.02, "quintic": 1.0, "simple_quintic": 1.0}
-# Longest segments that lose nothing against the direct form in bfloat16 on any spectrum of benchmarks/polar.py. In
-# bfloat16 itself every restart saved costs accuracy.
+# Longest segments that lose nothing against the direct form in bfloat16 on any spectrum of
+# benchmarks/polar_quality.py. In bfloat16 itself every restart saved costs accuracy.
 LONGEST_SEGMENT = {
     torch.float16: {"polar_express": 3, "quintic": 3, "simple_quintic": 5},
     torch.bfloat16: {"polar_express": 1, "quintic": 1, "simple_quintic": 1},
     torch.float32: {"polar_express": 6, "quintic": 6, "simple_quintic": 6},
 }
-TINY = torch.finfo(torch.float32).tiny  # keeps 0 / 0 at 0
-
 Segments = list[list[Coefficients]]
 
 
@@ -65,6 +65,7 @@ def fast_half_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@torch.no_grad()
 def polar(
     X: Tensor,
     method: str = "polar_express",
@@ -78,17 +79,17 @@ def polar(
     `steps` defaults to the method's own number (polar_express 5, quintic 5, simple_quintic 12); further steps
     repeat the last coefficients. `dtype` is bfloat16, float16 or float32; on CUDA bfloat16 is computed in float16,
     which is as fast and rounds eight times finer, and entries are scaled to stay inside its range. `kernels` is
-    "auto", "triton" or "torch", `form` "auto" (the cheaper one), "direct" or "gram". Works for any scale from 1e-30
-    to 1e30; a zero matrix stays zero. Raises ValueError for other arguments.
+    "auto", "triton" or "torch", `form` "auto" (the cheaper one), "direct" or "gram" (in bfloat16 storage direct all the
+    same, see LONGEST_SEGMENT). Works for any scale from 1e-30 to 1e30; a zero matrix stays zero. Not differentiable.
+    Raises ValueError for other arguments.
     """
     check_polar_arguments(method, steps)
-    if X.ndim < 2:
-        raise ValueError(f"polar: X has shape {tuple(X.shape)}; the last two dimensions must be a matrix")
+    X = as_matrices(X)
+    ops = backend(kernels, X.device)
+    storage = storage_dtype(dtype, X.device, method, steps)
     if method == "svd":
         return polar_svd(X)
     tall = X if X.size(-2) > X.size(-1) else X.mT  # X X^T of a square row-major X is quicker than X^T X on CPUs
-    ops = backend(kernels, X.device)
-    storage = storage_dtype(dtype, X.device)
     m, n = tall.shape[-2:]
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
     batch, norm = tall.flatten(0, -3) if tall.ndim > 2 else tall.unsqueeze(0), None
@@ -115,11 +116,33 @@ def polar_svd(X: Tensor) -> Tensor:
     return (W * (rank_tolerance < S).unsqueeze(-2)) @ Vh
 
 
-def storage_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def as_matrices(X: Tensor) -> Tensor:
+    """X in a dtype the kernels read (float64 becomes float32); ValueError unless it holds real matrices."""
+    if X.ndim < 2 or 0 in X.shape[-2:]:
+        raise ValueError(
+            f"polar: X has shape {tuple(X.shape)}; the last two dimensions must be a matrix with rows and columns"
+        )
+    if not X.is_floating_point():
+        raise ValueError(f"polar: X has dtype {X.dtype}; it must be real floating-point, such as torch.float32")
+    return X if X.dtype in LONGEST_SEGMENT else X.float()
+
+
+def storage_dtype(dtype: torch.dtype, device: torch.device, method: str, steps: int | None) -> torch.dtype:
     """What matrices are held in between products, when the result is wanted in `dtype`."""
     if dtype not in LONGEST_SEGMENT:
         raise ValueError(f"polar: dtype = {dtype} must be torch.bfloat16, torch.float16 or torch.float32")
-    return torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else dtype
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and device.type != "cuda") or method == "svd":
+        return dtype
+    # A row that is weak and alone in its direction grows by every step's a; float16 ends at 65504.
+    growth = math.prod(a for a, _, _ in _step_coefficients(method, steps)[:-1])
+    if growth < 30_000:
+        return torch.float16
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _step_coefficients(method: str, steps: int | None) -> list[Coefficients]:
+    table = COEFFICIENTS[method]
+    return [table[min(step, len(table) - 1)] for step in range(steps or len(table))]
 
 
 def plan_segments(
@@ -131,8 +154,7 @@ def plan_segments(
     """
     if form not in FORMS:
         raise ValueError(f"polar: form = {form!r} is unknown; choose one of {', '.join(FORMS)}")
-    table = COEFFICIENTS[method]
-    coefficients = [table[min(step, len(table) - 1)] for step in range(steps or len(table))]
+    coefficients = _step_coefficients(method, steps)
     longest = LONGEST_SEGMENT[storage][method]
     direct, gram = ([coefficients[i : i + k] for i in range(0, len(coefficients), k)] for k in (1, longest))
     if form == "auto":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # some tests ask for deterministic algorithms
 os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # ranks meet on 127.0.0.1
 
 import numpy as np

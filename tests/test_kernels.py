@@ -311,7 +311,7 @@ def test_a_compiled_graph_holds_the_whole_polar_factor(rule: Callable[..., Tenso
     for X in (randn(2, 20, 9), randn(2, 9, 20)):
         result, expected = compiled(X), update(X)
         assert result.stride() == expected.stride()
-        torch.testing.assert_close(result, expected)
+        assert (result - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.slow

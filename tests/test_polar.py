@@ -188,6 +188,22 @@ def test_triton_kernels_keep_hostile_matrices_finite(dtype: torch.dtype) -> None
     assert (results[5][torch.arange(24) != 3] == 0).all()
 
 
+@pytest.mark.parametrize(("method", "steps"), [("polar_express", 11), ("quintic", 10), ("simple_quintic", 18)])
+def test_many_steps_do_not_leave_float16_s_range(method: str, steps: int) -> None:
+    """Rows that are weak and alone in their directions grow at every step."""
+    X = torch.zeros(40, 16)
+    X[:20, :8], X[20:, 8:] = gaussian(20, 8), gaussian(20, 8) * 1e-6
+    result, expected = (polar(X, method, steps, dtype).float() for dtype in (torch.float16, torch.float32))
+    assert result.isfinite().all()
+    assert (result - expected).norm() < 0.05 * expected.norm()
+
+
+def test_the_polar_factor_is_detached_and_takes_float64() -> None:
+    X = gaussian(6, 4).requires_grad_()
+    assert not polar(X).requires_grad
+    torch.testing.assert_close(polar(X.detach().double(), dtype=torch.float16), polar(X, dtype=torch.float16))
+
+
 def test_segments_are_as_long_as_the_format_allows_where_that_is_cheaper() -> None:
     def lengths(m: int, n: int, dtype: torch.dtype, form: str = "auto", method: str = "polar_express") -> list[int]:
         return [len(s) for s in plan_segments(method, None, dtype, m, n, symmetric=False, form=form)]
@@ -226,12 +242,14 @@ def test_more_steps_than_the_method_has_repeat_the_last() -> None:
     [
         (dict(X=torch.ones(3, 3), method="newton"), ["polar_method", "'newton'", "polar_express"]),
         (dict(X=torch.ones(3)), ["shape (3,)", "matrix"]),
+        (dict(X=torch.ones(0, 3)), ["shape (0, 3)", "rows and columns"]),
+        (dict(X=torch.ones(3, 3, dtype=torch.int64)), ["torch.int64", "torch.float32"]),
         (dict(X=torch.ones(3, 3), steps=0), ["polar_steps = 0", "at least 1"]),
         (dict(X=torch.ones(3, 3), dtype=torch.float64), ["dtype = torch.float64", "torch.bfloat16"]),
         (dict(X=torch.ones(3, 3), form="fast"), ["form = 'fast'", "auto, direct, gram"]),
         (dict(X=torch.ones(3, 3), kernels="cuda"), ["kernels = 'cuda'", "auto, triton, torch"]),
     ],
-    ids=["method", "vector", "steps", "dtype", "form", "kernels"],
+    ids=["method", "vector", "empty", "integer", "steps", "dtype", "form", "kernels"],
 )
 def test_refusals_say_what_and_what_works(arguments: dict, words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:

@@ -52,8 +52,12 @@ def backend(kernels: str, device: torch.device) -> Backend:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _has_triton() -> bool:
+    return _find_triton()
+
+
+@cache
+def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # there is none for macOS
 
 

@@ -7,11 +7,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import Library, infer_schema, register_fake
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 89, 90, 100)  # compute capabilities with tiles of their own; a device takes the next lower one's
 
-_library = torch.library.Library("aurora_kernels", "DEF")
+_library = Library("aurora_kernels", "DEF")
 
 
 class Tile(NamedTuple):
@@ -60,7 +61,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
-        _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _library.define(name + infer_schema(function, mutates_args=()))
 
         def on_its_device(X: Tensor, *arguments: Any) -> Any:
             if not can_launch(X.device):
@@ -72,7 +73,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
                 return function(X, *arguments)
 
         _library.impl(name, on_its_device, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"aurora_kernels::{name}", fake, lib=_library)
+        register_fake(f"aurora_kernels::{name}", fake, lib=_library)
         return getattr(torch.ops.aurora_kernels, name).default
 
     return register

@@ -35,7 +35,7 @@ from data.shards import DataError, find_shards, head_fingerprint, set_fingerprin
 from data.tokenizer import end_of_text, get_tokenizer, vocab_size
 from machine import Clock, Machine, find_machine, git_commit, output_of, peak_memory_mib, versions
 from model import GPT, ModelConfig
-from optim import build_optimizers, routing_table
+from optim import MatrixOptimizer, build_optimizers, routing_table
 from settings import parse_settings
 
 Optimizers = list[torch.optim.Optimizer]
@@ -72,17 +72,20 @@ class Config:
     seq_len: int = 256  # tokens in a training row
     softcap: float = 15.0  # logits are kept within +- this
     # Optimizers
-    matrix_optimizer: str = "aurora"  # of the matrices in blocks: muon, aurora, adamw, sgd or rmsprop
+    matrix_optimizer: str = "aurora"  # muon, aurora, riemannian_aurora, normuon, unormuon, adamw, sgd or rmsprop
     matrix_lr: float = 0.02  # learning rate of those matrices
     matrix_weight_decay: float = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
-    momentum: float = 0.95  # of muon, aurora, sgd and rmsprop
+    cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
+    momentum: float = 0.95  # of all but adamw
     momentum_warmup_steps: int = 0  # steps over which momentum rises from 0.85
-    polar_method: str = "polar_express"  # polar_express, quintic, simple_quintic or svd
+    polar_method: str = "auto"  # polar_express (auto), simple_quintic (auto for riemannian_aurora), quintic or svd
     polar_steps: int = 0  # Newton-Schulz steps; 0: the method's own number
-    kernels: str = "auto"  # of muon and aurora: auto (Triton on a GPU), triton or torch
+    kernels: str = "auto"  # of muon and relatives: auto (Triton on a GPU), triton or torch
+    aurora_variant: str = "release"  # release, warm (one polar factor a step, with memory) or paper
     aurora_iterations: int = 2  # polar factors in an Aurora update
     aurora_beta: float = 0.5  # strength of its row correction, 0 to 1
     aurora_sides: str = "both"  # matrices it balances: both, tall or wide
+    comm_dtype: str = "float32"  # of muon's and relatives' gradients between ranks: float32 or bfloat16
     embed_lr: float = 0.3  # AdamW, token embedding
     head_lr: float = 0.004  # AdamW, output head
     scalar_lr: float = 0.015  # AdamW, whatever is not a matrix
@@ -305,8 +308,10 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     Gradients are of the mean loss over this rank's tokens; the optimizers average them over the ranks.
     """
     total = torch.zeros((), device=run.machine.device)
-    for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
+    for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
         loss = run.compiled(inputs_BT, targets_BT)
+        if left == 0 and isinstance(run.optimizers[0], MatrixOptimizer):
+            run.optimizers[0].reduce_in_backward()  # gradients are final in the last micro-batch
         (loss / targets.numel()).backward()
         total += loss.detach()
     for optimizer in run.optimizers:
@@ -336,7 +341,9 @@ def warm_up(run: Run) -> None:
 # The run
 
 
-def check_finite(value: float, what: str) -> None:
+def check_finite(run: Run, value: float, what: str) -> None:
+    if isinstance(run.optimizers[0], MatrixOptimizer):
+        run.optimizers[0].raise_if_not_finite()
     if not math.isfinite(value):
         raise FloatingPointError(f"the {what} is {value}; lower the learning rates")
 
@@ -371,7 +378,7 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             if step % config.val_every == 0 or is_last:
                 clock.switch("validation")
                 loss = evaluate(run)
-                check_finite(loss, "validation loss")
+                check_finite(run, loss, "validation loss")
                 seconds = clock.seconds["train"]
                 summary["val_loss"] = loss
                 log.metric(step=step, tokens=tokens, train_time_s=seconds, val_loss=loss)
@@ -399,7 +406,7 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             if (step + 1) % config.log_every == 0:
                 clock.switch("logging")
                 loss = machine.sum(loss_sum).item() / config.batch_tokens
-                check_finite(loss, "training loss")
+                check_finite(run, loss, "training loss")
                 values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
                 log.metric(step=step + 1, tokens=tokens + config.batch_tokens, **values)
                 log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")

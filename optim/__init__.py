@@ -14,12 +14,19 @@ from torch import nn
 
 from kernels import backend
 from optim.aurora import Aurora
-from optim.muon import MatrixOptimizer, Muon
+from optim.matrix_optimizer import MatrixOptimizer
+from optim.muon import Muon
+from optim.normuon import NorMuon, UNorMuon
 from optim.replicated import replicate
+from optim.riemannian_aurora import RiemannianAurora
 
-__all__ = ["MATRIX_OPTIMIZERS", "Aurora", "MatrixOptimizer", "Muon", "build_optimizers", "routing_table"]
+__all__ = [
+    "MATRIX_OPTIMIZERS", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "RiemannianAurora", "UNorMuon",
+    "build_optimizers", "routing_table",
+]  # fmt: skip
 
 Groups = list[dict[str, Any]]
+COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _adamw(groups: Groups, config: Any) -> torch.optim.Optimizer:
@@ -28,11 +35,14 @@ def _adamw(groups: Groups, config: Any) -> torch.optim.Optimizer:
 
 
 def _muon_arguments(config: Any) -> dict[str, Any]:
+    method = {} if config.polar_method == "auto" else {"polar_method": config.polar_method}
     return dict(
+        **method,
         momentum=config.momentum,
-        polar_method=config.polar_method,
         polar_steps=config.polar_steps or None,
+        cautious=config.cautious,
         kernels=config.kernels,
+        comm_dtype=COMM_DTYPES[config.comm_dtype],
     )
 
 
@@ -47,8 +57,14 @@ MATRIX_OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
         iterations=config.aurora_iterations,
         beta=config.aurora_beta,
         sides=config.aurora_sides,
+        variant=config.aurora_variant,
         **_muon_arguments(config),
     ),
+    "riemannian_aurora": lambda groups, config: RiemannianAurora(
+        groups, sides=config.aurora_sides, **_muon_arguments(config)
+    ),
+    "normuon": lambda groups, config: NorMuon(groups, **_muon_arguments(config)),
+    "unormuon": lambda groups, config: UNorMuon(groups, **_muon_arguments(config)),
 }
 
 
@@ -61,6 +77,8 @@ def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimize
     if config.matrix_optimizer not in MATRIX_OPTIMIZERS:
         names = ", ".join(MATRIX_OPTIMIZERS)
         raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} is unknown; choose one of {names}")
+    if config.comm_dtype not in COMM_DTYPES:
+        raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
     for name, p in model.named_parameters():
@@ -79,12 +97,11 @@ def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimize
         group("head", config.head_lr, config.weight_decay),
         group("scalar", config.scalar_lr, config.weight_decay),
     ]
-    return [
-        MATRIX_OPTIMIZERS[config.matrix_optimizer](
-            [group("matrix", config.matrix_lr, config.matrix_weight_decay)], config
-        ),
-        _adamw([g for g in groups if g["params"]], config),
-    ]
+    matrix_group = group("matrix", config.matrix_lr, config.matrix_weight_decay)
+    matrix_optimizer = MATRIX_OPTIMIZERS[config.matrix_optimizer]([matrix_group], config)
+    if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
+        matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
+    return [matrix_optimizer, _adamw([g for g in groups if g["params"]], config)]
 
 
 def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
@@ -95,6 +112,8 @@ def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
             count = sum(p.numel() for p in group["params"])
             what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
             if isinstance(optimizer, MatrixOptimizer):
-                what += f", {backend(optimizer.kernels, group['params'][0].device).name} kernels"
+                what += (
+                    f", {group['polar_method']}, {backend(optimizer.kernels, group['params'][0].device).name} kernels"
+                )
             lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
     return "\n".join(lines)

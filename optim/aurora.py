@@ -2,22 +2,30 @@
 
 The polar factor U of a tall M (m > n) has U^T U = I, but its row norms follow those of M: a neuron with a small
 gradient gets a small update from Muon too. Aurora looks for the orthogonal U closest to M whose rows all have norm
-sqrt(n / m), by scaling the rows before orthogonalising and correcting the scale with what came out:
+sqrt(n / m). A wide matrix is treated as its transpose (equal columns); a square one is left to the polar factor, whose
+rows all have norm 1 already. With h_i = ||U_i|| / sqrt(n / m), which should be 1:
 
-    d_i = 1 / ||M_i||
-    repeat `iterations` times:  U = polar(d * M);  d_i <- d_i * ((n / m) / ||U_i||^2)^beta   (not after the last)
+release   d_i = 1 / ||M_i||;  `iterations` times:  U = polar(d * M),  d_i <- d_i / h_i^(2 beta)  (not after the last)
+warm      d_i = c_i / ||M_i||, U = polar(d * M), and c_i <- c_i / h_i^(2 beta) for the next step: one polar factor a
+          step, as Muon, because momentum changes little from step to step and with it the right d
+paper     U_1 = polar(M_i / ||M_i||);  then  U_k+1 = polar(U_k / D), D_i <- D_i h_i^beta: the last polar factor is
+          scaled instead of M
 
-A wide matrix is treated as its transpose (equal columns); a square one is left to the polar factor, whose rows all
-have norm 1 already. Source: the release variant of Aurora, Tilde Research (2026).
+RiemannianAurora climbs <M, U> on the set of such U instead, at many times the cost; see `riemannian_polar`.
+
+Source: Aurora, Tilde Research (2026), arXiv 2606.27715. `release` is what its code does and `paper` its Algorithm as we
+read it (how D is damped is our choice); `warm` is ours.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from optim.muon import MatrixOptimizer
+from optim.bank import State
+from optim.matrix_optimizer import MatrixOptimizer
 from optim.polar import (
     SAFETY,
     as_matrices,
@@ -31,6 +39,37 @@ from optim.polar import (
 )
 
 SIDES = ("both", "tall", "wide")
+VARIANTS = ("release", "paper", "warm")
+PolarOfScaled = Callable[..., tuple[Tensor, Tensor]]
+
+
+def row_scaled_polar(
+    M: Tensor, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
+) -> tuple[PolarOfScaled, Tensor]:
+    """(polar_of, norm) for tall M [B, m, n], with norm [B, m] the row norms of M, float32.
+
+    `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
+    rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
+    of them is wanted. On CUDA d * M is never stored: d enters the products as they load M.
+    """
+    ops = backend(kernels, M.device)
+    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
+    rows, norm = ops.normalize_rows(M, storage)
+
+    def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
+        if method == "svd":
+            U = polar_svd(d.unsqueeze(-1) * rows)
+            return U, U.square().sum(dim=-1).float()
+        plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
+        return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+
+    return polar_of, norm
+
+
+def correction(row_square: Tensor, share: float, beta: float) -> Tensor:
+    """h^(-2 beta): the factor on rows whose squared norms are `row_square` that brings them nearer to `share` = n / m.
+    Zero rows are left alone."""
+    return torch.where(row_square > 0, share / row_square, 1) ** beta
 
 
 @torch.no_grad()
@@ -43,70 +82,103 @@ def aurora_polar(
     dtype: torch.dtype = torch.bfloat16,
     kernels: str = "auto",
     form: str = "auto",
+    variant: str = "release",
+    memory: Tensor | None = None,
 ) -> Tensor:
     """The row-balanced polar factor of each matrix of M [..., m, n] (columns where m < n), in `dtype`.
 
     Rows (columns) have norm sqrt(n / m) within some percent after 2 iterations; zero ones stay zero. The arguments
-    after `beta` are those of `polar`. On CUDA d * M is never stored: it enters the products as they load M, and an
-    iteration that only corrects d computes the row norms of its polar factor without writing it.
+    from `method` to `form` are those of `polar`. `variant` "warm" uses and updates `memory`, c above, float32
+    [..., max(m, n)], where zeros mean that nothing is known yet.
     """
     M = as_matrices(M)
-    check_aurora_arguments("aurora_polar", iterations, beta)
+    check_aurora_arguments("aurora_polar", iterations, beta, variant)
+    check_polar_arguments(method, steps)
+    polar_arguments = method, steps, dtype, kernels, form
     m, n = M.shape[-2:]
     if m == n:
-        return polar(M, method, steps, dtype, kernels, form)
+        return polar(M, *polar_arguments)
     if m < n:
-        return aurora_polar(M.mT, iterations, beta, method, steps, dtype, kernels, form).mT
-    check_polar_arguments(method, steps)
-    ops = backend(kernels, M.device)
-    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    rows, norm = ops.normalize_rows(M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0), storage)
-
-    def factor(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
-        if method == "svd":
-            U = polar_svd(d.unsqueeze(-1) * rows)
-            return U, U.square().sum(dim=-1).float()
-        plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
-        return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
-
+        return aurora_polar(M.mT, iterations, beta, *polar_arguments, variant, memory).mT
+    batch = M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0)
+    polar_of, norm = row_scaled_polar(batch, *polar_arguments)
     d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them
-    for _ in range(iterations - 1):
-        _, row_square = factor(d, "row_square")
-        d = d * torch.where(row_square > 0, n / (m * row_square), 1) ** beta
-    U, _ = factor(d, "matrix")
+    if variant == "warm":
+        assert memory is not None
+        c = memory.view(norm.shape)
+        c.copy_(torch.where(c > 0, c, 1))
+        U, row_square = polar_of(c * d, "both")
+        c.mul_(correction(row_square, n / m, beta))
+        c.div_(c.mean(dim=-1, keepdim=True))  # only ratios count: keep them from drifting
+    elif variant == "paper":
+        damped = torch.ones_like(norm)
+        U, row_square = polar_of(d, "matrix" if iterations == 1 else "both")
+        for remaining in range(iterations - 2, -1, -1):
+            damped = damped / correction(row_square, n / m, beta / 2)
+            polar_of, norm = row_scaled_polar(U, *polar_arguments)
+            U, row_square = polar_of(norm / damped, "both" if remaining else "matrix")
+    else:
+        for _ in range(iterations - 1):
+            _, row_square = polar_of(d, "row_square")
+            d = d * correction(row_square, n / m, beta)
+        U, _ = polar_of(d, "matrix")
     return U.reshape(M.shape)
 
 
-def check_aurora_arguments(who: str, iterations: int, beta: float) -> None:
+def check_aurora_arguments(who: str, iterations: int, beta: float, variant: str) -> None:
     if iterations < 1:
         raise ValueError(f"{who}: iterations = {iterations} must be at least 1; 2 is the usual choice")
     if not 0 <= beta <= 1:
         raise ValueError(f"{who}: beta = {beta} must be between 0 and 1; 0.5 is the usual choice")
+    if variant not in VARIANTS:
+        raise ValueError(f"{who}: variant = {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+
+
+def check_sides(who: str, sides: str) -> None:
+    if sides not in SIDES:
+        raise ValueError(f"{who}: sides = {sides!r} is unknown; choose one of {', '.join(SIDES)}")
+
+
+def is_balanced(sides: str, m: int, n: int) -> bool:
+    """Whether an m x n matrix is one that `sides` names; square ones never are."""
+    return m != n and sides in ("both", "tall" if m > n else "wide")
 
 
 class Aurora(MatrixOptimizer):
     """Muon with equal row norms. `sides` names the matrices it balances ("both", "tall" or "wide"); the others get
-    Muon's update. `iterations` polar factors a step (1 is known as Muon-EQ) and `beta` the strength of correction.
+    Muon's update. `iterations` polar factors a step (1 is known as Muon-EQ; `variant` "warm" always takes one) and
+    `beta` the strength of correction.
     """
 
     def __init__(
-        self, params: Any, lr: float = 0.02, iterations: int = 2, beta: float = 0.5, sides: str = "both", **muon: Any
+        self,
+        params: Any,
+        lr: float = 0.02,
+        iterations: int = 2,
+        beta: float = 0.5,
+        sides: str = "both",
+        variant: str = "release",
+        **muon: Any,
     ) -> None:
-        super().__init__(params, lr, iterations=iterations, beta=beta, sides=sides, **muon)
+        rule = dict(iterations=iterations, beta=beta, sides=sides, variant=variant)
+        super().__init__(params, lr, rule=rule, **muon)
 
     def _check_group(self, index: int) -> None:
         super()._check_group(index)
         group = self.param_groups[index]
-        check_aurora_arguments("Aurora", group["iterations"], group["beta"])
-        if group["sides"] not in SIDES:
-            raise ValueError(f"Aurora: sides = {group['sides']!r} is unknown; choose one of {', '.join(SIDES)}")
+        check_aurora_arguments("Aurora", group["iterations"], group["beta"], group["variant"])
+        check_sides("Aurora", group["sides"])
 
-    def orthogonalize(self, update: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        m, n = update.shape[-2:]
-        side = "tall" if m > n else "wide"
-        iterations = group["iterations"] if group["sides"] in ("both", side) else 0
+    def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         dtype = fast_half_dtype(update.device.type)
         polar_arguments = group["polar_method"], group["polar_steps"], dtype, self.kernels
-        if iterations == 0:
+        if not is_balanced(group["sides"], *update.shape[-2:]):
             return polar(update, *polar_arguments)
-        return aurora_polar(update, iterations, group["beta"], *polar_arguments)
+        memory = None
+        if group["variant"] == "warm":
+            if "row_weight" not in state:
+                state["row_weight"] = update.new_zeros(update.size(0), max(update.shape[-2:]))
+            memory = state["row_weight"]
+        return aurora_polar(
+            update, group["iterations"], group["beta"], *polar_arguments, variant=group["variant"], memory=memory
+        )

@@ -1,102 +1,234 @@
-"""Banks: matrices of one shape, gathered from many parameters and updated as one batch [B, m, n].
+"""Banks: matrices of one shape as one batch, each with an owner among the ranks.
 
-A bank is where the ranks meet. Today every rank owns every matrix: gradients are averaged over the ranks and
-each rank computes the whole update. An owner per matrix changes this file and nothing in the update rules.
+A bank of B matrices on R ranks is padded with zeros to P R, P = ceil(B / R). Matrix i lies in slot i // R of rank
+i % R, so that neighbours in the model have different owners and a slot is complete as soon as backward has passed R
+of them. For each matrix its owner receives the mean gradient (reduce-scatter), keeps the state, computes the update
+and gives the result to all (all-gather):
+
+    gradients of all matrices, on every rank --reduce-scatter--> gradient [P, m, n] of the rank's own
+    state [P, ...], update rule              ------------------> direction [P, m, n]
+    direction                                --all-gather------> [P R, m, n], applied to every rank's weights
+
+A step sends and receives m n P (R - 1) numbers twice, as much as averaging the gradients everywhere would. Since all
+ranks apply the same bits, their weights stay identical.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BUCKET_BYTES = 25 * 2**20  # of gradients in one reduce-scatter: large enough for bandwidth, small enough to overlap
+
+# Renamed in torch 2.12 or so; the old names warn in new versions.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+State = dict[str, Tensor]
+
+
+def matrices(tensor: Tensor, row_blocks: int) -> list[Tensor]:
+    """The matrices of a tensor [..., m, n] as views; each cut into `row_blocks` blocks of m / row_blocks rows."""
+    views = [tensor.unflatten(-2, (row_blocks, -1)) if row_blocks > 1 else tensor]
+    while views[0].ndim > 2:
+        views = [part for view in views for part in view.unbind(0)]
+    return views
+
 
 class Bank:
-    """Same-shape matrices of one param group; leading dimensions of a parameter (stacked weights) are batch.
+    """Same-shape matrices of one param group; leading dimensions and row blocks of a parameter are batch.
 
-    `state` holds float32 tensors of leading size B. The optimizer's per-parameter state are views of them, which
-    keeps `state_dict()` whole and in torch's own form.
+    `state` holds this rank's slots: tensors [P, ...], zeros in slots that are padding or not yet used.
     """
 
-    def __init__(self, params: list[Tensor], names: list[str]) -> None:
-        self.params, self.names = params, names
-        self.m, self.n = params[0].shape[-2:]
+    def __init__(
+        self,
+        params: list[Tensor],
+        names: list[str],
+        row_blocks: int = 1,
+        comm_dtype: torch.dtype = torch.float32,
+        process_group: dist.ProcessGroup | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.params, self.names, self.row_blocks = params, names, row_blocks
+        self.comm_dtype, self.process_group = comm_dtype, process_group
+        self.rank, self.num_ranks = rank, num_ranks
+        self.m, self.n = params[0].size(-2) // row_blocks, params[0].size(-1)
+        self.dtype, self.device = params[0].dtype, params[0].device
         self.sizes = [p.numel() // (self.m * self.n) for p in params]  # matrices in each parameter
-        self.state: dict[str, Tensor] = {}
+        self.size = sum(self.sizes)
+        self.num_slots = math.ceil(self.size / num_ranks)
+        self.state: State = {}
+        self.buckets = self._cut_into_buckets()
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []  # what reductions under way read from
+        self._own_gradient: Tensor | None = None
+        self._gathered: tuple[Tensor, dist.Work | None] | None = None
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def join(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor for each parameter -> float32 [B, m, n], always a copy."""
-        return torch.cat([t.detach().reshape(-1, self.m, self.n).float() for t in tensors])
+    def _cut_into_buckets(self) -> list[range]:
+        """Slots by bucket, the last first: the order in which backward completes them."""
+        if self.num_ranks == 1:
+            return [range(self.num_slots)]
+        slot_bytes = self.num_ranks * self.m * self.n * self.comm_dtype.itemsize
+        length = max(1, BUCKET_BYTES // slot_bytes)
+        return [range(start, min(start + length, self.num_slots)) for start in range(0, self.num_slots, length)][::-1]
 
-    def views(self, batch: Tensor) -> list[Tensor]:
-        """[B, ...] -> one view for each parameter, its leading dimensions restored."""
-        parts = batch.split(self.sizes)
-        return [part.view(*p.shape[:-2], *part.shape[1:]) for part, p in zip(parts, self.params, strict=True)]
+    @property
+    def needs_master(self) -> bool:
+        """Whether weights are so short that small updates would round away: they follow a float32 master then."""
+        return self.dtype.itemsize < 4
 
-    def attach(self, name: str, batch: Tensor, state: dict[Tensor, Any]) -> None:
-        """Keep `batch` as state `name`, and show each parameter's part of it in the optimizer's state."""
-        self.state[name] = batch
-        for p, view in zip(self.params, self.views(batch), strict=True):
-            state[p][name] = view
+    def param_of(self, row: int) -> int:
+        """Index of the parameter that matrix `row` belongs to."""
+        for index, size in enumerate(self.sizes):
+            if row < size:
+                return index
+            row -= size
+        raise IndexError(row)
 
-    def restore(self, state: dict[Tensor, Any]) -> None:
-        """Take up per-parameter state that was loaded or unpickled; a parameter without any starts from zero."""
-        shapes = {name: value.shape[p.ndim - 2 :] for p in self.params for name, value in state[p].items()}
-        for name, shape in shapes.items():
-            parts = [
-                state[p][name].float().reshape(-1, *shape)
-                if name in state[p]
-                else p.new_zeros((size, *shape), dtype=torch.float32)
-                for p, size in zip(self.params, self.sizes, strict=True)
-            ]
-            self.attach(name, torch.cat(parts), state)
+    def rows(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """One tensor (or None) for each parameter -> one view for each matrix of the bank."""
+        result: list[Tensor | None] = []
+        for tensor, size in zip(tensors, self.sizes, strict=True):
+            result += [None] * size if tensor is None else matrices(tensor, self.row_blocks)
+        return result
 
-    def average_gradients(self, process_group: dist.ProcessGroup | None) -> Tensor:
-        """The gradients there are, [B', m, n] float32, averaged over the ranks; `.grad` itself is left alone."""
-        gradient = self.join(p.grad for p in self.params if p.grad is not None)
-        if dist.is_initialized():
-            dist.all_reduce(gradient, op=dist.ReduceOp.AVG, group=process_group)
-        return gradient
+    # Gradients in
 
-    def check_finite(self, gradient: Tensor) -> None:
-        with_gradient = [i for i, p in enumerate(self.params) if p.grad is not None]
-        for i, part in zip(with_gradient, gradient.split([self.sizes[i] for i in with_gradient]), strict=True):
-            if not part.isfinite().all():
-                raise FloatingPointError(
-                    f"the gradient of {self.names[i]} holds NaN or infinity; nothing was updated. Lower the learning "
-                    "rate, or skip the step with zero_grad() if one bad batch is expected"
-                )
+    def start_reduction(self, slots: range) -> None:
+        """Send the gradients of some slots to their owners; a missing gradient is sent as zeros."""
+        if self._own_gradient is None:
+            dtype = torch.float32 if self.num_ranks == 1 else self.comm_dtype
+            self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=dtype, device=self.device)
+        received = self._own_gradient[slots.start : slots.stop]
+        shape = (self.num_ranks, len(slots), self.m, self.n)
+        sent = received.unsqueeze(0) if self.num_ranks == 1 else received.new_empty(shape)
+        gradients = self.rows(p.grad for p in self.params)[slots.start * self.num_ranks : slots.stop * self.num_ranks]
+        if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
+            sent.zero_()
+        places = [sent[i % self.num_ranks, i // self.num_ranks] for i in range(len(gradients))]
+        filled = [(place, g) for place, g in zip(places, gradients, strict=True) if g is not None]
+        if filled:
+            torch._foreach_copy_([place for place, _ in filled], [g for _, g in filled])
+        work = None
+        if self.num_ranks > 1:
+            work = _reduce_scatter(
+                received, sent.flatten(0, 1), op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
+            )
+        self._sent.append((sent, work))
 
-    def rows_with_gradient(self) -> Tensor | None:
-        """Indices into the batch of the matrices that have a gradient; None when all have one."""
-        if all(p.grad is not None for p in self.params):
+    def own_gradient(self) -> Tensor:
+        """Wait for the reductions; the mean gradient of this rank's slots, float32 [P, m, n], the caller's to keep."""
+        for _, work in self._sent:
+            if work is not None:
+                work.wait()
+        gradient, self._own_gradient = self._own_gradient, None
+        self._sent.clear()
+        assert gradient is not None
+        return gradient.float()
+
+    def has_gradient(self) -> list[bool]:
+        """Whether each matrix has a gradient on this rank, by owner and slot; padding has none."""
+        rows = [g is not None for g in self.rows(p.grad for p in self.params)]
+        rows += [False] * (self.num_ranks * self.num_slots - self.size)
+        return [row for owner in range(self.num_ranks) for row in rows[owner :: self.num_ranks]]
+
+    def active_slots(self) -> tuple[int, ...] | None:
+        """The own slots whose matrices have a gradient; None when all do (padding counts as having one)."""
+        own = self.rows(p.grad for p in self.params)[self.rank :: self.num_ranks]
+        if all(g is not None for g in own):
             return None
-        has_gradient = torch.tensor([p.grad is not None for p in self.params])
-        return has_gradient.repeat_interleave(torch.tensor(self.sizes)).nonzero().flatten()
+        return tuple(slot for slot, g in enumerate(own) if g is not None)
 
-    def apply(self, update: Tensor, decay: float) -> None:
-        """weight = weight * decay - update, for the parameters that have a gradient.
+    def index(self, slots: tuple[int, ...]) -> Tensor:
+        """Slots as a tensor, kept: a copy from the host at each step would make a GPU wait."""
+        if slots not in self._indices:
+            self._indices[slots] = torch.tensor(slots, device=self.device)
+        return self._indices[slots]
 
-        Parameters in a shorter format follow a float32 master copy, so that small updates add up.
-        """
-        active = [(i, p) for i, p in enumerate(self.params) if p.grad is not None]
-        updates = update.split([self.sizes[i] for i, _ in active])
-        params = [p for _, p in active]
-        targets = params
-        if "master_weight" in self.state:
-            masters = self.views(self.state["master_weight"])
-            targets = [masters[i] for i, _ in active]
-        torch._foreach_mul_(targets, decay)
-        torch._foreach_sub_(targets, [u.view(p.shape) for u, p in zip(updates, params, strict=True)])
-        if targets is not params:
-            torch._foreach_copy_(params, targets)
+    # Results out
 
+    def own_masters(self) -> Tensor:
+        """The float32 master copy of this rank's weights [P, m, n], made from the weights the first time."""
+        if "master_weight" not in self.state:
+            master = torch.zeros(self.num_slots, self.m, self.n, device=self.device)
+            for slot, weight in enumerate(self.rows(self.params)[self.rank :: self.num_ranks]):
+                assert weight is not None
+                master[slot].copy_(weight)
+            self.state["master_weight"] = master
+        return self.state["master_weight"]
 
-def make_banks(params: list[Tensor], names: list[str]) -> list[Bank]:
-    """Banks by matrix shape, dtype and device, in order of first appearance."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for i, p in enumerate(params):
-        groups[p.shape[-2:], p.dtype, p.device].append(i)
-    return [Bank([params[i] for i in rows], [names[i] for i in rows]) for rows in groups.values()]
+    def start_gather(self, own: Tensor) -> None:
+        """Give this rank's result [P, m, n] to all: halves as they are, longer ones in `comm_dtype`."""
+        if self.num_ranks == 1:
+            self._gathered = own, None
+            return
+        sent = own.contiguous() if own.dtype.itemsize < 4 else own.to(self.comm_dtype).contiguous()
+        everything = sent.new_empty(self.num_ranks * self.num_slots, self.m, self.n)
+        work = _all_gather(everything, sent, group=self.process_group, async_op=True)
+        self._sent.append((sent, work))
+        self._gathered = everything, work
+
+    def gathered(self) -> Tensor:
+        """Wait for the results of all ranks: [R P, m, n], matrix i at (i % R) P + i // R."""
+        assert self._gathered is not None
+        everything, work = self._gathered
+        if work is not None:
+            work.wait()
+        self._sent.clear()
+        self._gathered = None
+        return everything
+
+    def active_pairs(self, everything: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(weights, their results) of all matrices that have a gradient."""
+        results = everything.unbind(0)
+        active = [p if p.grad is not None else None for p in self.params]
+        pairs = [
+            (weight, results[i % self.num_ranks * self.num_slots + i // self.num_ranks])
+            for i, weight in enumerate(self.rows(active))
+            if weight is not None
+        ]
+        return [weight for weight, _ in pairs], [result for _, result in pairs]
+
+    # State, whole and in parts
+
+    def whole_state(self) -> Iterator[tuple[Tensor, State]]:
+        """(parameter, its state) with leading dimensions as the parameter's; every rank has to call this."""
+        names = sorted(self.state)
+        whole = [self._gather_state(self.state[name]).split(self.sizes) for name in names]
+        for i, p in enumerate(self.params):
+            lead = (*p.shape[:-2], *((self.row_blocks,) if self.row_blocks > 1 else ()))
+            yield p, {name: parts[i].view(*lead, *parts[i].shape[1:]) for name, parts in zip(names, whole, strict=True)}
+
+    def _gather_state(self, own: Tensor) -> Tensor:
+        """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""
+        if self.num_ranks == 1:
+            return own
+        everything = own.new_empty(self.num_ranks * self.num_slots, *own.shape[1:])
+        _all_gather(everything, own.contiguous(), group=self.process_group)
+        by_rank = everything.unflatten(0, (self.num_ranks, self.num_slots))
+        return by_rank.transpose(0, 1).flatten(0, 1)[: self.size].contiguous()
+
+    def take_state(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Keep this rank's part of whole per-parameter state; a parameter without any starts from zeros."""
+        shapes = {name: value.shape for p in self.params for name, value in whole.get(p, {}).items()}
+        for name in shapes:
+            rest = next(
+                whole[p][name].shape[p.ndim - 2 + (self.row_blocks > 1) :]
+                for p in self.params
+                if name in whole.get(p, {})
+            )
+            own = torch.zeros(self.num_slots, *rest, device=self.device)
+            first = 0
+            for p, size in zip(self.params, self.sizes, strict=True):
+                if name in whole.get(p, {}):
+                    own_rows = range(first + (self.rank - first) % self.num_ranks, first + size, self.num_ranks)
+                    values = whole[p][name].reshape(size, *rest)
+                    for row in own_rows:
+                        own[row // self.num_ranks].copy_(values[row - first])
+                first += size
+            self.state[name] = own

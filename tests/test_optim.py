@@ -324,12 +324,12 @@ def test_deepcopy_is_independent() -> None:
     weight.grad = randn(6, 4, seed=1)
     optimizer.step()
     twin = copy.deepcopy(optimizer)
-    buffer = optimizer.state[weight]["momentum_buffer"].clone()
+    buffer = optimizer.state_dict()["state"][0]["momentum_buffer"].clone()
     (twin_weight,) = twin.param_groups[0]["params"]
     twin_weight.grad = randn(6, 4, seed=2)
     twin.step()
-    assert torch.equal(optimizer.state[weight]["momentum_buffer"], buffer)
-    assert not torch.equal(twin.state[twin_weight]["momentum_buffer"], buffer)
+    assert torch.equal(optimizer.state_dict()["state"][0]["momentum_buffer"], buffer)
+    assert not torch.equal(twin.state_dict()["state"][0]["momentum_buffer"], buffer)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_vectors_are_sent_to_adamw_and_a_refused_group_leaves_no_trace() -> None
 def config(**changes: Any) -> SimpleNamespace:
     settings: dict[str, Any] = dict(
         matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, momentum=0.95, polar_method="polar_express",
-        polar_steps=0, kernels="auto", aurora_iterations=2, aurora_beta=0.5, aurora_sides="both",
+        polar_steps=0, cautious=False, kernels="auto", comm_dtype="float32", aurora_variant="release", aurora_iterations=2, aurora_beta=0.5, aurora_sides="both",
         embed_lr=0.3, head_lr=0.004, scalar_lr=0.015, adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,
     )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})

@@ -1,0 +1,63 @@
+"""NorMuon and U-NorMuon: polar factors whose rows are rescaled afterwards, and so are no longer orthogonal.
+
+NorMuon (Li et al., arXiv 2510.05491) divides each row (a neuron's incoming weights) by its root mean square over time
+and restores the length of the whole, so that Muon's learning rates fit:
+
+    v_i <- beta2 * v_i + (1 - beta2) * mean_j U_ij^2       U' = U_i / sqrt(v_i)       update = U' ||U|| / ||U'||
+
+U-NorMuon (Tilde Research, 2026) has no memory: rows of tall updates get norm sqrt(n / m), the norm they would have if
+an orthogonal matrix treated them alike. Rows of square and wide polar factors have norm 1 already.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.reference import TINY
+from optim.bank import State
+from optim.matrix_optimizer import MatrixOptimizer
+from optim.polar import fast_half_dtype, polar
+
+SMALLEST = 1e-10  # of v: rows that have not moved at all are not blown up
+
+
+class NorMuon(MatrixOptimizer):
+    """Muon with rows normalised by a running mean of their squares, as Adam does for entries."""
+
+    def __init__(self, params: Any, lr: float = 0.02, beta2: float = 0.95, **muon: Any) -> None:
+        super().__init__(params, lr, rule=dict(beta2=beta2), **muon)
+
+    def _check_group(self, index: int) -> None:
+        super()._check_group(index)
+        beta2 = self.param_groups[index]["beta2"]
+        if not 0 <= beta2 < 1:
+            raise ValueError(f"NorMuon: beta2 = {beta2} must be at least 0 and below 1; 0.95 is the usual choice")
+
+    def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+        U = polar(
+            update, group["polar_method"], group["polar_steps"], fast_half_dtype(update.device.type), self.kernels
+        ).float()
+        square = U.square().mean(dim=-1)
+        if "row_square" not in state:
+            state["row_square"] = torch.zeros_like(square)  # its start is one factor for all rows, which cancels
+        v = state["row_square"].lerp_(square, 1 - group["beta2"])
+        row_scale = v.clamp_min(SMALLEST).rsqrt()
+        length, scaled_length = square.sum(dim=-1), (square * row_scale.square()).sum(dim=-1)
+        row_scale = row_scale * (length / scaled_length.clamp_min(TINY)).sqrt().unsqueeze(-1)
+        return U * row_scale.unsqueeze(-1)
+
+
+class UNorMuon(MatrixOptimizer):
+    """Muon with the rows of tall updates set to one norm."""
+
+    def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+        U = polar(
+            update, group["polar_method"], group["polar_steps"], fast_half_dtype(update.device.type), self.kernels
+        )
+        m, n = U.shape[-2:]
+        if m <= n:
+            return U
+        U = U.float()
+        return U * (math.sqrt(n / m) / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(TINY))

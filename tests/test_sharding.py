@@ -1,0 +1,274 @@
+"""Matrices with owners: any number of ranks moves parameters as one process does, to the same bits on every rank."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from optim import Aurora, MatrixOptimizer, Muon, NorMuon, RiemannianAurora, UNorMuon
+from optim.bank import Bank
+from optim.reductions import Reductions
+
+WORLD = 4
+STEPS = 20
+RULES: dict[str, Callable[..., MatrixOptimizer]] = {
+    "muon": Muon,
+    "muon, cautious": lambda params, **place: Muon(params, cautious=True, **place),
+    "normuon": NorMuon,
+    "unormuon": UNorMuon,
+    "aurora": Aurora,
+    "aurora, paper": lambda params, **place: Aurora(params, variant="paper", **place),
+    # Polar Express's ripple makes memory amplify rounding, in matrices of a few columns alone
+    "aurora, warm": lambda params, **place: Aurora(params, variant="warm", polar_method="simple_quintic", **place),
+    "riemannian aurora": lambda params, **place: RiemannianAurora(params, outer_steps=1, cg_steps=5, **place),
+}
+# Banks of 8 (a stack among them), 1, 4 and 6 (a fused parameter's blocks) matrices, so fewer and more than ranks, even
+# and uneven, and two that are left out: one frozen, one that the loss does not reach.
+SHAPES = {
+    "a": (12, 5), "stack": (2, 3, 12, 5), "b": (12, 5), "wide": (5, 12), "q0": (7, 7), "q1": (7, 7), "q2": (7, 7),
+    "q3": (7, 7), "fused": (24, 5), "fused2": (24, 5), "frozen": (7, 7), "unused": (12, 5), "sometimes": (7, 7),
+}  # fmt: skip
+
+
+@functools.cache
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_params(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    params = {
+        name: nn.Parameter(randn(i, *shape).to(dtype, copy=True)) for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    params["frozen"].requires_grad_(False)
+    return params
+
+
+def make(rule: str, params: dict[str, nn.Parameter], **place: Any) -> MatrixOptimizer:
+    optimizer = RULES[rule]([(name, p) for name, p in params.items() if "fused" not in name], weight_decay=0.1, **place)
+    fused = [(name, p) for name, p in params.items() if "fused" in name]
+    optimizer.add_param_group(dict(params=fused, row_blocks=3, scale="match_rms_adamw"))
+    return optimizer
+
+
+def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int, ranks: int, steps: range) -> None:
+    """Gradients that differ between ranks and average to the same for any number of them, from two micro-batches,
+    the second of which starts the reductions."""
+    for step in steps:
+        used = {name: p for name, p in params.items() if name not in ("frozen", "unused")}
+        if step % 3 == 1:
+            del used["sometimes"]
+        for micro_batch in range(2):
+            loss = torch.zeros(())
+            for i, p in enumerate(used.values()):
+                seed = 1000 * step + 20 * i
+                noise = [randn(seed + 1 + r, *p.shape) for r in range(ranks)]
+                gradient = randn(seed, *p.shape) + (1 - 2 * micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
+                loss = loss + (p.float() * gradient).sum() / 2
+            if micro_batch == 1 and step % 2:
+                optimizer.reduce_in_backward()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def flat(params: dict[str, nn.Parameter]) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in params.values()])
+
+
+def worker(rank: int, folder: str) -> None:
+    """Everything that needs ranks, in one start of them; what comes out is checked by the tests."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    groups = [dist.new_group(list(range(ranks))) for ranks in range(1, WORLD + 1)]
+    out: dict[str, Any] = {}
+    for name in ("muon", "aurora", "normuon", "riemannian_aurora"):
+        mock.patch(f"optim.{name}.fast_half_dtype", lambda device_type: torch.float32).start()
+    mock.patch("optim.bank.BUCKET_BYTES", 1000).start()  # several buckets in a bank
+    for ranks, group in enumerate(groups, start=1):
+        if rank >= ranks:
+            continue
+        for rule in RULES:
+            params = make_params()
+            optimizer = make(rule, params, process_group=group)
+            train(optimizer, params, rank, ranks, range(STEPS))
+            state = optimizer.state_dict()["state"]
+            bank_state = [value for bank, _ in optimizer._banks for value in bank.state.values()]
+            out[f"{rule}, {ranks} ranks"] = dict(
+                params=flat(params),
+                momentum=torch.cat([state[i]["momentum_buffer"].flatten() for i in sorted(state)]),
+                names=sorted({name for entry in state.values() for name in entry}),
+                state_bytes=sum(value.nbytes for value in bank_state),
+            )
+        for dtype in (torch.bfloat16, torch.float32):
+            params = make_params(dtype)
+            optimizer = make("aurora", params, process_group=group, comm_dtype=torch.bfloat16)
+            train(optimizer, params, rank, ranks, range(STEPS))
+            out[f"bfloat16 traffic, {dtype}, {ranks} ranks"] = flat(params)
+    out.update(hostile(rank, groups))
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def hostile(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
+    """Gradients that one rank alone spoils, and state that moves between different numbers of ranks."""
+    out: dict[str, Any] = {}
+    for deferred in (False, True):
+        params = make_params()
+        optimizer = make("normuon", params, process_group=groups[-1], defer_check=deferred)
+        train(optimizer, params, rank, WORLD, range(2))
+        before, state = flat(params), optimizer.state_dict()["state"]
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        if rank == 2:
+            params["q1"].grad[3, 3] = torch.nan  # type: ignore[index]
+        try:
+            optimizer.step()
+            optimizer.raise_if_not_finite()
+            message = ""
+        except FloatingPointError as error:
+            message = str(error)
+        after = optimizer.state_dict()["state"]
+        same_state = all(torch.equal(state[i][name], after[i][name]) for i in state for name in state[i])
+        out[f"nan, {deferred}"] = (message, torch.equal(flat(params), before), same_state)
+        optimizer.zero_grad()
+        train(optimizer, params, rank, WORLD, range(2, 4))  # and on it goes
+        out[f"after nan, {deferred}"] = flat(params)
+    params = make_params()
+    optimizer = make("muon", params, process_group=groups[-1])
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    if rank == 1:
+        params["wide"].grad = None
+    try:
+        optimizer.step()
+    except ValueError as error:
+        out["missing"] = str(error)
+    # three ranks save, two and one go on
+    saved = None
+    if rank < 3:
+        params = make_params()
+        optimizer = make("aurora, warm", params, process_group=groups[2])
+        train(optimizer, params, rank, 3, range(10))
+        saved = (optimizer.state_dict(), {name: p.detach().clone() for name, p in params.items()})
+        train(optimizer, params, rank, 3, range(10, 20))
+        out["3 ranks all the way"] = flat(params)
+    for ranks in (1, 2):
+        if rank < ranks:
+            params = make_params()
+            assert saved is not None
+            for name, p in params.items():
+                p.data.copy_(saved[1][name])
+            optimizer = make("aurora, warm", params, process_group=groups[ranks - 1])
+            optimizer.load_state_dict(saved[0])
+            train(optimizer, params, rank, ranks, range(10, 20))
+            out[f"3 ranks, then {ranks}"] = flat(params)
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with mock.patch.dict(os.environ, {"PYTHONWARNINGS": "ignore"}):
+        mp.spawn(worker, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    yield [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("rule", RULES)
+def test_any_number_of_ranks_is_one_process(results: list[dict[str, Any]], rule: str, ranks: int) -> None:
+    alone, together = results[0][f"{rule}, 1 ranks"], [results[r][f"{rule}, {ranks} ranks"] for r in range(ranks)]
+    for key in ("params", "momentum"):
+        assert all(torch.equal(together[0][key], other[key]) for other in together[1:])
+        difference = (together[0][key] - alone[key]).abs() / alone[key].abs().max()
+        if rule == "muon, cautious":  # a sign at the edge of rounding flips a decay of 0.02 * 0.1 now and then
+            assert difference.max() < 3 * 0.02 * 0.1
+            assert difference.sort().values[-4] < 1e-5
+        else:
+            assert difference.max() < 1e-5
+    assert together[0]["names"] == alone["names"]
+    assert (alone["params"] - flat(make_params())).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bfloat16_traffic_is_close_and_the_same_everywhere(
+    results: list[dict[str, Any]], dtype: torch.dtype, ranks: int
+) -> None:
+    """Weights of either format follow the exact run within the rounding of what travelled."""
+    ours = [results[r][f"bfloat16 traffic, {dtype}, {ranks} ranks"] for r in range(ranks)]
+    assert all(torch.equal(ours[0], other) for other in ours[1:])
+    moved = results[0]["aurora, 1 ranks"]["params"] - flat(make_params())
+    error = ours[0] - results[0]["aurora, 1 ranks"]["params"]
+    assert error.norm() < (0.02 if dtype == torch.float32 else 0.03) * moved.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_rank_keeps_state_for_its_own_share_alone(results: list[dict[str, Any]], ranks: int) -> None:
+    """Momentum of ceil(B / R) matrices of each bank of B, 4 bytes an entry, and nothing else for Muon."""
+    banks = make("muon", make_params()).plan_banks(0, ranks)
+    expected = sum(-(-bank.size // ranks) * bank.m * bank.n * 4 for bank, _ in banks)
+    for rank in range(ranks):
+        assert results[rank][f"muon, {ranks} ranks"]["state_bytes"] == expected
+    assert results[0]["muon, 1 ranks"]["state_bytes"] == 4 * flat(make_params()).numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
+def test_a_bad_gradient_on_one_rank_is_refused_on_all_and_nothing_moves(
+    results: list[dict[str, Any]], deferred: bool
+) -> None:
+    for rank in range(WORLD):
+        message, same_weights, same_state = results[rank][f"nan, {deferred}"]
+        assert "the gradient of q1 holds NaN or infinity" in message
+        assert same_weights
+        assert same_state
+        assert results[rank][f"after nan, {deferred}"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_gradient_that_one_rank_lacks_is_refused_on_all(results: list[dict[str, Any]]) -> None:
+    for rank in range(WORLD):
+        assert "wide has a gradient on some ranks and none on others" in results[rank]["missing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_state_saved_under_three_ranks_goes_on_under_others(results: list[dict[str, Any]], ranks: int) -> None:
+    expected, found = results[0]["3 ranks all the way"], results[0][f"3 ranks, then {ranks}"]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(84, 8), (5, 3), (2, 4), (1, 1)], ids=str)
+def test_every_matrix_has_one_owner_and_no_rank_more_than_its_share(size: int, ranks: int) -> None:
+    banks = [Bank([torch.zeros(size, 3, 2)], ["stack"], rank=rank, num_ranks=ranks) for rank in range(ranks)]
+    owned = [list(range(size))[bank.rank :: bank.num_ranks] for bank in banks]
+    assert sorted(row for rows in owned for row in rows) == list(range(size))
+    assert max(map(len, owned)) <= banks[0].num_slots == -(-size // ranks)
+    assert sorted(slot for slots in banks[0].buckets for slot in slots) == list(range(banks[0].num_slots))
+
+
+def test_buckets_start_in_backward_in_one_order_and_the_rest_at_the_step() -> None:
+    """Two ranks' plan, watched without sending: the last layers first, nothing before it is whole."""
+    params = [nn.Parameter(torch.zeros(4, 4)) for _ in range(6)]
+    with mock.patch("optim.bank.BUCKET_BYTES", 2 * 4 * 4 * 4):  # one slot, two matrices
+        bank = Bank(params, [f"p{i}" for i in range(6)], num_ranks=2)
+    started: list[range] = []
+    with mock.patch.object(bank, "start_reduction", started.append), mock.patch.object(bank, "own_gradient"):
+        reductions = Reductions([bank], params)
+        reductions.await_backward()
+        for i, expected in [(5, 0), (3, 0), (4, 1), (1, 1), (2, 2)]:
+            reductions.ready(params[i])
+            assert len(started) == expected
+        reductions.finish()
+    assert started == [range(2, 3), range(1, 2), range(1)]

@@ -111,6 +111,7 @@ class Bank:
         if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
             sent.zero_()
         places = [sent[i % self.num_ranks, i // self.num_ranks] for i in range(len(gradients))]
+        self._refuse_sparse()
         filled = [(place, g) for place, g in zip(places, gradients, strict=True) if g is not None]
         if filled:
             torch._foreach_copy_([place for place, _ in filled], [g for _, g in filled])
@@ -120,6 +121,11 @@ class Bank:
                 received, sent.flatten(0, 1), op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
             )
         self._sent.append((sent, work))
+
+    def _refuse_sparse(self) -> None:
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ValueError(f"the gradient of {name} is sparse; a matrix optimizer needs it dense (sparse=False)")
 
     def own_gradient(self) -> Tensor:
         """Wait for the reductions; the mean gradient of this rank's slots, float32 [P, m, n], the caller's to keep."""

@@ -9,7 +9,6 @@ U-NorMuon (Tilde Research, 2026) has no memory: rows of tall updates get norm sq
 an orthogonal matrix treated them alike. Rows of square and wide polar factors have norm 1 already.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.polar import fast_half_dtype, polar
 
-SMALLEST = 1e-10  # of v: rows that have not moved at all are not blown up
+SMALLEST = 1e-10  # mean square of a row that is still normalised: below it, a row of a polar factor is rounding
 
 
 class NorMuon(MatrixOptimizer):
@@ -60,4 +59,5 @@ class UNorMuon(MatrixOptimizer):
         if m <= n:
             return U
         U = U.float()
-        return U * (math.sqrt(n / m) / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(TINY))
+        square = U.square().mean(dim=-1, keepdim=True).clamp_min(SMALLEST)
+        return U * (square * m).rsqrt()

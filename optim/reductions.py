@@ -53,8 +53,8 @@ class Reductions:
 
     def _start_next(self) -> None:
         bank, slots, _ = self._order[self._started]
-        self._started += 1
         bank.start_reduction(slots)
+        self._started += 1
 
     def _drop(self) -> None:
         if self._started:

@@ -2,7 +2,10 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +15,34 @@ from torch import nn
 
 from benchmarks.polar import exact_aurora
 from model import GPT, ModelConfig
-from optim import Aurora, MatrixOptimizer, Muon, build_optimizers, routing_table
+from optim import (
+    MATRIX_OPTIMIZERS,
+    Aurora,
+    MatrixOptimizer,
+    Muon,
+    NorMuon,
+    RiemannianAurora,
+    UNorMuon,
+    build_optimizers,
+    routing_table,
+)
 from optim.aurora import aurora_polar
 from optim.polar import polar
 
 Make = Callable[..., MatrixOptimizer]
-RULES = pytest.mark.parametrize("rule", [Muon, Aurora], ids=["muon", "aurora"])
+RULES = pytest.mark.parametrize(
+    "rule",
+    [Muon, NorMuon, UNorMuon, Aurora, partial(Aurora, variant="paper"), partial(Aurora, variant="warm", beta=0.1),
+     partial(RiemannianAurora, outer_steps=1)],
+    ids=["muon", "normuon", "unormuon", "aurora", "paper", "warm", "riemannian"],
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same arithmetic on every machine, whatever its bfloat16 units."""
-    monkeypatch.setattr("optim.muon.fast_half_dtype", lambda device_type: torch.float32)
-    monkeypatch.setattr("optim.aurora.fast_half_dtype", lambda device_type: torch.float32)
+    for module in ("muon", "normuon", "aurora", "riemannian_aurora"):
+        monkeypatch.setattr(f"optim.{module}.fast_half_dtype", lambda device_type: torch.float32)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +61,7 @@ def uneven(m: int, n: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)], ids=str)
 @pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("scale", ["spectral", "match_rms_adamw"])
+@pytest.mark.parametrize("scale", ["spectral", "match_rms_adamw", "none"])
 def test_muon_takes_the_steps_of_torch_optim_muon(
     shape: tuple[int, int], nesterov: bool, weight_decay: float, scale: str
 ) -> None:
@@ -51,9 +69,12 @@ def test_muon_takes_the_steps_of_torch_optim_muon(
     ours, theirs = (nn.Parameter(randn(*shape, seed=9)) for _ in range(2))
     settings = dict(lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
     optimizer = Muon([ours], polar_method="quintic", scale=scale, **settings)
-    adjust = {"spectral": "original", "match_rms_adamw": "match_rms_adamw"}[scale]
+    if scale == "none":  # not known there: their rate without their scale, decaying as much
+        factor = math.sqrt(max(1, shape[0] / shape[1]))
+        settings.update(lr=0.02 / factor, weight_decay=weight_decay * factor)
+    adjust = "match_rms_adamw" if scale == "match_rms_adamw" else "original"
     reference = torch.optim.Muon([theirs], adjust_lr_fn=adjust, **settings)
-    for step in range(30):
+    for step in range(50):
         before, reference_before = ours.detach().clone(), theirs.detach().clone()
         ours.grad, theirs.grad = randn(*shape, seed=step), randn(*shape, seed=step)
         optimizer.step()
@@ -332,6 +353,103 @@ def test_deepcopy_is_independent() -> None:
     assert not torch.equal(twin.state_dict()["state"][0]["momentum_buffer"], buffer)
 
 
+@RULES
+def test_a_pickle_and_a_saved_file_go_on_exactly(rule: Make, tmp_path: Path) -> None:
+    """Two steps, then through pickle (weights and all) and through torch.save with weights_only, two steps more."""
+    weight = nn.Parameter(randn(8, 4))
+    optimizer = rule([weight], lr=0.1)
+    for step in range(2):
+        weight.grad = uneven(8, 4, seed=step)
+        optimizer.step()
+    unpickled = pickle.loads(pickle.dumps(optimizer))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = nn.Parameter(weight.detach().clone())
+    loaded = rule([other])
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert loaded.param_groups[0]["lr"] == 0.1
+    results = []
+    for each in (optimizer, unpickled, loaded):
+        (p,) = each.param_groups[0]["params"]
+        for step in (2, 3):
+            p.grad = uneven(8, 4, seed=step)
+            each.step()
+        results.append(p.detach())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@RULES
+def test_groups_added_later_leave_the_others_state_alone(rule: Make) -> None:
+    first, second, alone = (nn.Parameter(randn(8, 4, seed=i)) for i in (0, 1, 0))
+    optimizer, reference = rule([first]), rule([alone])
+    for step in range(4):
+        if step == 2:
+            optimizer.add_param_group(dict(params=[second], lr=0.5, momentum=0.5, weight_decay=0.1, scale="none"))
+        for p in (first, second, alone):
+            p.grad = uneven(8, 4, seed=step)
+        before = second.detach().clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(second, before) == (step < 2)
+    torch.testing.assert_close(first, alone, rtol=1e-6, atol=1e-6)
+
+
+@RULES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_float_type_follows_float32_to_its_rounding(rule: Make, dtype: torch.dtype) -> None:
+    weight, reference = nn.Parameter(randn(8, 4).to(dtype)), nn.Parameter(randn(8, 4).to(dtype).float())
+    optimizers = [rule([p], lr=0.1) for p in (weight, reference)]
+    for step in range(5):
+        gradient = uneven(8, 4, seed=step).to(dtype)
+        weight.grad, reference.grad = gradient, gradient.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert weight.dtype == dtype
+    torch.testing.assert_close(weight.float(), reference, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_one_cycle_drives_rate_and_momentum_and_hooks_see_every_step() -> None:
+    weight = nn.Parameter(randn(6, 4))
+    optimizer = Muon([weight], lr=0.1, polar_method="svd")
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=8)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    momenta, lengths = set(), []
+    for step in range(8):
+        weight.grad, before = randn(6, 4, seed=step), weight.detach().clone()
+        momenta.add(round(optimizer.param_groups[0]["momentum"], 3))
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        lengths.append((weight.detach() - before).norm().item() / rate)
+        if step < 7:
+            scheduler.step()
+    assert seen == ["before", "after"] * 8
+    assert len(momenta) > 3
+    assert lengths == pytest.approx([2 * math.sqrt(6 / 4)] * 8, rel=0.03)  # the last rate is near rounding
+
+
+@pytest.mark.parametrize("option", ["differentiable", "maximize", "foreach", "capturable", "fused", "betas"])
+def test_options_of_other_optimizers_are_refused_by_name(option: str) -> None:
+    for rule in (Muon, NorMuon, Aurora, RiemannianAurora):
+        with pytest.raises(TypeError, match=option):
+            rule([nn.Parameter(torch.ones(2, 2))], **{option: True})
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = Muon([("table", weight)])
+    weight.grad = torch.ones(4, 4).to_sparse()
+    with pytest.raises(ValueError, match=r"gradient of table is sparse.*dense"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(4, 4))
+    fresh = nn.Parameter(torch.ones(4, 4))
+    weight.grad, fresh.grad = randn(4, 4), randn(4, 4)
+    optimizer.step()
+    Muon([fresh]).step()
+    assert torch.equal(weight, fresh)
+
+
 @pytest.mark.parametrize(
     ("rule", "settings", "words"),
     [
@@ -342,6 +460,13 @@ def test_deepcopy_is_independent() -> None:
         (Aurora, dict(iterations=0), ["iterations = 0", "2 is"]),
         (Aurora, dict(beta=2.0), ["beta = 2.0", "0.5"]),
         (Aurora, dict(sides="left"), ["sides = 'left'", "both"]),
+        (Aurora, dict(variant="hot"), ["variant = 'hot'", "warm"]),
+        (Muon, dict(row_blocks=3), ["row_blocks = 3", "2 rows", "1 keeps"]),
+        (Muon, dict(comm_dtype=torch.float16), ["comm_dtype = torch.float16", "torch.bfloat16"]),
+        (NorMuon, dict(beta2=1.0), ["beta2 = 1.0", "0.95"]),
+        (RiemannianAurora, dict(outer_steps=0), ["outer_steps = 0", "at least 1"]),
+        (RiemannianAurora, dict(step_size=0.0), ["step_size = 0.0", "above 0"]),
+        (RiemannianAurora, dict(sides="left"), ["sides = 'left'", "both"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -365,19 +490,20 @@ def test_vectors_are_sent_to_adamw_and_a_refused_group_leaves_no_trace() -> None
 
 def config(**changes: Any) -> SimpleNamespace:
     settings: dict[str, Any] = dict(
-        matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, momentum=0.95, polar_method="polar_express",
-        polar_steps=0, cautious=False, kernels="auto", comm_dtype="float32", aurora_variant="release", aurora_iterations=2, aurora_beta=0.5, aurora_sides="both",
-        embed_lr=0.3, head_lr=0.004, scalar_lr=0.015, adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,
+        matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, cautious=False, momentum=0.95,
+        polar_method="auto", polar_steps=0, kernels="auto", comm_dtype="float32", aurora_variant="release",
+        aurora_iterations=2, aurora_beta=0.5, aurora_sides="both", embed_lr=0.3, head_lr=0.004, scalar_lr=0.015,
+        adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,
     )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("name", ["muon", "aurora", "adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
 def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str) -> None:
     model = GPT(ModelConfig(vocab_size=50, num_layers=2, num_heads=2, head_dim=8, model_dim=16, seq_len=8))
     model.gain = nn.Parameter(torch.ones(16))  # as a fork might add
     matrix, rest = optimizers = build_optimizers(model, config(matrix_optimizer=name))
-    assert type(matrix).__name__.lower() == name
+    assert type(matrix).__name__.lower() == name.replace("_", "")
     assert type(rest) is torch.optim.AdamW
     moved = {group["name"]: set(group["params"]) for o in optimizers for group in o.param_groups}
     assert moved["matrix"] == set(model.blocks.parameters())
@@ -389,7 +515,7 @@ def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str)
     table = routing_table(optimizers)
     count = sum(p.numel() for p in model.blocks.parameters())
     assert f"matrix: 8 tensors, {count:,} parameters" in table
-    assert ("torch kernels" in table) == (name in ("muon", "aurora"))
+    assert ("torch kernels" in table) == isinstance(matrix, MatrixOptimizer)
 
 
 def test_kernels_that_cannot_run_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

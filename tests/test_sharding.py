@@ -69,7 +69,7 @@ def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int
             for i, p in enumerate(used.values()):
                 seed = 1000 * step + 20 * i
                 noise = [randn(seed + 1 + r, *p.shape) for r in range(ranks)]
-                gradient = randn(seed, *p.shape) + (1 - 2 * micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
+                gradient = randn(seed, *p.shape) + (1 + micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
                 loss = loss + (p.float() * gradient).sum() / 2
             if micro_batch == 1 and step % 2:
                 optimizer.reduce_in_backward()

@@ -138,6 +138,10 @@ def load_config(argv: list[str]) -> Config:
     return config
 
 
+def model_config(config: Config) -> ModelConfig:
+    return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Schedules: pure functions of the step
 
@@ -266,9 +270,8 @@ def set_up(config: Config, machine: Machine) -> Run:
     validation(config, machine, val_stream)
     val_tokens = val_stream.read(0, config.val_tokens)
     torch.manual_seed(config.seed)
-    shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     with machine.device:
-        model = GPT(ModelConfig(**shape), machine.dtype)
+        model = GPT(model_config(config), machine.dtype)
     if machine.world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)

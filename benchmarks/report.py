@@ -41,10 +41,7 @@ def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) ->
     results/<benchmark>_<device>.json; returns that path."""
     name = device_name(torch.device(device))
     print(f"{benchmark} on {name}; " + ", ".join(f"{package} {version}" for package, version in versions().items()))
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(align([list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]))
     slug = re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", name.lower()).strip("-")
     path = RESULTS / f"{benchmark}_{slug}.json"
     path.parent.mkdir(exist_ok=True)
@@ -53,6 +50,12 @@ def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) ->
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"-> {path}")
     return path
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a table, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, train_step
+from benchmarks import optimizer_step, report, train_step
 
 
 @pytest.mark.slow
@@ -23,3 +23,17 @@ def test_shares_of_a_step_add_up_and_the_loop_costs_little(
         assert sum(shares.values()) == pytest.approx(100, abs=10)  # medians of shares, not shares of one turn
         assert shares["backward_%"] > shares["loader_%"]
         assert row["tokens_per_s"] == pytest.approx(192 / (row["step_ms"] / 1e3))
+
+
+def test_optimizer_steps_are_compared_with_adamw_and_muon(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rules = ("adamw", "torch.optim.Muon", "muon", "aurora release", "riemannian_aurora")
+    optimizer_step.main(optimizer_step.Args(str(tiny_recipe), rules, rounds=3, tokens=64, device="cpu"))
+    (path,) = tmp_path.glob("optimizer_step_*.json")
+    rows = {row["rule"]: row for row in json.loads(path.read_text())["rows"]}
+    assert tuple(rows) == rules
+    assert rows["adamw"]["step_over_adamw"] == rows["muon"]["matrices_over_muon"] == 1
+    assert rows["riemannian_aurora"]["matrices_over_muon"] > 3
+    assert all(0 < row["share_%"] < 100 for row in rows.values())

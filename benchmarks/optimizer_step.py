@@ -1,0 +1,116 @@
+"""Time of a whole optimizer step: every rule for the hidden matrices, beside AdamW and torch.optim.Muon.
+
+    python -m benchmarks.optimizer_step configs/classics_124m_aurora.toml
+
+Gradients are Gaussian. `matrices_ms` is the step of the hidden matrices alone; embeddings, head and scalars take the
+same AdamW step beside every rule, `step_ms` is both. `share_%` is the step's part of a training step with the recipe's
+batch: forward and backward are timed on one micro-batch of `tokens` tokens and scaled to the batch. Rules take turns,
+so that a slow moment of a shared machine falls on all alike; a rule whose update is not finite is refused.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import nn
+
+from benchmarks.report import Row, median_seconds, report
+from machine import find_machine
+from model import GPT
+from optim import build_optimizers
+from optim.bank import matrices
+from train_gpt import Config, load_config, model_config
+
+RULES: dict[str, list[str]] = {
+    "adamw": ["--matrix_optimizer=adamw"],
+    "torch.optim.Muon": [],
+    "muon": ["--matrix_optimizer=muon"],
+    "normuon": ["--matrix_optimizer=normuon"],
+    "unormuon": ["--matrix_optimizer=unormuon"],
+    "aurora warm": ["--matrix_optimizer=aurora", "--aurora_variant=warm"],
+    "aurora release": ["--matrix_optimizer=aurora"],
+    "aurora paper": ["--matrix_optimizer=aurora", "--aurora_variant=paper"],
+    "riemannian_aurora": ["--matrix_optimizer=riemannian_aurora"],
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    recipe: tyro.conf.Positional[str] = "configs/classics_124m_aurora.toml"
+    """Model, batch and learning rates."""
+    rules: tuple[str, ...] = tuple(rule for rule in RULES if rule != "riemannian_aurora")
+    """Rules to time, of those in RULES; "adamw" and "muon" are what the ratios refer to."""
+    rounds: int = 5
+    """Turns of each rule; the table has medians over them."""
+    tokens: int = 1024
+    """Tokens of the micro-batch that forward and backward are timed on."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+
+
+def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
+    """torch.optim.Muon over copies of the hidden matrices, one by one: it takes no stacks."""
+    weights = [
+        nn.Parameter(w.detach().clone()) for p in model.blocks.parameters() if p.ndim > 1 for w in matrices(p, 1)
+    ]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    return torch.optim.Muon(weights, lr=config.matrix_lr, momentum=config.momentum)
+
+
+def main(args: Args) -> None:
+    device = find_machine(args.device, "auto").device
+    on_gpu = device.type == "cuda"
+
+    def timed(work: Callable[[], object]) -> Callable[[], None]:
+        def once() -> None:
+            work()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+
+        return once
+
+    arguments = [args.recipe, f"--device={device.type}"]
+    config = load_config(arguments)
+    torch.manual_seed(0)
+    with device:
+        model = GPT(model_config(config), find_machine(args.device, config.dtype).dtype)
+    tokens = torch.randint(config.vocab_size, (max(1, args.tokens // config.seq_len), config.seq_len), device=device)
+    work: dict[str, Callable[[], None]] = {
+        "forward and backward": timed(lambda: (model(tokens, tokens) / tokens.numel()).backward())
+    }
+    work["forward and backward"]()
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for rule in args.rules:
+        if rule == "torch.optim.Muon":
+            work[rule] = timed(torch_muon(model, config).step)
+            continue
+        matrix_optimizer, rest = build_optimizers(model, load_config([*arguments, *RULES[rule]]))
+        matrix_optimizer.step()
+        if not all(p.isfinite().all() for p in model.blocks.parameters()):
+            raise ValueError(f"{rule}: the update is not finite; there is nothing to time")
+        work[rule], work["the rest, by AdamW"] = timed(matrix_optimizer.step), timed(rest.step)
+    for once in work.values():
+        once()  # state and caches are made here
+    seconds = {name: time.wall for name, time in median_seconds(work, args.rounds).items()}
+    rest_s, pass_s = seconds.pop("the rest, by AdamW"), seconds.pop("forward and backward")
+    batch_s = pass_s * config.batch_tokens / tokens.numel()
+    rows: list[Row] = []
+    for rule in args.rules:
+        step_s = seconds[rule] + rest_s
+        row: Row = {"rule": rule, "matrices_ms": 1e3 * seconds[rule], "step_ms": 1e3 * step_s}
+        for baseline in ("muon", "torch.optim.Muon"):
+            row[f"matrices_over_{baseline}"] = seconds[rule] / seconds[baseline] if baseline in seconds else ""
+        row["step_over_adamw"] = step_s / (seconds["adamw"] + rest_s) if "adamw" in seconds else ""
+        row["share_%"] = 100 * step_s / (step_s + batch_s)
+        rows.append(row)
+    settings = {key: value for key, value in dataclasses.asdict(args).items() if key != "device"}
+    settings |= dict(forward_backward_ms=1e3 * pass_s, pass_tokens=tokens.numel(), batch_tokens=config.batch_tokens)
+    report("optimizer_step", rows, str(device), **settings)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__, use_underscores=True))

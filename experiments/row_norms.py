@@ -1,0 +1,131 @@
+"""How unequal the rows of the updates are in training, and what the loss comes to: is one polar factor a step enough?
+
+    python -m experiments.row_norms configs/sotu_cpu.toml --cell matrix_optimizer=muon matrix_lr=0.01 --cell
+        matrix_optimizer=aurora --cell matrix_optimizer=aurora aurora_variant=warm --out experiments/results/warm.json
+
+Each --cell is the recipe with these settings, run once for each seed, in this process and to the end of the schedule.
+Every `every` steps the spread of the row norms of each update that is not square is taken (columns of a wide one):
+standard deviation over mean, 0 for equal rows. OUT is written after each run; runs that are in it are not repeated.
+The table has, for each cell, mean and standard deviation over seeds of the final validation loss, the steps to the
+target, and the spread, averaged over the matrices and the steps of a run, apart for tall (gate and up) and wide (down).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tyro
+from torch import Tensor
+
+from benchmarks.report import align
+from experiments.sweep import assignments, mean_and_sd
+from machine import find_machine, git_commit, versions
+from optim import MatrixOptimizer
+from settings import parse_settings
+from train_gpt import Run, RunLog, load_config, set_up, train
+
+
+@dataclass(frozen=True)
+class Options:
+    cell: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: settings of a cell
+    seeds: tuple[int, ...] = (0, 1, 2)  # each cell runs with each of them
+    every: int = 25  # steps between looks at the updates
+    out: str = "runs/row_norms.json"  # where the results are kept
+
+
+def spread(update: Tensor) -> Tensor:
+    """Standard deviation over mean of the row norms (columns where m < n) of [B, m, n], float32 [B]."""
+    tall = update if update.size(-2) > update.size(-1) else update.mT
+    norms = tall.float().norm(dim=-1)
+    return norms.std(dim=-1) / norms.mean(dim=-1)
+
+
+def watch(optimizer: MatrixOptimizer, every: int, spreads: dict[str, list[float]]) -> Callable[..., Tensor]:
+    """The optimizer's `orthogonalize`, which now and then notes the spread of what it returns under tall or wide."""
+    rule, calls = optimizer.orthogonalize, defaultdict[tuple[int, ...], int](int)
+
+    def watched(update: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        direction = rule(update, state, group)
+        m, n = direction.shape[-2:]
+        if m != n and calls[direction.shape] % every == 0:
+            of_each = spread(direction)
+            of_moving = of_each[of_each.isfinite()]  # all but updates of zero, which a new model has
+            if len(of_moving):
+                spreads["tall" if m > n else "wide"].append(of_moving.mean().item())
+        calls[direction.shape] += 1
+        return direction
+
+    return watched
+
+
+def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int) -> dict[str, Any]:
+    """One run of the recipe; its result as it is kept."""
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+        arguments = [f"--{key}={value}" for key, value in cell.items()]
+        fixed = ["--stop_at_target=false", "--checkpoint_every=0", f"--run_dir={folder}", f"--seed={seed}"]
+        config = load_config([recipe, *arguments, *fixed])
+        run: Run = set_up(config, find_machine(config.device, config.dtype))
+        optimizer, spreads = run.optimizers[0], defaultdict[str, list[float]](list)
+        if not isinstance(optimizer, MatrixOptimizer):
+            raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} has no polar factor to look at; try muon")
+        watched = mock.patch.object(optimizer, "orthogonalize", watch(optimizer, every, spreads))
+        with contextlib.redirect_stdout(nowhere), mock.patch("train_gpt.warm_up"), watched:
+            summary = train(run, RunLog(config, run.machine))
+        run.loader.close()
+        kept = {key: summary[key] for key in ("status", "val_loss", "steps", "steps_to_target")}
+        place = dict(device=run.machine.name, versions=versions(), git_commit=git_commit())
+        config_kept = {key: value for key, value in dataclasses.asdict(config).items() if key != "run_dir"}
+        return dict(cell=cell, seed=seed, **kept, every=every, spreads=spreads, **place, config=config_kept)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        cells[", ".join(f"{key}={value}" for key, value in run["cell"].items())].append(run)
+    rows = [["cell", "val_loss", "steps_to_target", "tall rows' spread", "wide columns' spread"]]
+    for name, of_cell in cells.items():
+        row = [name, mean_and_sd([run["val_loss"] for run in of_cell], 4)]
+        row.append(mean_and_sd([run["steps_to_target"] for run in of_cell], 0))
+        for kind in ("tall", "wide"):
+            means = [sum(run["spreads"][kind]) / len(run["spreads"][kind]) for run in of_cell]
+            row.append(mean_and_sd(means, 3))
+        rows.append(row)
+    return align(rows)
+
+
+def main(argv: list[str]) -> int:
+    recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("configs/sotu_cpu.toml", argv)
+    try:
+        options = parse_settings(Options, argv, description=__doc__)
+        out, cells = Path(options.out), [assignments(words) for words in options.cell]
+        runs = json.loads(out.read_text()) if out.exists() else []
+        for seed in options.seeds:
+            for cell in cells:
+                if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
+                    continue
+                runs.append(run_cell(recipe, cell, seed, options.every))
+                out.parent.mkdir(parents=True, exist_ok=True)
+                temporary = out.with_suffix(".tmp")
+                temporary.write_text(json.dumps(runs) + "\n")
+                temporary.replace(out)
+                print(
+                    f"{cell}, seed {seed}: {runs[-1]['status']}, val_loss {runs[-1]['val_loss']:.4f}", file=sys.stderr
+                )
+        print(table(runs))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ A new update rule is a subclass with one method:
 """
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +31,16 @@ from kernels import backend
 from optim.bank import Bank, State
 from optim.gradient_check import GradientCheck
 from optim.polar import check_polar_arguments
-from optim.reductions import Reductions
+from optim.reductions import Reductions, when_ready
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
     "none": lambda m, n: 1.0,
 }
+
+
+OWN_STATE = {"momentum_buffer", "master_weight"}  # the base class's, not a rule's
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -176,7 +180,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._gradient_check = GradientCheck(banks, self.defer_check)
             for bank in banks:
                 bank.take_state(self.state)
-            self.state = defaultdict(dict)
+            self._show_state()
         return self._banks
 
     def _forget_banks(self) -> None:
@@ -185,6 +189,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._gradient_check = GradientCheck([], self.defer_check)
 
     # State: in the banks while in use, whole in `self.state` on its way in and out
+
+    def _show_state(self) -> None:
+        """Let `self.state` show what the banks hold: with one process views of it, as users of torch expect; with more
+        only that there is some, which utilities ask before they make state themselves."""
+        if all(bank.num_ranks == 1 for bank, _ in self._banks):
+            self.state = self._whole_state()
+        else:
+            self.state = defaultdict(dict, {p: {} for bank, _ in self._banks if bank.state for p in bank.params})
 
     def _whole_state(self) -> defaultdict[Tensor, Any]:
         if not self._banks:
@@ -236,11 +248,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.requires_grad and p not in self._hooked:
                     self._hooked.add(p)
-                    p.register_post_accumulate_grad_hook(self._gradient_is_ready)
+                    p.register_post_accumulate_grad_hook(when_ready(weakref.ref(self)))
         self._reductions.await_backward()
-
-    def _gradient_is_ready(self, p: Tensor) -> None:
-        self._reductions.ready(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -251,10 +260,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         banks = self._make_banks()
         gradients = self._reductions.finish()
         is_finite = self._gradient_check.look(gradients)
+        held = sum(len(bank.state) for bank, _ in banks)
         for bank, group in banks:  # while one bank's results travel, the next one's are computed
             self._start_update(bank, gradients.pop(0), group, is_finite)  # popped: each is freed once it is used
         for bank, group in banks:
             self._finish_update(bank, group, is_finite)
+        if sum(len(bank.state) for bank, _ in banks) != held:
+            self._show_state()
         return loss
 
     def raise_if_not_finite(self) -> None:
@@ -280,9 +292,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
                 bank.state[name][index] = value
         if bank.needs_master:
-            master = bank.own_masters()
+            master, updates = bank.own_masters(), self._scaled(direction, bank, group, is_finite)
             moving = range(bank.num_slots) if slots is None else slots
-            self._move([master[slot] for slot in moving], [direction[slot] for slot in moving], bank, group, is_finite)
+            self._move([master[slot] for slot in moving], [updates[slot] for slot in moving], group, is_finite)
             direction = master.to(bank.dtype)
         bank.start_gather(direction)
 
@@ -291,40 +303,52 @@ class MatrixOptimizer(torch.optim.Optimizer):
         weight, before = 1 - group["momentum"], State()
         if is_finite is not None:
             gradient, weight = torch.where(is_finite, gradient, 0), weight * is_finite.float()
-            before = {name: value.clone() for name, value in state.items() if name != "momentum_buffer"}
+            before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
         momentum_buffer = state["momentum_buffer"].lerp_(gradient, weight)
         update = gradient.lerp_(momentum_buffer, group["momentum"]) if group["nesterov"] else momentum_buffer.clone()
         with torch.autocast(update.device.type, enabled=False):  # the caller's would recast the products
             direction = self.orthogonalize(update, state, group)
         if is_finite is not None:
-            for name in state.keys() - {"momentum_buffer"}:
-                state[name] = torch.where(is_finite, state[name], before.get(name, torch.zeros_like(state[name])))
+            for name in state.keys() - OWN_STATE:
+                value = state[name]
+                value.copy_(torch.where(is_finite, value, before.get(name, torch.zeros_like(value))))
         return direction
 
     def _finish_update(self, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> None:
-        weights, results = bank.active_pairs(bank.gathered())
-        if bank.needs_master and weights:
-            torch._foreach_copy_(weights, results)
-        else:
-            self._move(weights, results, bank, group, is_finite)
-
-    def _move(
-        self, weights: list[Tensor], directions: list[Tensor], bank: Bank, group: dict[str, Any],
-        is_finite: Tensor | None,
-    ) -> None:  # fmt: skip
-        """weight <- weight - lr * (weight_decay * weight + scale * direction), in place."""
+        results = bank.gathered()
+        if not bank.needs_master:
+            results = self._scaled(results, bank, group, is_finite)
+        weights, updates = bank.active_pairs(results)
         if not weights:
             return
-        rate = group["lr"] if is_finite is None else group["lr"] * is_finite
-        directions = [d.float() for d in directions]
-        updates = list(torch._foreach_mul(directions, rate * SCALES[group["scale"]](bank.m, bank.n)))
-        if group["weight_decay"] and group["cautious"]:
-            decays = torch._foreach_mul(weights, updates)
-            torch._foreach_sign_(decays)
-            torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
-            torch._foreach_mul_(decays, weights)
-            torch._foreach_mul_(decays, rate * group["weight_decay"])
-            torch._foreach_add_(updates, decays)
-        elif group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
-        torch._foreach_sub_(weights, updates)
+        if bank.needs_master:
+            torch._foreach_copy_(weights, updates)
+        else:
+            self._move(weights, updates, group, is_finite)
+
+    def _scaled(self, direction: Tensor, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
+        """lr * scale * direction, float32; zero after a bad gradient."""
+        return direction.float() * (rate(group, is_finite) * SCALES[group["scale"]](bank.m, bank.n))
+
+    def _move(
+        self, weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], is_finite: Tensor | None
+    ) -> None:
+        """weight <- weight - lr * weight_decay * weight - update, in place."""
+        if group["weight_decay"] and weights:
+            decay = rate(group, is_finite) * group["weight_decay"]
+            if group["cautious"]:
+                decays = torch._foreach_mul(weights, updates)
+                torch._foreach_sign_(decays)
+                torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
+                torch._foreach_mul_(decays, weights)
+                torch._foreach_mul_(decays, decay)
+                torch._foreach_sub_(weights, decays)
+            else:
+                torch._foreach_mul_(weights, 1 - decay)
+        if weights:
+            torch._foreach_sub_(weights, updates)
+
+
+def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
+    """The learning rate, or zero after a bad gradient, decided on the device."""
+    return group["lr"] if is_finite is None else group["lr"] * is_finite

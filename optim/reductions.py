@@ -5,7 +5,9 @@ hold the last parameters first, as backward finishes them. A bucket starts when 
 before it have started; what has not started by the time of the step starts then.
 """
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class Reductions:
         for bank in banks:
             for slots in bank.buckets:
                 rows = range(slots.start * bank.num_ranks, min(slots.stop * bank.num_ranks, bank.size))
-                members = {bank.params[bank.param_of(row)] for row in (rows.start, *rows)}
+                members = {bank.params[bank.param_of(row)] for row in rows}
                 buckets.append((bank, slots, {p for p in members if p.requires_grad}))
         self._order = sorted(buckets, key=lambda bucket: -min((place[p] for p in bucket[2]), default=-1))
         self._buckets_of: dict[Tensor, list[int]] = {}
@@ -59,3 +61,14 @@ class Reductions:
     def _drop(self) -> None:
         if self._started:
             self.finish()
+
+
+def when_ready(optimizer: weakref.ref[Any]) -> Callable[[Tensor], None]:
+    """A hook that tells an optimizer's reductions, as long as there is one, that a gradient is final."""
+
+    def hook(p: Tensor) -> None:
+        alive = optimizer()
+        if alive is not None:
+            alive._reductions.ready(p)
+
+    return hook

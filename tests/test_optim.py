@@ -408,6 +408,21 @@ def test_every_float_type_follows_float32_to_its_rounding(rule: Make, dtype: tor
     torch.testing.assert_close(weight.float(), reference, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+def test_state_is_in_sight_where_torch_has_it() -> None:
+    """`optimizer.state` of one process shows the live tensors, for utilities and for whoever looks."""
+    weight = nn.Parameter(randn(2, 6, 4))
+    optimizer = NorMuon([weight])
+    for step in range(2):
+        weight.grad = randn(2, 6, 4, seed=step)
+        optimizer.step()
+        assert set(optimizer.state[weight]) == {"momentum_buffer", "row_square"}
+        saved = optimizer.state_dict()["state"][0]["momentum_buffer"]
+        assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape
+        assert torch.equal(optimizer.state[weight]["momentum_buffer"], saved)
+    expected = 0.95 * 0.05 * randn(2, 6, 4) + 0.05 * randn(2, 6, 4, seed=1)
+    torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], expected)
+
+
 def test_one_cycle_drives_rate_and_momentum_and_hooks_see_every_step() -> None:
     weight = nn.Parameter(randn(6, 4))
     optimizer = Muon([weight], lr=0.1, polar_method="svd")

@@ -20,7 +20,7 @@ def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of X [B, m, n] divided by their norm, in `dtype`, and the norms, float32 [B, m]; zero rows stay zero."""
     largest, unit = _without_largest(X)
     norm = torch.linalg.vector_norm(unit, dim=-1)
-    return (unit / norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
+    return unit.div_(norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
 
 
 def _without_largest(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,5 +98,8 @@ def apply_symmetric(
         Y = torch.baddbmm(X, X, S, beta=alpha) if side == "right" else torch.baddbmm(X, S, X, beta=alpha)
     if row_scale is not None:
         Y = Y * row_scale.unsqueeze(-1)
-    row_square = Y.float().square().sum(dim=-1) if outputs != "matrix" else X.new_empty(0, dtype=torch.float32)
+    if outputs == "matrix":
+        row_square = X.new_empty(0, dtype=torch.float32)
+    else:
+        row_square = torch.linalg.vector_norm(Y, dim=-1, dtype=torch.promote_types(Y.dtype, torch.float32)).square()
     return Y.to(dtype or X.dtype) if outputs != "row_square" else X.new_empty(0), row_square

@@ -31,7 +31,9 @@ from optim.polar import (
     as_matrices,
     check_polar_arguments,
     fast_half_dtype,
+    frobenius_scales,
     newton_schulz,
+    piece_length,
     plan_segments,
     polar,
     polar_svd,
@@ -50,18 +52,23 @@ def row_scaled_polar(
 
     `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
     rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
-    of them is wanted. On CUDA d * M is never stored: d enters the products as they load M.
+    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M.
     """
     ops = backend(kernels, M.device)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    rows, norm = ops.normalize_rows(M, storage)
+    is_folded = ops.symmetric or storage == torch.float16
+    rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
 
     def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
         if method == "svd":
             U = polar_svd(d.unsqueeze(-1) * rows)
             return U, U.square().sum(dim=-1).float()
         plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
-        return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+        if is_folded:
+            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+        r, s = frobenius_scales(d, SAFETY[method])
+        scaled = (rows * (r * s.sqrt().unsqueeze(-1)).unsqueeze(-1)).to(storage)  # rounded once, in one pass
+        return newton_schulz(ops, scaled, None, plan, SAFETY[method], dtype, outputs)
 
     return polar_of, norm
 
@@ -98,6 +105,10 @@ def aurora_polar(
     m, n = M.shape[-2:]
     if m == n:
         return polar(M, *polar_arguments)
+    if (length := piece_length(M)) is not None:
+        memories = [None] * M.size(0) if memory is None else memory.split(length)
+        pieces = zip(M.split(length), memories, strict=False)
+        return torch.cat([aurora_polar(M, iterations, beta, *polar_arguments, variant, c) for M, c in pieces])
     if m < n:
         return aurora_polar(M.mT, iterations, beta, *polar_arguments, variant, memory).mT
     batch = M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0)

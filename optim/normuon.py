@@ -22,6 +22,14 @@ from optim.polar import fast_half_dtype, polar
 SMALLEST = 1e-10  # mean square of a row that is still normalised: below it, a row of a polar factor is rounding
 
 
+def polar_and_mean_square(update: Tensor, group: dict[str, Any], kernels: str) -> tuple[Tensor, Tensor]:
+    """The polar factor U [B, m, n], at most float32, and the mean square of each of its rows, float32 [B, m]."""
+    dtype = fast_half_dtype(update.device.type)
+    U = polar(update, group["polar_method"], group["polar_steps"], dtype, kernels)
+    U = U.float() if U.dtype == torch.float64 else U
+    return U, torch.linalg.vector_norm(U, dim=-1, dtype=torch.float32).square() / U.size(-1)
+
+
 class NorMuon(MatrixOptimizer):
     """Muon with rows normalised by a running mean of their squares, as Adam does for entries."""
 
@@ -35,29 +43,22 @@ class NorMuon(MatrixOptimizer):
             raise ValueError(f"NorMuon: beta2 = {beta2} must be at least 0 and below 1; 0.95 is the usual choice")
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        U = polar(
-            update, group["polar_method"], group["polar_steps"], fast_half_dtype(update.device.type), self.kernels
-        ).float()
-        square = U.square().mean(dim=-1)
+        U, square = polar_and_mean_square(update, group, self.kernels)
         if "row_square" not in state:
             state["row_square"] = torch.zeros_like(square)  # its start is one factor for all rows, which cancels
         v = state["row_square"].lerp_(square, 1 - group["beta2"])
         row_scale = v.clamp_min(SMALLEST).rsqrt()
         length, scaled_length = square.sum(dim=-1), (square * row_scale.square()).sum(dim=-1)
         row_scale = row_scale * (length / scaled_length.clamp_min(TINY)).sqrt().unsqueeze(-1)
-        return U * row_scale.unsqueeze(-1)
+        return U.float().mul_(row_scale.unsqueeze(-1))
 
 
 class UNorMuon(MatrixOptimizer):
     """Muon with the rows of tall updates set to one norm."""
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        U = polar(
-            update, group["polar_method"], group["polar_steps"], fast_half_dtype(update.device.type), self.kernels
-        )
+        U, square = polar_and_mean_square(update, group, self.kernels)
         m, n = U.shape[-2:]
         if m <= n:
             return U
-        U = U.float()
-        square = U.square().mean(dim=-1, keepdim=True).clamp_min(SMALLEST)
-        return U * (square * m).rsqrt()
+        return U.float().mul_((square.clamp_min(SMALLEST) * m).rsqrt().unsqueeze(-1))

@@ -51,6 +51,7 @@ LONGEST_SEGMENT = {
     torch.bfloat16: {"polar_express": 1, "quintic": 1, "simple_quintic": 1},
     torch.float32: {"polar_express": 6, "quintic": 6, "simple_quintic": 6},
 }
+PIECE_BYTES = 16 * 2**20  # half of the largest block that glibc keeps
 Segments = list[list[Coefficients]]
 
 
@@ -84,6 +85,8 @@ def polar(
     """
     check_polar_arguments(method, steps)
     X = as_matrices(X)
+    if (length := piece_length(X)) is not None:
+        return torch.cat([polar(piece, method, steps, dtype, kernels, form) for piece in X.split(length)])
     ops = backend(kernels, X.device)
     storage = storage_dtype(dtype, X.device, method, steps)
     if method == "svd":
@@ -99,6 +102,18 @@ def polar(
     U, _ = newton_schulz(ops, batch, norm, plan, SAFETY[method], dtype)
     U = U.reshape(tall.shape)
     return U if tall is X else U.mT
+
+
+def piece_length(X: Tensor) -> int | None:
+    """How many matrices of a batch [B, m, n] to take at once on a CPU, None for all of them.
+
+    Its products gain nothing from a batch, while every intermediate larger than the allocator keeps at hand has its
+    pages mapped anew, at several times the cost of writing them.
+    """
+    if X.device.type != "cpu" or X.ndim != 3:
+        return None
+    length = max(1, PIECE_BYTES // (4 * X.size(-2) * X.size(-1)))
+    return length if length < X.size(0) else None
 
 
 def check_polar_arguments(method: str, steps: int | None) -> None:
@@ -183,9 +198,7 @@ def newton_schulz(
     """
     gram_scale = None
     if row_scale is not None:
-        row_scale = row_scale / row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)  # at most 1, as gram asks
-        frobenius_square = row_scale.square().sum(dim=-1).clamp_min(TINY)  # since rows have norm 1
-        gram_scale = 1 / (safety**2 * frobenius_square)
+        row_scale, gram_scale = frobenius_scales(row_scale, safety)
         full_scale = row_scale * gram_scale.sqrt().unsqueeze(-1)
     for segment in segments[:-1]:
         S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segment)
@@ -196,6 +209,13 @@ def newton_schulz(
             row_scale = gram_scale = None
     S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segments[-1])
     return ops.apply_symmetric(X, S, alpha, None if row_scale is None else full_scale, dtype, outputs=outputs)
+
+
+def frobenius_scales(row_scale: Tensor, safety: float) -> tuple[Tensor, Tensor]:
+    """(r, s) from scales [B, m] of rows of norm 1: r is proportional to them and at most 1, as `gram` asks, and
+    sqrt(s) r * rows has 1 / safety as its Frobenius norm; s is [B]."""
+    row_scale = row_scale / row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
+    return row_scale, 1 / (safety**2 * row_scale.square().sum(dim=-1).clamp_min(TINY))
 
 
 def _segment_factor(
@@ -226,4 +246,4 @@ def _normalize(X: Tensor, safety: float) -> Tensor:
     """X [B, m, n] divided by `safety` times its Frobenius norm, in float32."""
     X = X.float()
     X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range
-    return X / (safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY)
+    return X.div_((safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY))

@@ -19,7 +19,8 @@ from torch.distributed.run import parse_args, run
 
 from data.prepare import ensure
 from machine import check_device
-from train_gpt import ROOT, Config, load_config
+from runlog import ROOT
+from train_gpt import Config, load_config
 
 
 def torchrun_arguments(config: Config, environment: dict[str, str]) -> list[str]:

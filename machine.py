@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -100,13 +100,30 @@ def find_machine(device: str, dtype: str) -> Machine:
     notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
     if world_size > 1:
         on_gpu = place.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=fresh_store(world_size), rank=rank, world_size=world_size,
+            device_id=place if on_gpu else None,
+        )  # fmt: skip
     launched = [(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), launcher())]
     if world_size > 1:  # a node that came back counts from 0 again, and not every node has the first rank's agent
         launched *= world_size
         dist.all_gather_object(launched, launched[0])
     job = sorted({agent for _, agent in launched if agent})
     return Machine(rank, world_size, place, chosen, tuple(notes), max(count for count, _ in launched), tuple(job))
+
+
+def fresh_store(world_size: int) -> Any:
+    """Where ranks find each other, without what an earlier attempt left; None: torch's own, which is fresh then.
+
+    torchrun's agent shares one store with all attempts of its ranks, so that a second restart would find addresses of
+    the first's. This helps where every node has restarted as often; launch.py avoids that store altogether.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
+    attempt = f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
 
 
 def launcher() -> str:

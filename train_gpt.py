@@ -194,7 +194,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         val_files=head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens),
     )
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
-    fixed = [*fields, "track", "matrix_optimizer", "tokenizer", "val_tokens"]
+    fixed = ["track", "tokenizer", "val_tokens", "matrix_optimizer", *fields]
     start = find_start(dataclasses.asdict(config), data, fixed, machine)
     torch.manual_seed(config.seed)
     with machine.device:
@@ -367,7 +367,7 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
         checkpoints.wait()
         summary["status"] = (
             f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again with "
-            f"--resume=auto to go on from {checkpoints.newest}"
+            f"--resume=auto to go on from checkpoint {checkpoints.newest}"
         )
     except KeyboardInterrupt:
         ignore_further_stops()

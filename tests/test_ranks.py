@@ -67,11 +67,14 @@ def test_a_mistake_that_only_the_ranks_can_see_is_still_one_status(tiny_recipe: 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, ["--nproc_per_node=1", "--standalone"]),
-        ({"NPROC_PER_NODE": "3"}, ["--nproc_per_node=3", "--standalone"]),
+        ({}, ["--nproc_per_node=1", "--max_restarts=0", "--standalone"]),
+        (
+            {"NPROC_PER_NODE": "3", "MAX_RESTARTS": "2"},
+            ["--nproc_per_node=3", "--max_restarts=2", "--standalone"],
+        ),
         (
             {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "127.0.0.1:29500", "NPROC_PER_NODE": "8"},
-            ["--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--rdzv_backend=c10d",
+            ["--nproc_per_node=8", "--max_restarts=0", "--nnodes=2", "--node_rank=1", "--rdzv_backend=c10d",
              "--rdzv_endpoint=127.0.0.1:29500", "--rdzv_id=nanogpt-aurora"],
         ),
     ],
@@ -86,6 +89,7 @@ def test_what_torchrun_is_told(environment: dict[str, str], expected: list[str])
     [
         ({"NPROC_PER_NODE": "gpu"}, ["NPROC_PER_NODE = 'gpu'", "whole number"]),
         ({"NPROC_PER_NODE": "0"}, ["NPROC_PER_NODE = '0'"]),
+        ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS = '-1'", "such as 0"]),
         ({"NNODES": "2"}, ["NNODES = 2", "RDZV_ENDPOINT=host:port"]),
     ],
     ids=str,

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train_gpt
-from resume import WHERE_AND_HOW
+from resume import WHERE_AND_HOW, Start
 from tests.conftest import Result, Trainer
 from tests.test_checkpoint import files_no_larger_than
-from tests.test_train import assert_refused, metrics, summary
+from tests.test_train import assert_refused, metrics, summary, tiny_run
 from train_gpt import Config
 
 
@@ -105,20 +105,27 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert "no whole checkpoint there" in result.stderr
 
 
-def test_auto_takes_only_the_very_same_run(trainer: Trainer, tmp_path: Path, interrupted: Path) -> None:
-    for other in ("--seed=1", "--matrix_lr=0.03", "--train_steps=50", "--val_every=20"):
-        result = trainer("--resume=auto", other, "--description=other")
-        assert "anew" in result.stdout, other
-        assert "resumed" not in result.stdout
-        shutil.rmtree(newest(tmp_path, interrupted))
+def test_auto_takes_only_the_very_same_run(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, interrupted: Path
+) -> None:
+    def start(*arguments: str) -> Start:
+        run = tiny_run(tiny_recipe, "--resume=auto", f"--run_dir={tmp_path / 'runs'}", *arguments)
+        run.loader.close()
+        return run.start
+
+    for other in ("--seed=1", "--matrix_lr=0.03", "--train_steps=50", "--val_every=20", "--name=tin", "--track=x"):
+        assert start(other).path == "", other
+        assert "anew" in start(other).notes[0]
+    assert start(f"--train_files={tiny_data}/tiny_train_00000[12].bin").path == ""
+    same = start(
+        "--micro_batch_tokens=96", "--description=x", "--checkpoint_async", f"--train_files={tiny_data}/*_t*.bin"
+    )
+    assert same.path == str(interrupted / "checkpoint_000020.pt")
+    assert [path.name for path in same.earlier] == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
     with (interrupted / "log.txt").open() as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # as the run itself does while it lives
-        result = trainer("--resume=auto")
-        assert f"{interrupted} is still being written and left alone" in result.stdout
-        assert "resumed" not in result.stdout
-    shutil.rmtree(newest(tmp_path, interrupted))
-    result = trainer("--resume=auto", "--micro_batch_tokens=96", "--description=other", "--checkpoint_async")
-    assert "resumed" in result.stdout
+        assert start().path == ""
+        assert f"{interrupted} is still being written and left alone" in start().notes[0]
 
 
 def test_what_auto_ignores_are_settings() -> None:
@@ -156,7 +163,7 @@ def test_a_path_refuses_another_run_and_names_the_difference(
     refused("matrix_optimizer is 'aurora' there and 'muon' here", "--matrix_optimizer=aurora", matrix_optimizer="muon")
     refused("tokenizer is 'none' there and 'byte' here", tokenizer="byte", vocab_size=257)
     refused("the data of train_files", "tiny_train_*.bin", train_files=tiny_data / "tiny_train_00000[12].bin")
-    refused("the data of val_files", "tiny_val", val_files=tiny_data / "tiny_train_000001.bin", val_tokens=3840 // 2)
+    refused("the data of val_files", "tiny_val", val_files=tiny_data / "tiny_train_*.bin")
     refused("val_tokens is 3840 there and 1920 here", val_tokens=1920)
     refused("step 20", "train_steps = 20", train_steps=20)
     refused("nothing.pt", "No such file", resume="nothing.pt")

@@ -63,20 +63,19 @@ def _look(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], jo
             return start
         start.notes.clear()
     if resume == "auto":
+
+        def is_same(settings: dict[str, Any]) -> bool:
+            return not differences(settings, config).keys() - set(WHERE_AND_HOW.split())
+
         complete = {path.name for path, values in summaries.items() if _is_complete(values)}
-        for values in (values for values in summaries.values() if _is_complete(values)):
-            complete |= {*values.get("lineage", ()), Path(values.get("resumed_from") or ".").parent.name}
+        for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
+            if _is_complete(values) and is_same(values.get("config", {})):
+                complete |= {*values.get("lineage", ()), Path(values.get("resumed_from") or ".").parent.name}
         unfinished = [path for path in directories if path.name not in complete]
         running = [path for path in unfinished if is_running(path)]
         start.notes += [f"resume: {path} is still being written and left alone" for path in running]
-
-        def is_same_run(state: State) -> bool:
-            return state["data"] == data and not differences(state["config"], config).keys() - set(
-                WHERE_AND_HOW.split()
-            )
-
         idle = [path for path in unfinished if path not in running]
-        if not _go_on(start, idle, is_same_run):
+        if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
             start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
     elif resume:
         _go_on_from(start, Path(resume), config, data, fixed)

@@ -348,8 +348,9 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
                 values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
                 log.metric(step=step + 1, tokens=tokens + config.batch_tokens, **values)
                 log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
-        clock.switch("checkpoint")
-        checkpoints.settle()
+        if config.checkpoint_every:
+            clock.switch("checkpoint")
+            checkpoints.settle()
     except FloatingPointError as error:
         checkpoints.wait()
         summary["status"] = f"diverged by step {step}: {error}; last good checkpoint: {checkpoints.newest}"
@@ -365,9 +366,9 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             raise
         ignore_further_stops()
         checkpoints.wait()
+        go_on = "" if checkpoints.newest == "none" else f" with --resume=auto to go on from {checkpoints.newest}"
         summary["status"] = (
-            f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again with "
-            f"--resume=auto to go on from checkpoint {checkpoints.newest}"
+            f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again{go_on}"
         )
     except KeyboardInterrupt:
         ignore_further_stops()

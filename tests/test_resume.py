@@ -132,7 +132,9 @@ def test_what_auto_ignores_are_settings() -> None:
     assert set(WHERE_AND_HOW.split()) <= {field.name for field in dataclasses.fields(Config)}
 
 
-def test_a_path_allows_other_settings_and_says_which(trainer: Trainer, tmp_path: Path, interrupted: Path) -> None:
+def test_a_path_allows_other_settings_and_says_which(
+    trainer: Trainer, tiny_recipe: Path, tmp_path: Path, interrupted: Path
+) -> None:
     result = trainer(f"--resume={interrupted}", "--matrix_lr=0.03", "--train_steps=60", "--checkpoint_every=10")
     assert result.returncode == 0, result.stderr
     assert "settings that differ from the checkpoint: matrix_lr 0.02 -> 0.03, train_steps 40 -> 60" in result.stdout
@@ -144,6 +146,9 @@ def test_a_path_allows_other_settings_and_says_which(trainer: Trainer, tmp_path:
     (other,) = (tmp_path / "same").iterdir()
     assert metrics(other, "train_loss")[20] == metrics(directory, "train_loss")[20]
     assert metrics(other, "train_loss")[60] != metrics(directory, "train_loss")[60]  # the new rate was felt
+    first = tiny_run(tiny_recipe, "--resume=auto", f"--run_dir={tmp_path / 'runs'}")  # is as unfinished as before
+    first.loader.close()
+    assert first.start.path == str(interrupted / "checkpoint_000020.pt")
 
 
 def test_a_path_refuses_another_run_and_names_the_difference(

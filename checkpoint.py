@@ -1,48 +1,167 @@
-"""Checkpoints: everything a run needs to go on, in one file that is either whole or absent."""
+"""Checkpoints: everything a run needs to go on, in one file that is either whole or absent.
+
+A file is written under a temporary name, flushed to the disk and renamed. torch.save makes a zip archive with a
+checksum for each tensor, so a file that was cut or changed since is noticed when it is read.
+"""
 
 import os
 import pickle
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-KEPT = 2  # newest checkpoints left in a run directory
+from machine import Machine
+
+State = dict[str, Any]
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
-def save_checkpoint(
-    directory: Path, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **extra: Any
-) -> Path:
-    """Write `checkpoint_<step>.pt` under a temporary name, flush it to the disk, rename it, delete older ones.
+class CheckpointWriter:
+    """Writes a run's checkpoints and keeps the last few. `newest` is the path of the last one that is on the disk.
 
-    `extra` holds plain values and tensors. Raises FloatingPointError, and writes nothing, if a weight is not finite.
+    Every rank makes one and calls `save` and `settle` at the same steps; the first rank writes.
+    in_thread: tensors are copied to host memory at once and a thread writes them while training goes on.
+    earlier: checkpoints of the same run in older run directories, oldest first, that count and are deleted in turn.
+    A write that fails raises OSError on every rank: at once, or in a thread at the next `save` or `settle`.
     """
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise FloatingPointError(f"{name} holds NaN or infinity, so no checkpoint was written")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    path = directory / f"checkpoint_{step:06d}.pt"
-    with path.with_suffix(".tmp").open("wb") as file:
-        torch.save(dict(step=step, model=model.state_dict(), optimizers=states, **extra), file)
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".tmp").rename(path)
-    for old in sorted(directory.glob("checkpoint_*.pt"))[:-KEPT]:
-        old.unlink()
-    return path
+
+    def __init__(
+        self, directory: Path, keep: int, in_thread: bool, machine: Machine, earlier: Sequence[Path] = (),
+        newest: str = "none",
+    ) -> None:  # fmt: skip
+        self.directory, self.keep, self.in_thread, self.machine = directory, keep, in_thread, machine
+        self.earlier, self.newest = list(earlier), newest
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+        self._path = directory
+
+    def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **extra: Any) -> None:
+        """Write `checkpoint_<step>.pt`. `extra` holds plain values and tensors.
+
+        Raises FloatingPointError, and writes nothing, if a weight is not finite.
+        """
+        for name, p in model.named_parameters():
+            if not p.isfinite().all():
+                raise FloatingPointError(f"{name} holds NaN or infinity, so no checkpoint was written")
+        states = [optimizer.state_dict() for optimizer in optimizers]  # on every rank: it may gather its shards
+        self.settle()
+        self._path = self.directory / f"checkpoint_{step:06d}.pt"
+        if self.machine.rank == 0:
+            state = dict(step=step, model=model.state_dict(), optimizers=states, rng=rng_state(), **extra)
+            self._write = self._thread.submit(self._write_file, self._path, to_host(state) if self.in_thread else state)
+        if not self.in_thread:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the write under way, if there is one. Its failure is raised here, on every rank."""
+        failure = self.machine.agree(self.wait())
+        if failure:
+            raise OSError(failure)
+
+    def wait(self) -> str | None:
+        """As `settle` for this rank alone, for a run that ends early: returns why the write failed, or None."""
+        write, self._write = self._write, None
+        try:
+            if write:
+                write.result()
+        except OSError as error:
+            return (
+                f"{self._path} could not be written ({error.strerror or error}); older checkpoints are as they were; "
+                "make room, or choose another run_dir"
+            )
+        if self._path.is_file():
+            self.newest = str(self._path)
+        return None
+
+    def _write_file(self, path: Path, state: State) -> None:
+        temporary = path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the rename too
+            os.close(folder)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error.__context__, OSError):  # torch's writer trips over what the disk had said
+                raise error.__context__ from None
+            raise
+        kept = [*self.earlier, *sorted(self.directory.glob("checkpoint_*.pt"))][-self.keep :]
+        for folder_of_run in {path.parent, *(old.parent for old in self.earlier)}:
+            for old in (*folder_of_run.glob("checkpoint_*.pt"), *folder_of_run.glob("checkpoint_*.tmp")):
+                if old not in kept:
+                    old.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path | str, mapped: bool = True) -> State:
+    """All that a checkpoint holds, on the CPU; mapped: tensors are read from the file when they are used.
+
+    Raises ValueError with the reason if it cannot be read; checksums are looked at by `verify` alone.
+    """
+    try:
+        state: State = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        _ = state["step"], state["model"]
+    except DAMAGE as error:
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
+    return state
+
+
+def verify(path: Path | str) -> None:
+    """Read the whole file. Raises ValueError with the reason if any part differs from what was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except DAMAGE as error:
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
+    if damaged:
+        raise ValueError(f"checksum of {damaged} is wrong")
 
 
 def load_checkpoint(
     path: str, model: nn.Module, optimizers: list[torch.optim.Optimizer], device: torch.device
-) -> dict[str, Any]:
-    """Put a checkpoint into model and optimizers; returns all it holds. Raises ValueError when it does not fit."""
+) -> State:
+    """Put a checkpoint into model, optimizers and random state; returns the rest of it.
+
+    Hyperparameters stay those of `optimizers`, so that a run can go on with others. Raises ValueError when it does
+    not fit.
+    """
+    asked = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        state = read_checkpoint(path, mapped=device.type == "cuda")  # elsewhere optimizers may keep these very tensors
+        model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"resume = {path!r}: not a checkpoint of this model and optimizer ({reason})") from None
+    for optimizer, groups in zip(optimizers, asked, strict=True):
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
     return state
+
+
+def rng_state() -> dict[str, Tensor | None]:
+    """torch's generators; every rank draws the same numbers, so the first rank's are everyone's."""
+    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+
+def to_host(value: Any) -> Any:
+    """The same tree with every tensor copied to host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(to_host, value))
+    return value

@@ -12,12 +12,15 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from optim.polar import fast_half_dtype
+
+T = TypeVar("T")
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets (sparsity not counted); the first
 # name that the device's name contains. A device that is not here has no MFU.
@@ -34,6 +37,8 @@ class Machine:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     notes: tuple[str, ...]  # decisions that a reader of the log should know
+    restarts: int = 0  # times that torchrun has started this job's ranks anew
+    job: tuple[str, ...] = ()  # torchrun's agents, the same over its restarts; none without torchrun
 
     @property
     def name(self) -> str:
@@ -51,6 +56,14 @@ class Machine:
         if self.world_size > 1:
             dist.all_reduce(value)
         return value
+
+    def agree(self, value: T | None) -> T | None:
+        """What one rank knows, known to all: the first value that is not None, in the order of the ranks."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return next((known for known in values if known is not None), None)
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -87,8 +100,54 @@ def find_machine(device: str, dtype: str) -> Machine:
     notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
     if world_size > 1:
         on_gpu = place.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=place if on_gpu else None)
-    return Machine(rank, world_size, place, chosen, tuple(notes))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=fresh_store(world_size), rank=rank, world_size=world_size,
+            device_id=place if on_gpu else None,
+        )  # fmt: skip
+    launched = [(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), launcher())]
+    if world_size > 1:  # a node that came back counts from 0 again, and not every node has the first rank's agent
+        launched *= world_size
+        dist.all_gather_object(launched, launched[0])
+    job = sorted({agent for _, agent in launched if agent})
+    return Machine(rank, world_size, place, chosen, tuple(notes), max(count for count, _ in launched), tuple(job))
+
+
+def fresh_store(world_size: int) -> Any:
+    """Where ranks find each other, without what an earlier attempt left; None: torch's own, which is fresh then.
+
+    torchrun's agent shares one store with all attempts of its ranks, so that a second restart would find addresses of
+    the first's. This helps where every node has restarted as often; launch.py avoids that store altogether.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world_size, is_master=False)  # type: ignore[attr-defined]
+    attempt = f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+
+
+def launcher() -> str:
+    """torchrun's agent, which is our parent and outlives its ranks: run id, host, pid and start. Empty without one.
+
+    The run id alone will not do: on several nodes it is the same for every job, unless its user thought of that.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = os.getppid()
+    stat = Path(f"/proc/{parent}/stat")  # field 22: clock ticks from boot to start, so a pid used again is another
+    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return "/".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(parent), started])
+
+
+def lost_rank(error: BaseException) -> str:
+    """The reason in few words if a collective failed because another rank is gone; empty for any other error.
+
+    gloo has no type of its own for that: a RuntimeError that begins with the place in gloo's source.
+    """
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and "/gloo/" not in text:
+        return ""
+    return re.sub(r"^\[[^]]*gloo[^]]*\] ", "", text).split(". This is typically")[0][:200]
 
 
 class Clock:

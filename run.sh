@@ -17,7 +17,8 @@ usage() {
 ./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step, polar,
                                        polar_quality (default: these), polar_tiles (a GPU)
 
-Several nodes: the same line on each, with NNODES, NODE_RANK and RDZV_ENDPOINT=host:port set.
+Several nodes: the same line on each, with NNODES and RDZV_ENDPOINT=host:port set.
+MAX_RESTARTS=N starts all processes again, from the last checkpoint, when one is lost.
 PYTHON chooses the interpreter that makes the virtual environment (3.11 or later).
 HELP
 }

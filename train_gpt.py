@@ -4,42 +4,38 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py configs/fineweb_124m_aurora.toml     (everything is there)
     python train_gpt.py --help                                                         (every field of a config)
 
-Top to bottom: settings, schedules, the run's log, set-up, evaluation, one training step, the run, main.
-Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for, 3 target missed under --require_target,
-130 interrupted (the run directory is whole and says so).
+Top to bottom: settings, schedules, set-up, evaluation, one training step, the run, main.
+Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for or a full disk, 3 target missed under
+--require_target, 4 another rank was lost, 130 interrupted (the run directory is whole and says so).
 """
 
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import os
-import secrets
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import CheckpointWriter, load_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer, vocab_size
-from machine import Clock, Machine, find_machine, git_commit, output_of, peak_memory_mib, versions
+from machine import Clock, Machine, find_machine, git_commit, lost_rank, peak_memory_mib, versions
 from model import GPT, ModelConfig
 from optim import MatrixOptimizer, build_optimizers, routing_table
+from resume import Start, find_start
+from runlog import RunLog
 from settings import parse_settings
 
 Optimizers = list[torch.optim.Optimizer]
-ROOT = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -105,12 +101,14 @@ class Config:
     val_every: int = 25  # steps between validations
     log_every: int = 10  # steps between training-loss lines
     checkpoint_every: int = 0  # steps between checkpoints; 0: none
-    resume: str = ""  # checkpoint file to go on from
+    checkpoint_keep: int = 2  # newest checkpoints that stay
+    checkpoint_async: bool = False  # write them in a thread while training goes on; costs host memory
+    resume: str = ""  # go on from: auto (the newest checkpoint of this very run), a checkpoint file or a run directory
 
 
 POSITIVE = (
     "vocab_size val_tokens num_layers num_heads head_dim model_dim seq_len softcap train_steps batch_tokens "
-    "micro_batch_tokens val_every log_every adam_eps"
+    "micro_batch_tokens val_every log_every checkpoint_keep adam_eps"
 )
 NOT_NEGATIVE = (
     "mlp_hidden matrix_lr matrix_weight_decay momentum_warmup_steps polar_steps embed_lr head_lr scalar_lr "
@@ -168,77 +166,6 @@ def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Con
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The run's log
-
-
-def run_sources() -> dict[str, str]:
-    """Source of every module of this repository that was imported, by path: a log that can be run again."""
-    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    paths = {Path(file).resolve() for file in files if file and Path(file).is_file()}
-    own = sorted(path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
-    return {str(path): (ROOT / path).read_text() for path in own if "site-packages" not in path.parts}
-
-
-class RunLog:
-    """The run directory and the terminal, on the first rank; other ranks' calls do nothing.
-
-    log.txt opens with all the run was made of. Every line is flushed: a killed run leaves a whole log.
-    """
-
-    def __init__(self, config: Config, machine: Machine) -> None:
-        self.active, self.target = machine.rank == 0, config.target_loss
-        self.bar = tqdm(total=config.train_steps, unit="step", dynamic_ncols=True, leave=False,
-                        disable=not (self.active and sys.stderr.isatty()))  # fmt: skip
-        self.validations: list[tuple[float, float]] = []  # (train_time_s, val_loss)
-        if not self.active:
-            return
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self.directory = Path(config.run_dir) / f"{config.name}-{stamp}-{secrets.token_hex(3)}"
-        try:
-            self.directory.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(
-                f"run_dir = {config.run_dir!r} cannot be written ({error.strerror}); choose another, such as /tmp/runs"
-            ) from None
-        self.log, self.metrics = ((self.directory / name).open("w") for name in ("log.txt", "metrics.jsonl"))
-        header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
-        header += ["=" * 100, f"python {sys.version}\n{json.dumps(versions())}"]
-        header += [f"git {git_commit()}\n{output_of('git', 'status', '--short')}"]
-        header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
-        header += [json.dumps(dataclasses.asdict(config), indent=1), "=" * 100]
-        self.log.write("\n".join(header) + "\n")
-
-    def line(self, text: str) -> None:
-        if self.active:
-            print(text, file=self.log, flush=True)
-            with self.bar.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
-
-    def metric(self, **values: float) -> None:
-        if self.active:
-            print(json.dumps(values), file=self.metrics, flush=True)
-        if "val_loss" in values:
-            self.validations.append((values["train_time_s"], values["val_loss"]))
-            self.bar.set_postfix_str(f"val_loss {values['val_loss']:.3f}{self._eta_to_target()}")
-
-    def _eta_to_target(self) -> str:
-        """Where a line through the last two validations crosses the target."""
-        if not self.target or len(self.validations) < 2:
-            return ""
-        (time_0, loss_0), (time_1, loss_1) = self.validations[-2:]
-        if loss_1 <= self.target or loss_0 <= loss_1:
-            return ""
-        return f", target {self.target:g} in ~{(loss_1 - self.target) * (time_1 - time_0) / (loss_0 - loss_1):.0f}s"
-
-    def summary(self, values: dict[str, Any]) -> None:
-        """Write summary.json under its name only when it is whole."""
-        if self.active:
-            temporary = self.directory / "summary.json.tmp"
-            temporary.write_text(json.dumps(values, indent=1) + "\n")
-            temporary.replace(self.directory / "summary.json")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Set-up, evaluation, one step
 
 
@@ -254,8 +181,9 @@ class Run:
     optimizers: Optimizers
     loader: TokenLoader
     val_stream: TokenStream
-    val_fingerprint: str = ""
-    resumed: dict[str, Any] | None = None  # the checkpoint that model and optimizers were loaded from
+    data: dict[str, str]  # fingerprints of train_files and val_files
+    start: Start  # anew, or from which checkpoint
+    resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
 
 
 def set_up(config: Config, machine: Machine) -> Run:
@@ -268,7 +196,12 @@ def set_up(config: Config, machine: Machine) -> Run:
     loader.batch(0)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
-    val_tokens = val_stream.read(0, config.val_tokens)
+    data = dict(
+        train_files=set_fingerprint(loader.stream.shards),
+        val_files=head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens),
+    )
+    fixed = ["track", "tokenizer", "val_tokens", "matrix_optimizer", *dataclasses.asdict(model_config(config))]
+    start = find_start(dataclasses.asdict(config), data, fixed, machine)
     torch.manual_seed(config.seed)
     with machine.device:
         model = GPT(model_config(config), machine.dtype)
@@ -277,14 +210,16 @@ def set_up(config: Config, machine: Machine) -> Run:
             dist.broadcast(p.data, src=0)
     optimizers = build_optimizers(model, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
-    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream)
-    run.val_fingerprint = head_fingerprint([val_tokens], config.val_tokens)
-    if config.resume:
-        run.resumed = load_checkpoint(config.resume, model, optimizers, machine.device)
-        if run.resumed["step"] >= config.train_steps:
-            raise ValueError(
-                f"resume is at step {run.resumed['step']} of train_steps = {config.train_steps}: raise that"
-            )
+    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start)
+    if start.path:
+        problem = None
+        try:
+            run.resumed = load_checkpoint(start.path, model, optimizers, machine.device)
+        except ValueError as error:
+            problem = f"{error}; every node has to see the same run_dir" if machine.world_size > 1 else str(error)
+        problem = machine.agree(problem)
+        if problem:
+            raise ValueError(problem)
     return run
 
 
@@ -351,18 +286,29 @@ def check_finite(run: Run, value: float, what: str) -> None:
         raise FloatingPointError(f"the {what} is {value}; lower the learning rates")
 
 
+def ignore_further_stops() -> None:
+    """torchrun sends its own on top: the summary still gets written."""
+    for further in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(further, signal.SIG_IGN)
+
+
 def train(run: Run, log: RunLog) -> dict[str, Any]:
     """Train until the schedule ends, the target stops the run, Ctrl-C or divergence; returns the summary."""
     config, machine, clock = run.config, run.machine, run.clock
-    summary: dict[str, Any] = dict(
-        status="finished", val_loss=None, steps=0, time_to_target_s=None, steps_to_target=None, tokens_to_target=None
-    )
-    first_step, last_checkpoint = 0, config.resume or "none"
+    missed: dict[str, Any] = dict(time_to_target_s=None, steps_to_target=None, tokens_to_target=None)
+    summary = dict(status="finished", val_loss=None, val_step=None, steps=0, **missed)
+    first_step, start = 0, run.start
     if run.resumed:
         first_step, summary = run.resumed["step"], run.resumed["summary"]
         clock.seconds["train"] = run.resumed["train_time_s"]
-        log.line(f"resumed from {config.resume} at step {first_step}")
-        log.bar.update(first_step)
+        if run.resumed["config"]["target_loss"] != config.target_loss:
+            summary.update(missed, val_step=None)
+        log.continue_from(start.path, first_step)
+    checkpoints = CheckpointWriter(
+        log.directory, config.checkpoint_keep, config.checkpoint_async, machine, start.earlier, start.path or "none"
+    )
+    lineage = [*start.lineage, log.directory.name]
+    summary.update(restarts=machine.restarts, resumed_from=start.path or None, lineage=lineage, job=machine.job)
 
     def progress(step: int) -> str:
         seconds = clock.seconds["train"]
@@ -378,12 +324,12 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             is_last = step == config.train_steps
             summary["steps"] = step
             tokens = step * config.batch_tokens
-            if step % config.val_every == 0 or is_last:
+            if (step % config.val_every == 0 or is_last) and step != summary["val_step"]:
                 clock.switch("validation")
                 loss = evaluate(run)
                 check_finite(run, loss, "validation loss")
                 seconds = clock.seconds["train"]
-                summary["val_loss"] = loss
+                summary.update(val_loss=loss, val_step=step)
                 log.metric(step=step, tokens=tokens, train_time_s=seconds, val_loss=loss)
                 log.line(f"step:{step}/{config.train_steps} val_loss:{loss:.5f} {progress(step)}")
                 if loss <= config.target_loss and summary["steps_to_target"] is None:
@@ -393,11 +339,10 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
                     break
             if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
                 clock.switch("checkpoint")
-                if machine.rank == 0:
-                    last_checkpoint = str(save_checkpoint(
-                        log.directory, step, run.model, run.optimizers,
-                        train_time_s=clock.seconds["train"], summary=summary,
-                    ))  # fmt: skip
+                checkpoints.save(
+                    step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
+                    config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=lineage,
+                )  # fmt: skip
             if is_last:
                 break
             clock.switch("train")
@@ -413,18 +358,30 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
                 values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
                 log.metric(step=step + 1, tokens=tokens + config.batch_tokens, **values)
                 log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
+        if config.checkpoint_every:
+            clock.switch("checkpoint")
+            checkpoints.settle()
     except FloatingPointError as error:
-        summary["status"] = f"diverged by step {step}: {error}; last good checkpoint: {last_checkpoint}"
-    except DataError as error:
+        checkpoints.wait()
+        summary["status"] = f"diverged by step {step}: {error}; last good checkpoint: {checkpoints.newest}"
+    except (DataError, OSError) as error:
         summary["status"] = f"failed at step {step}: {error}"
     except torch.OutOfMemoryError:
         summary["status"] = (
             f"failed at step {step}: out of memory with micro_batch_tokens = {config.micro_batch_tokens}; a smaller "
             "one changes neither the batch nor the loss"
         )
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        ignore_further_stops()
+        checkpoints.wait()
+        go_on = "" if checkpoints.newest == "none" else f" with --resume=auto to go on from {checkpoints.newest}"
+        summary["status"] = (
+            f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again{go_on}"
+        )
     except KeyboardInterrupt:
-        for further in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(further, signal.SIG_IGN)  # torchrun sends its own: the summary still gets written
+        ignore_further_stops()
         summary["status"] = "interrupted"
     clock.switch("summary")
     return summary
@@ -441,8 +398,8 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
         world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
-        git_commit=git_commit(), track=config.track, val_fingerprint=run.val_fingerprint,
-        train_fingerprint=set_fingerprint(run.loader.stream.shards), config=dataclasses.asdict(config),
+        git_commit=git_commit(), track=config.track, val_fingerprint=run.data["val_files"],
+        train_fingerprint=run.data["train_files"], config=dataclasses.asdict(config),
     )  # fmt: skip
     log.summary(summary)
     if machine.rank != 0:
@@ -471,34 +428,55 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
             log.line(f"sample       {' '.join(text[:200].split())}")
 
 
+def exit_status(summary: dict[str, Any], config: Config) -> int:
+    """0, 1, 2, 3, 4 or 130, as at the top of this file."""
+    if summary["status"] == "interrupted":
+        return 130
+    if summary["status"].startswith("diverged"):
+        return 1
+    if summary["status"].startswith("failed"):
+        return 4 if "another rank was lost" in summary["status"] else 2
+    return 3 if config.require_target and summary["steps_to_target"] is None else 0
+
+
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop ends a run as Ctrl-C does
     try:
         config = load_config(argv)
         machine = find_machine(config.device, config.dtype)
         run = set_up(config, machine)
+        if run.start.ended:  # torchrun restarts whatever ended with another status than 0
+            return exit_status(run.start.ended, config)
         log = RunLog(config, machine)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        print(f"error: another rank was lost before training began ({lost_rank(error)})", file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        return 130
     epochs = run.loader.epochs(config.train_steps)
     log.line(f"{run.model.num_params():,} parameters; {'; '.join(machine.notes)}; {epochs:.2f} epochs of training data")
     log.line(routing_table(run.optimizers))
+    for note in run.start.notes:
+        log.line(note)
     summary = train(run, log)
     run.loader.close()
     log.bar.close()
-    finish(run, log, summary)
-    if summary["status"] == "interrupted":
-        return 130
-    if summary["status"].startswith("diverged"):
-        return 1
+    try:
+        finish(run, log, summary)
+    except OSError as error:  # a full disk
+        summary["status"] = f"failed at the end: {error}; {log.directory} is not whole"
     if summary["status"].startswith("failed"):
         print(f"error: {summary['status']}", file=sys.stderr)  # by the rank that saw it, first or not
-        return 2
-    if machine.world_size > 1:
+    status = exit_status(summary, config)
+    if status in (0, 3) and machine.world_size > 1:
         dist.destroy_process_group()
-    return 3 if config.require_target and summary["steps_to_target"] is None else 0
+    return status
 
 
 if __name__ == "__main__":

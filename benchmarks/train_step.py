@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from benchmarks.report import Row, report
 from machine import Clock, find_machine
-from train_gpt import Run, RunLog, load_config, set_up, train
+from runlog import RunLog
+from train_gpt import Run, load_config, set_up, train
 
 PHASES = ("loader", "forward", "backward", "optimizer")
 

@@ -30,8 +30,9 @@ from benchmarks.report import align
 from experiments.sweep import assignments, mean_and_sd
 from machine import find_machine, git_commit, versions
 from optim import MatrixOptimizer
+from runlog import RunLog
 from settings import parse_settings
-from train_gpt import Run, RunLog, load_config, set_up, train
+from train_gpt import Run, load_config, set_up, train
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,3 +82,26 @@ def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+def python(script: list[str], recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python <script> <recipe> <arguments>` from the repository's root, to its end."""
+    command = [sys.executable, *script, str(recipe), *arguments]
+    settings = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False)
+
+
+def torchrun(ranks: int, restarts: int = 0, script: str = "train_gpt.py") -> list[str]:
+    options = ["--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+    return ["-m", "torch.distributed.run", *options, script]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the tiny recipe on two ranks, with every checkpoint of its eight."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    arguments = ["--micro_batch_tokens=32", "--checkpoint_every=5", "--checkpoint_keep=9", f"--run_dir={folder}"]
+    result = python(torchrun(2), tiny_recipe, *arguments)
+    assert result.returncode == 0, result.stderr
+    (directory,) = folder.iterdir()  # only the first rank writes
+    return directory

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import machine
-from machine import PEAK_FLOPS, Clock, Machine, find_machine, versions
+from machine import PEAK_FLOPS, Clock, Machine, find_machine, lost_rank, versions
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,20 @@ def test_the_clock_runs_in_one_phase_at_a_time() -> None:
 
 def test_versions_name_what_computes() -> None:
     assert versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:57520: Connection reset "
+            "by peer. This is typically caused by a remote worker hanging or bugs in the application. Check",
+            "Read error [127.0.0.1]:57520: Connection reset by peer",
+        ),
+        ("mat1 and mat2 shapes cannot be multiplied", ""),
+    ],
+    ids=["gloo", "a fault of our own"],
+)
+def test_a_lost_rank_is_told_from_other_errors(text: str, reason: str) -> None:
+    assert lost_rank(RuntimeError(text)) == reason
+    assert lost_rank(torch.distributed.DistBackendError(text)) == (reason or text)

@@ -1,37 +1,35 @@
 """Real ranks: torchrun over gloo gives one process's curve, and the launcher gives the trainer's exit status."""
 
-import os
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import launch
-from tests.conftest import ROOT
+from tests.conftest import Trainer, python, torchrun
 from tests.test_train import metrics, only_run, summary
 from train_gpt import Config
 
 
-def python(script: list[str], recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *script, str(recipe), *arguments]
-    settings = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("matrix_optimizer", ["aurora", "adamw"])
-def test_two_and_three_ranks_follow_one_ranks_curve(tiny_recipe: Path, tmp_path: Path, matrix_optimizer: str) -> None:
+def test_two_and_three_ranks_follow_one_ranks_curve(
+    trainer: Trainer, two_ranks: Path, tiny_recipe: Path, tmp_path: Path, matrix_optimizer: str
+) -> None:
     """Float32, relative 1e-4 at every validation, across several shards and the end of an epoch (step 37 of 40)."""
-    curves = {}
-    for ranks in (1, 2, 3):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_gpt.py"]
-        rule, place = f"--matrix_optimizer={matrix_optimizer}", f"--run_dir={tmp_path / str(ranks)}"
-        result = python(torchrun, tiny_recipe, rule, place, "--micro_batch_tokens=32")
+    directories = {2: two_ranks} if matrix_optimizer == "aurora" else {}
+    for ranks in {1, 2, 3} - directories.keys():
+        arguments = [f"--matrix_optimizer={matrix_optimizer}", f"--run_dir={tmp_path / str(ranks)}"]
+        arguments += ["--micro_batch_tokens=32"]
+        result = trainer(*arguments) if ranks == 1 else python(torchrun(ranks), tiny_recipe, *arguments)
         assert result.returncode == 0, result.stderr
-        (directory,) = (tmp_path / str(ranks)).iterdir()  # only the first rank writes
+        (directories[ranks],) = (tmp_path / str(ranks)).iterdir()  # only the first rank writes
+    curves = {}
+    for ranks, directory in directories.items():
         assert summary(directory)["world_size"] == ranks
-        assert "step:37 epoch 2 of the training data begins" in result.stdout
+        assert "step:37 epoch 2 of the training data begins" in (directory / "log.txt").read_text()
         curves[ranks] = metrics(directory, "val_loss") | {-s: v for s, v in metrics(directory, "train_loss").items()}
     assert len(curves[1]) == 5 + 8
     assert curves[1][40] < 0.75 * curves[1][0]
@@ -67,15 +65,18 @@ def test_a_mistake_that_only_the_ranks_can_see_is_still_one_status(tiny_recipe: 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, ["--nproc_per_node=1", "--standalone"]),
-        ({"NPROC_PER_NODE": "3"}, ["--nproc_per_node=3", "--standalone"]),
+        ({}, ["--nproc_per_node=1", "--max_restarts=0", "--standalone"]),
         (
-            {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "127.0.0.1:29500", "NPROC_PER_NODE": "8"},
-            ["--nproc_per_node=8", "--nnodes=2", "--node_rank=1", "--rdzv_backend=c10d",
+            {"NPROC_PER_NODE": "3", "MAX_RESTARTS": "2"},
+            ["--nproc_per_node=3", "--max_restarts=2", "--standalone"],
+        ),
+        (
+            {"NNODES": "2", "RDZV_ENDPOINT": "127.0.0.1:29500", "NPROC_PER_NODE": "8"},
+            ["--nproc_per_node=8", "--max_restarts=0", "--nnodes=2", "--rdzv_backend=c10d",
              "--rdzv_endpoint=127.0.0.1:29500", "--rdzv_id=nanogpt-aurora"],
         ),
     ],
-    ids=["alone", "three ranks", "second of two nodes"],
+    ids=["alone", "three ranks", "two nodes"],
 )  # fmt: skip
 def test_what_torchrun_is_told(environment: dict[str, str], expected: list[str]) -> None:
     assert launch.torchrun_arguments(Config(device="cpu"), environment) == expected
@@ -86,6 +87,7 @@ def test_what_torchrun_is_told(environment: dict[str, str], expected: list[str])
     [
         ({"NPROC_PER_NODE": "gpu"}, ["NPROC_PER_NODE = 'gpu'", "whole number"]),
         ({"NPROC_PER_NODE": "0"}, ["NPROC_PER_NODE = '0'"]),
+        ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS = '-1'", "such as 0"]),
         ({"NNODES": "2"}, ["NNODES = 2", "RDZV_ENDPOINT=host:port"]),
     ],
     ids=str,
@@ -101,3 +103,19 @@ def test_missing_data_of_your_own_is_a_sentence(tiny_recipe: Path, tmp_path: Pat
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert "python -m data.prepare files" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([4, -9, 130], -9),  # rank 1 was killed; rank 0 noticed, rank 2 was stopped
+        ([4, 130, 2], 2),  # a mistake that one rank alone could see
+        ([130, 4], 4),  # the lost rank is on another node
+        ([-signal.SIGTERM, 1], 1),
+        ([3, 3], 3),
+    ],
+    ids=str,
+)
+def test_of_several_failures_the_one_that_the_others_followed_from_counts(codes: list[int], expected: int) -> None:
+    failures = [ProcessFailure(local_rank=i, pid=i, exitcode=code, error_file="none") for i, code in enumerate(codes)]
+    assert launch.first_cause(failures).exitcode == expected

@@ -1,0 +1,190 @@
+"""Where a run begins: anew, from a checkpoint (--resume=auto or a path, torchrun's restart), or not, its job done.
+
+Only the first rank looks; all then take what it found. A checkpoint that is damaged is passed over for the one before
+it, except where its very file was named.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint import State, read_checkpoint, verify
+from machine import Machine
+from runlog import is_running
+
+# What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
+# compared by their fingerprints, not by their names.
+WHERE_AND_HOW = (
+    "run_dir resume device compile kernels micro_batch_tokens log_every checkpoint_every checkpoint_keep "
+    "checkpoint_async author description require_target train_files val_files"
+)
+FILE_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+
+
+@dataclass
+class Start:
+    """What was found. `earlier`: checkpoints this run's own will replace, oldest first (see CheckpointWriter)."""
+
+    path: str = ""  # the checkpoint to load; empty: anew
+    earlier: list[Path] = field(default_factory=list)
+    lineage: list[str] = field(default_factory=list)  # the run directories they are in, by name
+    notes: list[str] = field(default_factory=list)  # for the log
+    ended: dict[str, Any] | None = None  # summary of this job's earlier attempt, if that ended by itself
+
+
+def find_start(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], machine: Machine) -> Start:
+    """The same on every rank. config: all settings; data: fingerprints by setting; fixed: settings no run may change.
+
+    Raises ValueError, on every rank, for a named checkpoint that is damaged or of another kind of run.
+    """
+    start = problem = None
+    if machine.rank == 0:
+        try:
+            start = _look(config, data, fixed, set(machine.job))
+        except ValueError as error:
+            problem = str(error)
+    start, problem = machine.agree(start), machine.agree(problem)
+    if start is None:
+        raise ValueError(problem)
+    return start
+
+
+def _look(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], job: set[str]) -> Start:
+    resume, start = config["resume"], Start()
+    folder = Path(config["run_dir"])
+    directories = [path for path in folder.glob("*/") if path.name.startswith(config["name"] + "-")]
+    summaries = {path: _summary(path) for path in directories}
+    if job:
+        start.ended = next((s for s in summaries.values() if job & set(s.get("job", ())) and _is_complete(s)), None)
+        if start.ended or _go_on(start, directories, lambda state: bool(job & set(state["job"]))):
+            return start
+        start.notes.clear()
+    if resume == "auto":
+
+        def is_same(settings: dict[str, Any]) -> bool:
+            return not differences(settings, config).keys() - set(WHERE_AND_HOW.split())
+
+        complete = {path.name for path, values in summaries.items() if _is_complete(values)}
+        for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
+            if _is_complete(values) and is_same(values.get("config", {})):
+                complete |= {*values.get("lineage", ()), Path(values.get("resumed_from") or ".").parent.name}
+        unfinished = [path for path in directories if path.name not in complete]
+        running = [path for path in unfinished if is_running(path)]
+        start.notes += [f"resume: {path} is still being written and left alone" for path in running]
+        idle = [path for path in unfinished if path not in running]
+        if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
+            start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
+    elif resume:
+        _go_on_from(start, Path(resume), config, data, fixed)
+    return start
+
+
+def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool]) -> bool:
+    """Take the newest checkpoint that fits and is whole, and its directories with it; False if there is none."""
+    found = _newest(directories, fits, start.notes)
+    if not found:
+        return False
+    path, state = found
+    start.path, start.lineage = str(path), state["lineage"]
+    files = [file for directory in directories if directory.name in start.lineage for file in _checkpoints(directory)]
+    start.earlier = sorted((file for file in files if _step(file) <= state["step"]), key=_age)
+    return True
+
+
+def _go_on_from(
+    start: Start, path: Path, config: dict[str, Any], data: dict[str, str], fixed: Sequence[str]
+) -> None:  # fmt: skip
+    """Take the checkpoint at `path` or the newest whole one in that directory; it is never deleted."""
+    if path.is_dir():
+        found = _newest([path], lambda state: True, start.notes)
+        if not found:
+            damaged = "; ".join(start.notes)
+            raise ValueError(f"resume = {str(path)!r}: no whole checkpoint there{damaged and f' ({damaged})'}")
+        path, state = found
+    else:
+        try:
+            state = _read(path)
+            verify(path)
+        except ValueError as error:
+            raise ValueError(
+                f"resume = {str(path)!r}: not a checkpoint, or damaged ({error}); name another, or its directory for "
+                "the newest that is whole"
+            ) from None
+    changed = differences(state["config"], config)
+    for key in fixed:
+        if key in changed:
+            then, now = changed[key]
+            raise ValueError(f"resume = {str(path)!r}: {key} is {then!r} there and {now!r} here; set --{key}={then}")
+    for name, fingerprint in data.items():
+        if state["data"][name] != fingerprint:
+            raise ValueError(
+                f"resume = {str(path)!r}: the data of {name} have fingerprint {state['data'][name]} there and "
+                f"{fingerprint} here; they were {state['config'][name]!r} then"
+            )
+    if state["step"] >= config["train_steps"]:
+        raise ValueError(
+            f"resume = {str(path)!r} is at step {state['step']} of train_steps = {config['train_steps']}: raise that"
+        )
+    start.path = str(path)
+    said = [f"{key} {then} -> {now}" for key, (then, now) in changed.items() if key not in ("resume", "run_dir")]
+    if said:
+        start.notes.append(f"settings that differ from the checkpoint: {', '.join(said)}")
+
+
+def _newest(
+    directories: list[Path], fits: Callable[[State], bool], notes: list[str]
+) -> tuple[Path, State] | None:  # fmt: skip
+    files = sorted((file for directory in directories for file in _checkpoints(directory)), key=_age, reverse=True)
+    for path in files:
+        try:
+            state = _read(path)
+            if fits(state):
+                verify(path)
+                return path, state
+        except ValueError as error:
+            notes.append(f"{path} is damaged ({error}); looking at the one before it")
+    return None
+
+
+def _read(path: Path) -> State:
+    state = read_checkpoint(path)
+    missing = [key for key in ("config", "data", "job", "lineage") if key not in state]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return state
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, with both values. One that the checkpoint's version did not have yet does not count."""
+    return {key: (then[key], value) for key, value in now.items() if key in then and then[key] != value}
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("checkpoint_*.pt") if FILE_NAME.fullmatch(path.name)]
+
+
+def _step(path: Path) -> int:
+    found = FILE_NAME.fullmatch(path.name)
+    assert found
+    return int(found[1])
+
+
+def _age(path: Path) -> tuple[int, str]:
+    """Orders checkpoints: by step, then by the run directory's time."""
+    return _step(path), str(path)
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return values
+
+
+def _is_complete(summary: dict[str, Any]) -> bool:
+    """Whether a run has ended by itself, for good or bad, and not been cut short."""
+    return str(summary.get("status", "")).startswith(("finished", "stopped at target", "diverged"))

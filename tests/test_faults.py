@@ -1,0 +1,144 @@
+"""Real kills of real ranks and nodes: what comes out is the run that nobody killed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, Trainer, python, torchrun
+from tests.test_resume import assert_same_state
+from tests.test_train import metrics, summary
+
+
+def by_age(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda directory: (directory / "log.txt").stat().st_mtime)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_is_the_run_that_was_not_to_the_bit(
+    two_ranks: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Between steps, in the middle of a checkpoint and within a validation."""
+    killed = python(
+        torchrun(2, restarts=3, script="tests/faulty_trainer.py"), tiny_recipe, "--micro_batch_tokens=32",
+        "--checkpoint_every=5", "--checkpoint_async", f"--run_dir={tmp_path}",
+        FAULTS="step:13,write:20,validation:30", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert killed.returncode == 0, killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert re.findall(r"^error: failed at step (\d+): another rank was lost", killed.stderr, re.M)[:1] == ["13"]
+    directories = by_age(tmp_path)
+    assert len(directories) == 4
+    for key in ("val_loss", "train_loss"):
+        assert metrics(directories[-1], key) == metrics(two_ranks, key)
+    final, resumed = summary(directories[-1]), re.findall(r"resumed from (\S+) at step (\d+);", killed.stdout)
+    assert (final["status"], final["restarts"], final["resumed_from"]) == ("finished", 3, resumed[-1][0])
+    assert resumed[0][1] in ("5", "10")  # where the thread had come to
+    assert [Path(path).parent for path, _ in resumed] == directories[:3]
+    name = "checkpoint_000040.pt"
+    assert_same_state(*(torch.load(place / name, weights_only=True) for place in (directories[-1], two_ranks)))
+
+    # of all four attempts two checkpoints are left, and nothing half written
+    left = [path.name for directory in directories for path in directory.glob("checkpoint*")]
+    assert sorted(left) == ["checkpoint_000035.pt", "checkpoint_000040.pt"]
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_from_two_ranks_checkpoint(two_ranks: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    resume = f"--resume={two_ranks / 'checkpoint_000020.pt'}"
+    three = python(torchrun(3), tiny_recipe, "--micro_batch_tokens=32", f"--run_dir={tmp_path}", resume)
+    assert three.returncode == 0, three.stderr
+    (directory,) = tmp_path.iterdir()
+    for key in ("val_loss", "train_loss"):
+        assert metrics(directory, key) == pytest.approx(metrics(two_ranks, key), rel=1e-5)
+
+
+class Node:
+    """One node's launcher, its output in a file."""
+
+    def __init__(self, output: Path, recipe: Path, port: int, *arguments: str, ranks: int, restarts: int) -> None:
+        variables = dict(
+            NNODES="2", NPROC_PER_NODE=str(ranks), RDZV_ENDPOINT=f"127.0.0.1:{port}", MAX_RESTARTS=str(restarts)
+        )
+        self.output = output
+        with output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "launch.py", str(recipe), *arguments], cwd=ROOT, env={**os.environ, **variables},
+                stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def lose(self) -> None:
+        """kill -9 of the launcher and its ranks."""
+        pid = self.process.pid
+        ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for victim in (pid, *map(int, ranks)):
+            os.kill(victim, signal.SIGKILL)
+        self.process.wait()
+
+
+def wait_for(condition: str, is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited in vain for {condition}"
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a launcher's ranks in /proc")
+def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tiny_recipe: Path, tmp_path: Path) -> None:
+    """Two ranks and one. The second node is lost twice: once both are started again, once it alone."""
+    folder = tmp_path / "nodes"
+    arguments = ["--micro_batch_tokens=32", "--train_steps=70"]
+    assert trainer(*arguments, f"--run_dir={tmp_path / 'alone'}").returncode == 0
+    (alone,) = (tmp_path / "alone").iterdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments += ["--checkpoint_every=10", "--resume=auto", f"--run_dir={folder}"]
+
+    def start(index: int, restarts: int) -> Node:
+        node = Node(tmp_path / f"node{index}.txt", tiny_recipe, port, *arguments, ranks=2 - index, restarts=restarts)
+        if index == 0:  # it has to hold the rendezvous
+            wait_for("the rendezvous", lambda: listens(port))
+        return node
+
+    def both_until(step: int, restarts: int) -> list[Node]:
+        nodes = [start(index, restarts) for index in (0, 1)]
+        wait_for(f"the checkpoint of step {step}", lambda: any(folder.glob(f"*/checkpoint_{step:06d}.pt")))
+        return nodes
+
+    first, second = both_until(10, restarts=0)
+    second.lose()
+    lost = time.monotonic()
+    assert first.process.wait(60) == 4, first.output.read_text()
+    assert time.monotonic() - lost < 30
+    text = first.output.read_text()
+    assert "Traceback" not in text
+    assert re.search(r"^error: failed at step \d+: another rank was lost \(.*\); start .*--resume=auto", text, re.M)
+    assert text.splitlines()[-1].startswith("error: another node or rank was lost; start the same command again on ev")
+
+    first, second = both_until(40, restarts=1)
+    second.lose()
+    second = start(1, restarts=1)
+    assert first.process.wait(120) == 0, first.output.read_text()
+    assert second.process.wait(120) == 0, second.output.read_text()
+    final = by_age(folder)[-1]
+    assert summary(final)["status"] == "finished"
+    assert summary(final)["restarts"] == 1
+    assert summary(final)["world_size"] == 3
+    assert len(summary(final)["lineage"]) == 3
+    for key in ("val_loss", "train_loss"):
+        assert metrics(final, key) == pytest.approx(metrics(alone, key), rel=1e-4)

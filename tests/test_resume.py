@@ -1,0 +1,226 @@
+"""--resume: which checkpoint is taken, what may have changed since, and what the log says about it."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_gpt
+from resume import WHERE_AND_HOW, Start
+from tests.conftest import Result, Trainer
+from tests.test_checkpoint import files_no_larger_than
+from tests.test_train import assert_refused, metrics, summary, tiny_run
+from train_gpt import Config
+
+
+@pytest.fixture
+def interrupted(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of 40 steps with checkpoints at 10 and 20, interrupted at step 25."""
+    genuine = train_gpt.set_schedule
+
+    def stop_at_25(optimizers: train_gpt.Optimizers, step: int, config: Config) -> None:
+        if step == 25:
+            raise KeyboardInterrupt
+        genuine(optimizers, step, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "set_schedule", stop_at_25)
+        patch.setattr(train_gpt, "ignore_further_stops", lambda: None)
+        assert trainer("--checkpoint_every=10").returncode == 130
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert sorted(path.name for path in directory.glob("*.pt")) == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
+    return directory
+
+
+def newest(tmp_path: Path, *others: Path) -> Path:
+    (directory,) = set((tmp_path / "runs").iterdir()) - set(others)
+    return directory
+
+
+def flip(path: Path) -> None:
+    """One bit of a weight."""
+    content = bytearray(path.read_bytes())
+    weights = torch.load(path, weights_only=True)["model"]["blocks.0.mlp.down"].numpy().tobytes()
+    content[content.index(weights) + 100] ^= 1
+    path.write_bytes(content)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Of two checkpoints: weights, optimizers and random state, to the bit."""
+    assert found["step"] == expected["step"]
+    for part in ("model", "rng"):
+        torch.testing.assert_close(found[part], expected[part], rtol=0, atol=0)
+    for one, other in zip(found["optimizers"], expected["optimizers"], strict=True):
+        assert one["param_groups"] == other["param_groups"]
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+
+
+def test_auto_goes_on_and_the_newest_directory_is_the_whole_run(
+    trainer: Trainer, tmp_path: Path, interrupted: Path
+) -> None:
+    assert trainer(f"--run_dir={tmp_path / 'whole'}").returncode == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    result = trainer("--resume=auto", "--checkpoint_every=15", "--log_every=5")
+    assert f"resumed from {interrupted}/checkpoint_000020.pt at step 20" in result.stdout
+    directory = newest(tmp_path, interrupted)
+    for key in ("val_loss", "train_loss"):
+        assert metrics(directory, key) == metrics(whole, key)
+    assert not list(interrupted.glob("*.pt"))  # two newer ones have landed
+    assert sorted(path.name for path in directory.glob("*.pt")) == ["checkpoint_000030.pt", "checkpoint_000040.pt"]
+
+    # finished, and so is what it went on from: the same line trains anew
+    result = trainer("--resume=auto")
+    assert f"no checkpoint of an unfinished run with these settings in {tmp_path / 'runs'}; anew" in result.stdout
+    assert "resumed" not in result.stdout
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    trainer: Trainer, tmp_path: Path, interrupted: Path, damage: str
+) -> None:
+    path = interrupted / "checkpoint_000020.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        flip(path)
+    assert_refused(
+        trainer(f"--resume={path}", f"--run_dir={tmp_path / 'none'}"), tmp_path / "none", ["000020.pt", "damaged"]
+    )
+    for resume in (str(interrupted), "auto"):
+        result = trainer(f"--resume={resume}", "--train_steps=40")
+        assert result.returncode == 0, result.stderr
+        assert f"{path} is damaged (" in result.stdout
+        assert f"resumed from {interrupted}/checkpoint_000010.pt at step 10" in result.stdout
+        for directory in set((tmp_path / "runs").iterdir()) - {interrupted}:
+            assert sorted(metrics(directory, "val_loss")) == [0, 10, 20, 30, 40]
+            shutil.rmtree(directory)
+    (interrupted / "checkpoint_000010.pt").write_bytes(b"")
+    result = trainer(f"--resume={interrupted}")
+    assert result.returncode == 2
+    assert "no whole checkpoint there" in result.stderr
+
+
+def test_auto_takes_only_the_very_same_run(
+    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, interrupted: Path
+) -> None:
+    def start(*arguments: str) -> Start:
+        run = tiny_run(tiny_recipe, "--resume=auto", f"--run_dir={tmp_path / 'runs'}", *arguments)
+        run.loader.close()
+        return run.start
+
+    for other in ("--seed=1", "--matrix_lr=0.03", "--train_steps=50", "--val_every=20", "--name=tin", "--track=x"):
+        assert start(other).path == "", other
+        assert "anew" in start(other).notes[0]
+    assert start(f"--train_files={tiny_data}/tiny_train_00000[12].bin").path == ""
+    same = start(
+        "--micro_batch_tokens=96", "--description=x", "--checkpoint_async", f"--train_files={tiny_data}/*_t*.bin"
+    )
+    assert same.path == str(interrupted / "checkpoint_000020.pt")
+    assert [path.name for path in same.earlier] == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
+    with (interrupted / "log.txt").open() as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # as the run itself does while it lives
+        assert start().path == ""
+        assert f"{interrupted} is still being written and left alone" in start().notes[0]
+
+
+def test_what_auto_ignores_are_settings() -> None:
+    assert set(WHERE_AND_HOW.split()) <= {field.name for field in dataclasses.fields(Config)}
+
+
+def test_a_path_allows_other_settings_and_says_which(
+    trainer: Trainer, tiny_recipe: Path, tmp_path: Path, interrupted: Path
+) -> None:
+    result = trainer(f"--resume={interrupted}", "--matrix_lr=0.03", "--train_steps=60", "--checkpoint_every=10")
+    assert result.returncode == 0, result.stderr
+    assert "settings that differ from the checkpoint: matrix_lr 0.02 -> 0.03, train_steps 40 -> 60" in result.stdout
+    directory = newest(tmp_path, interrupted)
+    assert max(metrics(directory, "val_loss")) == 60
+    assert len(list(interrupted.glob("*.pt"))) == 2  # named by path: never deleted
+    same = trainer(f"--resume={interrupted}", "--train_steps=60", f"--run_dir={tmp_path / 'same'}")
+    assert same.returncode == 0
+    (other,) = (tmp_path / "same").iterdir()
+    assert metrics(other, "train_loss")[20] == metrics(directory, "train_loss")[20]
+    assert metrics(other, "train_loss")[60] != metrics(directory, "train_loss")[60]  # the new rate was felt
+    first = tiny_run(tiny_recipe, "--resume=auto", f"--run_dir={tmp_path / 'runs'}")  # is as unfinished as before
+    first.loader.close()
+    assert first.start.path == str(interrupted / "checkpoint_000020.pt")
+
+
+def test_a_path_refuses_another_run_and_names_the_difference(
+    trainer: Trainer, tmp_path: Path, tiny_data: Path, interrupted: Path
+) -> None:
+    where = f"--run_dir={tmp_path / 'none'}"
+
+    def refused(*words: str, resume: str = str(interrupted / "checkpoint_000020.pt"), **settings: object) -> None:
+        asked = [f"--{key}={value}" for key, value in settings.items()]
+        result: Result = trainer(f"--resume={resume}", where, *asked)
+        assert_refused(result, tmp_path / "none", ["resume =", *words])
+        assert not (tmp_path / "none").exists()
+
+    refused("model_dim is 16 there and 32 here", "--model_dim=16", model_dim=32)
+    refused("num_layers is 2 there and 1 here", num_layers=1)
+    refused("track is '' there and 'sotu-byte' here", track="sotu-byte")
+    refused("matrix_optimizer is 'aurora' there and 'muon' here", "--matrix_optimizer=aurora", matrix_optimizer="muon")
+    refused("tokenizer is 'none' there and 'byte' here", tokenizer="byte", vocab_size=257)
+    refused("the data of train_files", "tiny_train_*.bin", train_files=tiny_data / "tiny_train_00000[12].bin")
+    refused("the data of val_files", "tiny_val", val_files=tiny_data / "tiny_train_*.bin")
+    refused("val_tokens is 3840 there and 1920 here", val_tokens=1920)
+    refused("step 20", "train_steps = 20", train_steps=20)
+    refused("nothing.pt", "No such file", resume="nothing.pt")
+    refused("no whole checkpoint there", resume=str(tiny_data))
+
+
+def test_a_checkpoint_without_its_log_is_enough(trainer: Trainer, tmp_path: Path, interrupted: Path) -> None:
+    path = shutil.move(interrupted / "checkpoint_000020.pt", tmp_path)
+    result = trainer(f"--resume={path}", f"--run_dir={tmp_path / 'moved'}")
+    assert "there is no log beside it" in result.stdout
+    (directory,) = (tmp_path / "moved").iterdir()
+    assert sorted(metrics(directory, "val_loss")) == [30, 40]
+
+
+def test_a_thread_writes_what_would_have_been_written_at_once(trainer: Trainer, tmp_path: Path) -> None:
+    checkpoints = []
+    for name in ("at_once", "in_thread"):
+        result = trainer(
+            f"--run_dir={tmp_path / name}", "--checkpoint_every=20", f"--checkpoint_async={name == 'in_thread'}"
+        )
+        assert result.returncode == 0, result.stderr
+        checkpoints.append([torch.load(path, weights_only=True) for path in sorted((tmp_path / name).glob("*/*.pt"))])
+    for at_once, in_thread in zip(*checkpoints, strict=True):
+        assert_same_state(in_thread, at_once)
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["at once", "in a thread"])
+def test_a_full_disk_ends_the_run_with_a_sentence(trainer: Trainer, tmp_path: Path, in_thread: bool) -> None:
+    size = ["--model_dim=128", f"--checkpoint_async={in_thread}", "--checkpoint_every=15", "--train_steps=20"]
+    with files_no_larger_than(1 << 20):
+        result = trainer(*size)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: failed at step {20 if in_thread else 15}: ")
+    assert "checkpoint_000015.pt could not be written (File too large); older checkpoints are as they were" in line
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert summary(directory)["status"] == line.removeprefix("error: ")
+    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+
+
+def test_a_job_that_ended_is_not_trained_again_by_a_restart(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun restarts a run that exits with 3: the second attempt must give the same status and do nothing."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    missed = ["--train_steps=3", "--target_loss=0.5", "--require_target"]
+    assert trainer(*missed).returncode == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = trainer(*missed)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "", "")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")  # another job, as far as can be seen
+    assert trainer(*missed).returncode == 3
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert {json.loads(p.read_text())["restarts"] for p in (tmp_path / "runs").glob("*/summary.json")} == {0, 1}

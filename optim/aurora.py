@@ -116,11 +116,12 @@ def aurora_polar(
     d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them
     if variant == "warm":
         assert memory is not None
-        c = memory.view(norm.shape)
-        c.copy_(torch.where(c > 0, c, 1))
+        c = torch.where(memory > 0, memory, 1).view(norm.shape)
         U, row_square = polar_of(c * d, "both")
-        c.mul_(correction(row_square, n / m, beta))
-        c.div_(c.mean(dim=-1, keepdim=True))  # only ratios count: keep them from drifting
+        c = c * correction(row_square, n / m, beta)
+        # Only ratios count: they are kept about 1, and rows that are zero at 1, for the day when they are not.
+        mean = (c * d).sum(dim=-1, keepdim=True) / d.sum(dim=-1, keepdim=True).clamp_min(1)
+        memory.copy_(torch.where(d > 0, c / mean, 1).view(memory.shape))
     elif variant == "paper":
         damped = torch.ones_like(norm)
         U, row_square = polar_of(d, "matrix" if iterations == 1 else "both")

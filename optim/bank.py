@@ -9,8 +9,8 @@ and gives the result to all (all-gather):
     state [P, ...], update rule              ------------------> direction [P, m, n]
     direction                                --all-gather------> [P R, m, n], applied to every rank's weights
 
-A step sends and receives m n P (R - 1) numbers twice, as much as averaging the gradients everywhere would. Since all
-ranks apply the same bits, their weights stay identical.
+A rank sends and receives m n P (R - 1) numbers twice a step, as much as averaging the gradients everywhere where R
+divides B. Since all ranks apply the same bits, their weights stay identical.
 """
 
 import math
@@ -67,7 +67,7 @@ class Bank:
         self._sent: list[tuple[Tensor, dist.Work | None]] = []  # what reductions under way read from
         self._own_gradient: Tensor | None = None
         self._gathered: tuple[Tensor, dist.Work | None] | None = None
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._masks: dict[tuple[int, ...], Tensor] = {}
 
     def _cut_into_buckets(self) -> list[range]:
         """Slots by bucket, the last first: the order in which backward completes them."""
@@ -101,6 +101,7 @@ class Bank:
 
     def start_reduction(self, slots: range) -> None:
         """Send the gradients of some slots to their owners; a missing gradient is sent as zeros."""
+        self.refuse_sparse()
         if self._own_gradient is None:
             dtype = torch.float32 if self.num_ranks == 1 else self.comm_dtype
             self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=dtype, device=self.device)
@@ -111,7 +112,6 @@ class Bank:
         if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
             sent.zero_()
         places = [sent[i % self.num_ranks, i // self.num_ranks] for i in range(len(gradients))]
-        self._refuse_sparse()
         filled = [(place, g) for place, g in zip(places, gradients, strict=True) if g is not None]
         if filled:
             torch._foreach_copy_([place for place, _ in filled], [g for _, g in filled])
@@ -122,7 +122,8 @@ class Bank:
             )
         self._sent.append((sent, work))
 
-    def _refuse_sparse(self) -> None:
+    def refuse_sparse(self) -> None:
+        """ValueError for a gradient that is not an ordinary tensor."""
         for name, p in zip(self.names, self.params, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; a matrix optimizer needs it dense (sparse=False)")
@@ -132,10 +133,15 @@ class Bank:
         for _, work in self._sent:
             if work is not None:
                 work.wait()
-        gradient, self._own_gradient = self._own_gradient, None
-        self._sent.clear()
+        gradient = self._own_gradient
+        self.forget_reduction()
         assert gradient is not None
         return gradient.float()
+
+    def forget_reduction(self) -> None:
+        """Nothing of a step that failed is left over for the next."""
+        self._own_gradient = None
+        self._sent.clear()
 
     def has_gradient(self) -> list[bool]:
         """Whether each matrix has a gradient on this rank, by owner and slot; padding has none."""
@@ -143,18 +149,26 @@ class Bank:
         rows += [False] * (self.num_ranks * self.num_slots - self.size)
         return [row for owner in range(self.num_ranks) for row in rows[owner :: self.num_ranks]]
 
-    def active_slots(self) -> tuple[int, ...] | None:
-        """The own slots whose matrices have a gradient; None when all do (padding counts as having one)."""
+    def active_slots(self) -> list[int]:
+        """The own slots whose matrices have a gradient."""
         own = self.rows(p.grad for p in self.params)[self.rank :: self.num_ranks]
-        if all(g is not None for g in own):
-            return None
-        return tuple(slot for slot, g in enumerate(own) if g is not None)
+        return [slot for slot, g in enumerate(own) if g is not None]
 
-    def index(self, slots: tuple[int, ...]) -> Tensor:
-        """Slots as a tensor, kept: a copy from the host at each step would make a GPU wait."""
-        if slots not in self._indices:
-            self._indices[slots] = torch.tensor(slots, device=self.device)
-        return self._indices[slots]
+    @property
+    def num_own(self) -> int:
+        """Slots that are worth computing: the matrices this rank owns, or one of padding, so that state and results of
+        a rank without any are like the others'."""
+        return max(1, len(range(self.rank, self.size, self.num_ranks)))
+
+    def mask(self, slots: list[int]) -> Tensor | None:
+        """Bool [num_own], true in `slots`; None if it is true everywhere. Kept: a copy from the host at each step would
+        make a GPU wait."""
+        if len(slots) == self.num_own:
+            return None
+        key = tuple(slots)
+        if key not in self._masks:
+            self._masks[key] = torch.tensor([slot in slots for slot in range(self.num_own)], device=self.device)
+        return self._masks[key]
 
     # Results out
 
@@ -169,11 +183,14 @@ class Bank:
         return self.state["master_weight"]
 
     def start_gather(self, own: Tensor) -> None:
-        """Give this rank's result [P, m, n] to all: halves as they are, longer ones in `comm_dtype`."""
+        """Give this rank's results [num_own, m, n] to all: halves as they are, longer ones in `comm_dtype`."""
+        own = own.contiguous()  # a wide one may be a transposed view, which weights would be slow to take in
         if self.num_ranks == 1:
             self._gathered = own, None
             return
-        sent = own.contiguous() if own.dtype.itemsize < 4 else own.to(self.comm_dtype).contiguous()
+        dtype = own.dtype if own.dtype.itemsize < 4 else self.comm_dtype
+        sent = own.new_zeros(self.num_slots, self.m, self.n, dtype=dtype)
+        sent[: len(own)] = own
         everything = sent.new_empty(self.num_ranks * self.num_slots, self.m, self.n)
         work = _all_gather(everything, sent, group=self.process_group, async_op=True)
         self._sent.append((sent, work))
@@ -223,6 +240,8 @@ class Bank:
         """Keep this rank's part of whole per-parameter state; a parameter without any starts from zeros."""
         shapes = {name: value.shape for p in self.params for name, value in whole.get(p, {}).items()}
         for name in shapes:
+            if name == "master_weight" and not self._is_master_of_these(whole):
+                continue
             rest = next(
                 whole[p][name].shape[p.ndim - 2 + (self.row_blocks > 1) :]
                 for p in self.params
@@ -238,3 +257,11 @@ class Bank:
                         own[row // self.num_ranks].copy_(values[row - first])
                 first += size
             self.state[name] = own
+
+    def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether the master weights in `whole` round to the weights there are: others were put in their place since,
+        or the format has changed."""
+        pairs = [(whole.get(p, {}).get("master_weight"), p) for p in self.params]
+        return self.needs_master and all(
+            master is not None and torch.equal(master.to(p.dtype).view(p.shape), p.detach()) for master, p in pairs
+        )

@@ -17,6 +17,7 @@ A new update rule is a subclass with one method:
             return update.sign() / update.size(-1) ** 0.5
 """
 
+import copy
 import math
 import weakref
 from collections import defaultdict
@@ -57,13 +58,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
     Momentum is float32 whatever the parameter's dtype; parameters of 16 bits follow a float32 master copy. With
     torch.distributed initialised, gradients are averaged over `process_group` (default: all ranks), each rank keeps
     state and computes updates for its share of the matrices alone, and `comm_dtype` (float32, or bfloat16 for half the
-    traffic) is what travels. Then `state_dict` (and copying) is a collective that all ranks have to call; what it
-    returns is whole and fits any number of ranks. Gradients must be present on the same parameters everywhere; a
-    parameter without one is skipped. `kernels` is "auto" (Triton on CUDA), "triton" or "torch".
+    traffic) is what travels. Then `step`, `state_dict`, copying and `add_param_group` after a step are collectives that
+    all ranks have to call; a state dict is whole and fits any number of ranks. Gradients must be present on the same
+    parameters everywhere; a parameter without one is skipped. Weights of 16 bits are changed through the optimizer or
+    before its state is loaded, not behind its back. `kernels` is "auto" (Triton on CUDA), "triton" or "torch".
 
     Raises ValueError for wrong hyperparameters and for parameters that are not matrices. A gradient that is not finite
     raises FloatingPointError on all ranks before anything is touched. Looking makes a GPU wait at every step; with
-    `defer_check` such a step changes nothing all the same, and `raise_if_not_finite()` reports it when asked.
+    `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
     """
 
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed
@@ -116,7 +118,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         if self._banks:  # made anew, with what they hold
@@ -177,7 +179,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             params = [p for group in self.param_groups for p in group["params"]]
             banks = [bank for bank, _ in self._banks]
             self._reductions = Reductions(banks, params)
-            self._gradient_check = GradientCheck(banks, self.defer_check)
+            self._gradient_check = GradientCheck(banks)
             for bank in banks:
                 bank.take_state(self.state)
             self._show_state()
@@ -186,7 +188,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _forget_banks(self) -> None:
         self._banks = []
         self._reductions = Reductions([], [])
-        self._gradient_check = GradientCheck([], self.defer_check)
+        self._gradient_check = GradientCheck([])
 
     # State: in the banks while in use, whole in `self.state` on its way in and out
 
@@ -217,12 +219,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state stays float32 where torch would cast it to the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+        taken: dict[str, Any] = {}  # what is loaded, after everyone's hooks have changed it
+
+        def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            taken.update(state_dict)
+
+        def keep_float32(optimizer: torch.optim.Optimizer) -> None:
+            saved = [i for group in taken["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, p in zip(saved, params, strict=True):
+                for name, value in taken["state"].get(i, {}).items():
+                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(keep_float32, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         how = {name: getattr(self, name) for name in ("kernels", "comm_dtype", "defer_check")}
@@ -231,8 +248,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also the end of load_state_dict: the banks no longer hold the state
         self._forget_banks()
-        self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("process_group", None)  # which cannot be pickled: all ranks, for the unpickled
         self.__dict__.setdefault("_hooked", set())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MatrixOptimizer":
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.process_group = self.process_group
+        return twin
 
     # A step
 
@@ -259,19 +283,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         banks = self._make_banks()
         gradients = self._reductions.finish()
-        is_finite = self._gradient_check.look(gradients)
-        held = sum(len(bank.state) for bank, _ in banks)
+        is_finite = self._gradient_check.look(gradients, self.defer_check)
+        held, sent = sum(len(bank.state) for bank, _ in banks), []
         for bank, group in banks:  # while one bank's results travel, the next one's are computed
-            self._start_update(bank, gradients.pop(0), group, is_finite)  # popped: each is freed once it is used
-        for bank, group in banks:
+            gradient = gradients.pop(0)  # popped: each is freed once it is used
+            if any(p.requires_grad if bank.num_ranks > 1 else p.grad is not None for p in bank.params):
+                self._start_update(bank, gradient, group, is_finite)
+                sent.append((bank, group))
+        for bank, group in sent:
             self._finish_update(bank, group, is_finite)
         if sum(len(bank.state) for bank, _ in banks) != held:
             self._show_state()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._reductions.abandon()  # a step that is skipped, if any had started
+        super().zero_grad(set_to_none)
+
     def raise_if_not_finite(self) -> None:
-        """Under `defer_check`: FloatingPointError if a gradient since the last call was not finite. Waits for the
-        device."""
+        """Under `defer_check`: what would have been raised since the last call. Waits for the device."""
         self._gradient_check.raise_if_any()
 
     def _start_update(self, bank: Bank, gradient: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> None:
@@ -279,39 +309,36 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "momentum_buffer" not in bank.state:
             bank.state["momentum_buffer"] = torch.zeros_like(gradient)
         slots = bank.active_slots()
-        if slots is None:
-            direction = self._direction(bank.state, gradient, group, is_finite)
-        else:
-            direction = torch.zeros_like(gradient)
-        if slots:
-            index = bank.index(slots)
-            state = {name: value[index] for name, value in bank.state.items()}
-            direction[index] = self._direction(state, gradient[index], group, is_finite).float()
-            for name, value in state.items():
-                if name not in bank.state:
-                    bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
-                bank.state[name][index] = value
+        is_moving = bank.mask(slots)
+        if is_finite is not None:
+            is_moving = is_finite.expand(bank.num_own) if is_moving is None else is_moving & is_finite
+        state = {name: value[: bank.num_own] for name, value in bank.state.items()}
+        direction = self._direction(state, gradient[: bank.num_own], group, is_moving)
+        for name in state.keys() - bank.state.keys():
+            bank.state[name] = state[name].new_zeros(bank.num_slots, *state[name].shape[1:])
+            bank.state[name][: bank.num_own] = state[name]
         if bank.needs_master:
             master, updates = bank.own_masters(), self._scaled(direction, bank, group, is_finite)
-            moving = range(bank.num_slots) if slots is None else slots
-            self._move([master[slot] for slot in moving], [updates[slot] for slot in moving], group, is_finite)
-            direction = master.to(bank.dtype)
+            self._move([master[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
+            direction = master[: bank.num_own].to(bank.dtype)
         bank.start_gather(direction)
 
-    def _direction(self, state: State, gradient: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
-        """Where to move, [B, m, n]; `state` follows, unless a deferred check found a bad gradient."""
+    def _direction(self, state: State, gradient: Tensor, group: dict[str, Any], is_moving: Tensor | None) -> Tensor:
+        """Where to move, [B, m, n]; `state` follows where `is_moving` [B], and stays as it is elsewhere."""
         weight, before = 1 - group["momentum"], State()
-        if is_finite is not None:
-            gradient, weight = torch.where(is_finite, gradient, 0), weight * is_finite.float()
+        if is_moving is not None:
+            gradient = torch.where(by_matrix(is_moving, gradient), gradient, 0)
+            weight = weight * by_matrix(is_moving, gradient).float()
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
         momentum_buffer = state["momentum_buffer"].lerp_(gradient, weight)
         update = gradient.lerp_(momentum_buffer, group["momentum"]) if group["nesterov"] else momentum_buffer.clone()
         with torch.autocast(update.device.type, enabled=False):  # the caller's would recast the products
             direction = self.orthogonalize(update, state, group)
-        if is_finite is not None:
+        if is_moving is not None:
             for name in state.keys() - OWN_STATE:
                 value = state[name]
-                value.copy_(torch.where(is_finite, value, before.get(name, torch.zeros_like(value))))
+                unmoved = before.get(name, torch.zeros_like(value))
+                value.copy_(torch.where(by_matrix(is_moving, value), value, unmoved))
         return direction
 
     def _finish_update(self, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> None:
@@ -352,3 +379,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
     """The learning rate, or zero after a bad gradient, decided on the device."""
     return group["lr"] if is_finite is None else group["lr"] * is_finite
+
+
+def by_matrix(flags: Tensor, value: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to go with `value` [B, ...]."""
+    return flags.view(-1, *[1] * (value.ndim - 1))

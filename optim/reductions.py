@@ -2,7 +2,8 @@
 
 Collectives have to start in the same order on every rank. The order is fixed from the banks alone: the buckets that
 hold the last parameters first, as backward finishes them. A bucket starts when its gradients are there and all buckets
-before it have started; what has not started by the time of the step starts then.
+before it have started; what has not started by the time of the step starts then. (A model compiled as a whole hands
+out all its gradients at the end of backward: nothing overlaps with that.)
 """
 
 import weakref
@@ -22,45 +23,71 @@ class Reductions:
         for bank in banks:
             for slots in bank.buckets:
                 rows = range(slots.start * bank.num_ranks, min(slots.stop * bank.num_ranks, bank.size))
-                members = {bank.params[bank.param_of(row)] for row in rows}
-                buckets.append((bank, slots, {p for p in members if p.requires_grad}))
-        self._order = sorted(buckets, key=lambda bucket: -min((place[p] for p in bucket[2]), default=-1))
+                buckets.append((bank, slots, {bank.params[bank.param_of(row)] for row in rows}))
+        self._order = sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket[2]))
         self._buckets_of: dict[Tensor, list[int]] = {}
         for i, (_, _, members) in enumerate(self._order):
             for p in members:
                 self._buckets_of.setdefault(p, []).append(i)
-        self._started = 0
-        self._missing: list[set[Tensor]] = []  # of each bucket, while backward is awaited
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started = 0  # buckets, in order
+        self._missing: list[set[Tensor]] = []  # of each bucket, from await_backward to finish
+        self._ready: set[Tensor] = set()
+        self._is_abandoned = False
 
     def await_backward(self) -> None:
-        """From now on `ready` starts what it completes. What an abandoned step had started is dropped."""
-        self._drop()
-        self._missing = [set(members) for _, _, members in self._order]
+        """From now on `ready` starts what it completes."""
+        self._finish_abandoned(bool(self._missing))
+        self._missing = [{p for p in members if p.requires_grad} for _, _, members in self._order]
 
     def ready(self, p: Tensor) -> None:
-        """The gradient of `p` is final."""
-        if not self._missing:
+        """The gradient of `p` is final. Raises RuntimeError if that was said before."""
+        if not self._missing or self._is_abandoned:
             return
+        if p in self._ready:
+            raise RuntimeError(
+                "a gradient was accumulated once more after its reduction had started: call reduce_in_backward() "
+                "before the last backward pass of a step alone, and use checkpointing with use_reentrant=False"
+            )
+        self._ready.add(p)
         for i in self._buckets_of.get(p, ()):
             self._missing[i].discard(p)
         while self._started < len(self._order) and not self._missing[self._started]:
             self._start_next()
 
+    def abandon(self) -> None:
+        """The gradients of the step under way were thrown away; what was sent of them must not be used."""
+        self._is_abandoned = bool(self._missing)
+
     def finish(self) -> list[Tensor]:
         """Start what is left, wait for all; this rank's mean gradients [P, m, n] float32, one for each bank."""
-        while self._started < len(self._order):
-            self._start_next()
-        self._started, self._missing = 0, []
-        return [bank.own_gradient() for bank in self.banks]
+        self._finish_abandoned(self._is_abandoned)
+        try:
+            for bank in self.banks:
+                bank.refuse_sparse()
+            while self._started < len(self._order):
+                self._start_next()
+            gradients = [bank.own_gradient() for bank in self.banks]
+        except BaseException:
+            for bank in self.banks:
+                bank.forget_reduction()
+            raise
+        finally:
+            self._reset()
+        return gradients
+
+    def _finish_abandoned(self, is_abandoned: bool) -> None:
+        """Complete what other ranks may have started, whatever this one has; nobody uses it."""
+        if is_abandoned:
+            self._is_abandoned = False
+            self.finish()
 
     def _start_next(self) -> None:
         bank, slots, _ = self._order[self._started]
         bank.start_reduction(slots)
         self._started += 1
-
-    def _drop(self) -> None:
-        if self._started:
-            self.finish()
 
 
 def when_ready(optimizer: weakref.ref[Any]) -> Callable[[Tensor], None]:

@@ -458,11 +458,54 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"gradient of table is sparse.*dense"):
         optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(4, 4))
-    fresh = nn.Parameter(torch.ones(4, 4))
-    weight.grad, fresh.grad = randn(4, 4), randn(4, 4)
+
+
+def test_nothing_of_a_refused_step_is_left_over() -> None:
+    """The first of two banks has been read when the second is refused."""
+    params, fresh = ([nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(3, 2, 2))] for _ in range(2))
+    optimizer, reference = Muon(params, row_blocks=2), Muon(fresh, row_blocks=2)
+    params[0].grad, params[1].grad = randn(4, 4, seed=5), torch.ones(3, 2, 2).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+    for each in (params, fresh):
+        each[0].grad, each[1].grad = randn(4, 4), randn(3, 2, 2)
     optimizer.step()
-    Muon([fresh]).step()
-    assert torch.equal(weight, fresh)
+    reference.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, fresh, strict=True))
+
+
+def test_load_hooks_have_the_last_word() -> None:
+    weight = nn.Parameter(randn(6, 4))
+    optimizer = Muon([weight])
+    weight.grad = randn(6, 4, seed=1)
+    optimizer.step()
+
+    def halve(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {i: {k: v / 2 for k, v in entry.items()} for i, entry in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    other = Muon([nn.Parameter(weight.detach().clone())])
+    other.register_load_state_dict_pre_hook(halve)
+    other.load_state_dict(optimizer.state_dict())
+    (loaded,) = other.state_dict()["state"].values()
+    torch.testing.assert_close(loaded["momentum_buffer"], 0.5 * 0.05 * randn(6, 4, seed=1))
+
+
+def test_master_weights_of_other_weights_are_not_taken_up() -> None:
+    """Weights that were put in place after saving win over the master copy that was saved."""
+    weight = nn.Parameter(randn(6, 4).bfloat16())
+    optimizer = Muon([weight], lr=1e-3)
+    weight.grad = randn(6, 4, seed=1).bfloat16()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    weight.data.fill_(5)
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert (weight - 5).abs().max() < 0.1
+
+
+def test_an_empty_group_is_nothing_to_do() -> None:
+    Muon([dict(params=[])]).step()
 
 
 @pytest.mark.parametrize(

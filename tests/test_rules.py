@@ -224,6 +224,22 @@ def test_memory_equalises_rows_that_one_polar_factor_leaves_uneven() -> None:
     assert spread["release"] > 0.05
 
 
+def test_memory_of_rows_that_have_no_gradient_stays_at_one() -> None:
+    """A quarter of the rows asleep for 400 steps: the others move all the while, and all of them once those wake up."""
+    weight = nn.Parameter(torch.zeros(64, 12))
+    optimizer = Aurora([weight], lr=1.0, variant="warm", scale="none", polar_method="simple_quintic")
+    for step in range(402):
+        gradient = randn(64, 12, seed=step)
+        if step < 400:
+            gradient[::4] = 0
+        before, weight.grad = weight.detach().clone(), gradient
+        optimizer.step()
+    moved = (weight.detach() - before).norm(dim=1)
+    assert moved.min() > 0.2 * math.sqrt(12 / 64)
+    memory = optimizer.state[weight]["row_weight"]
+    assert 0.3 < memory.min() < memory.max() < 3
+
+
 def test_rounding_does_not_grow_in_the_memory_of_matrices_of_usual_shape() -> None:
     """The gradient changed by one part in 10^7: after 30 steps updates still differ by rounding alone."""
     moves = []

@@ -1,5 +1,6 @@
 """Matrices with owners: any number of ranks moves parameters as one process does, to the same bits on every rank."""
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -32,8 +33,8 @@ RULES: dict[str, Callable[..., MatrixOptimizer]] = {
 # Banks of 8 (a stack among them), 1, 4 and 6 (a fused parameter's blocks) matrices, so fewer and more than ranks, even
 # and uneven, and two that are left out: one frozen, one that the loss does not reach.
 SHAPES = {
-    "a": (12, 5), "stack": (2, 3, 12, 5), "b": (12, 5), "wide": (5, 12), "q0": (7, 7), "q1": (7, 7), "q2": (7, 7),
-    "q3": (7, 7), "fused": (24, 5), "fused2": (24, 5), "frozen": (7, 7), "unused": (12, 5), "sometimes": (7, 7),
+    "unused": (12, 5), "sometimes": (7, 7), "a": (12, 5), "stack": (2, 3, 12, 5), "b": (12, 5), "wide": (5, 12),
+    "q0": (7, 7), "q1": (7, 7), "q2": (7, 7), "q3": (7, 7), "fused": (24, 5), "fused2": (24, 5), "frozen": (7, 7),
 }  # fmt: skip
 
 
@@ -74,6 +75,8 @@ def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int
             if micro_batch == 1 and step % 2:
                 optimizer.reduce_in_backward()
             loss.backward()
+            if micro_batch == 1 and step % 2 and ranks > 1:
+                assert optimizer._reductions._started > 0  # while backward ran
         optimizer.step()
         optimizer.zero_grad()
 
@@ -112,6 +115,14 @@ def worker(rank: int, folder: str) -> None:
             train(optimizer, params, rank, ranks, range(STEPS))
             out[f"bfloat16 traffic, {dtype}, {ranks} ranks"] = flat(params)
     out.update(hostile(rank, groups))
+    mock.patch.stopall()
+    for name in ("muon", "aurora", "normuon"):
+        mock.patch(f"optim.{name}.fast_half_dtype", lambda device_type: torch.bfloat16).start()
+    for ranks, group in enumerate(groups, start=1):
+        if rank < ranks:  # results that are halves: of every owner alike, whatever has a gradient
+            params = make_params()
+            train(make("normuon", params, process_group=group), params, rank, ranks, range(STEPS))
+            out[f"half results, {ranks} ranks"] = flat(params)
     torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -141,16 +152,57 @@ def hostile(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
         optimizer.zero_grad()
         train(optimizer, params, rank, WORLD, range(2, 4))  # and on it goes
         out[f"after nan, {deferred}"] = flat(params)
+    for deferred in (False, True):
+        params = make_params()
+        optimizer = make("muon", params, process_group=groups[-1], defer_check=deferred)
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        if rank == 1:
+            params["wide"].grad = None
+        try:
+            optimizer.step()
+            optimizer.raise_if_not_finite()
+        except ValueError as error:
+            out[f"missing, {deferred}"] = (str(error), torch.equal(flat(params), flat(make_params())))
+    # a rank whose only matrix never has a gradient still has the state that others have, and copies know their ranks
+    pair = [nn.Parameter(randn(i, 6, 4)) for i in range(2)]
+    pair[1].requires_grad_(False)
+    if rank < 2:
+        optimizer = NorMuon(pair, process_group=groups[1])
+        for _ in range(2):
+            pair[0].grad = randn(7, 6, 4)
+            optimizer.step()
+        twin = copy.deepcopy(optimizer)
+        out["idle owner"] = sorted(optimizer.state_dict()["state"][0])
+        out["copy"] = twin.process_group is groups[1]
+    # a step that is skipped after its reductions have started leaves nothing behind
+    params, others = make_params(), make_params()
+    optimizer, reference = (make("muon", each, process_group=groups[-1]) for each in (params, others))
+    train(optimizer, params, rank, WORLD, range(1))
+    train(reference, others, rank, WORLD, range(1))
+    optimizer.reduce_in_backward()
+    reached = [p.sum() * 100 for name, p in params.items() if name == "q3" or (p.requires_grad and rank != 1)]
+    torch.stack(reached).sum().backward()
+    optimizer.zero_grad()
+    train(optimizer, params, rank, WORLD, range(2, 3))
+    train(reference, others, rank, WORLD, range(2, 3))
+    out["skipped step"] = torch.equal(flat(params), flat(others))
+    # thawed parameters are waited for, and a gradient that comes twice is refused
     params = make_params()
+    params["q1"].requires_grad_(False)
     optimizer = make("muon", params, process_group=groups[-1])
-    for p in params.values():
-        p.grad = torch.ones_like(p)
-    if rank == 1:
-        params["wide"].grad = None
+    train(optimizer, params, rank, WORLD, range(2))
+    before = params["q1"].detach().clone()
+    params["q1"].requires_grad_(True)
+    train(optimizer, params, rank, WORLD, range(3, 4))
+    out["thawed"] = float((params["q1"] - before).norm().detach())
+    optimizer.reduce_in_backward()
+    loss = torch.stack([p.sum() for p in params.values() if p.requires_grad]).sum()
+    loss.backward(retain_graph=True)
     try:
-        optimizer.step()
-    except ValueError as error:
-        out["missing"] = str(error)
+        loss.backward()
+    except RuntimeError as error:
+        out["twice"] = str(error)
     # three ranks save, two and one go on
     saved = None
     if rank < 3:
@@ -237,9 +289,36 @@ def test_a_bad_gradient_on_one_rank_is_refused_on_all_and_nothing_moves(
 
 
 @pytest.mark.slow
-def test_a_gradient_that_one_rank_lacks_is_refused_on_all(results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
+def test_a_gradient_that_one_rank_lacks_is_refused_on_all(results: list[dict[str, Any]], deferred: bool) -> None:
     for rank in range(WORLD):
-        assert "wide has a gradient on some ranks and none on others" in results[rank]["missing"]
+        message, same_weights = results[rank][f"missing, {deferred}"]
+        assert "wide has a gradient on some ranks and none on others" in message
+        assert same_weights
+
+
+@pytest.mark.slow
+def test_an_idle_owner_is_like_the_others_and_copies_keep_their_ranks(results: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        assert results[rank]["idle owner"] == ["momentum_buffer", "row_square"]
+        assert results[rank]["copy"]
+
+
+@pytest.mark.slow
+def test_steps_that_go_wrong_half_way(results: list[dict[str, Any]]) -> None:
+    for rank in range(WORLD):
+        assert results[rank]["skipped step"]
+        assert results[rank]["thawed"] == pytest.approx(0.02 * 7**0.5, rel=0.3)  # a polar factor of 7x7, times lr
+        assert "accumulated once more after its reduction had started" in results[rank]["twice"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_results_that_are_halves_travel_as_they_are(results: list[dict[str, Any]], ranks: int) -> None:
+    alone = results[0]["half results, 1 ranks"]
+    together = [results[rank][f"half results, {ranks} ranks"] for rank in range(ranks)]
+    assert all(torch.equal(together[0], other) for other in together[1:])
+    assert (together[0] - alone).norm() < 0.02 * (alone - flat(make_params())).norm()
 
 
 @pytest.mark.slow

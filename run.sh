@@ -80,7 +80,7 @@ case "${1:-}" in
     test)
         shift
         install_dev
-        exec python -m pytest "$@"
+        exec python -m pytest -n 2 --dist loadfile "$@"  # two processes, each test file in one of them
         ;;
     lint)
         install_dev
@@ -89,7 +89,7 @@ case "${1:-}" in
     check)
         install_dev
         lint
-        exec python -m pytest -m "not slow"
+        exec python -m pytest -n 2 --dist loadfile -m "not slow"
         ;;
     bench)
         shift

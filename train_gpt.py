@@ -71,6 +71,7 @@ class Config:
     matrix_optimizer: str = "aurora"  # muon, aurora, riemannian_aurora, normuon, unormuon, adamw, sgd or rmsprop
     matrix_lr: float = 0.02  # learning rate of those matrices
     matrix_weight_decay: float = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
+    matrix_scale: str = "spectral"  # of muon's and relatives' updates: spectral, match_rms_adamw or none
     cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
     momentum: float = 0.95  # of all but adamw
     momentum_warmup_steps: int = 0  # steps over which momentum rises from 0.85

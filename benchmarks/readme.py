@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 
 from benchmarks.report import RESULTS, Row, markdown, with_section
+from experiments.row_norms import cells
 
 README = Path(__file__).parent.parent / "README.md"
+ROW_NORMS = README.parent / "experiments/results/row_norms.json"
 
 
 def polar_section() -> str:
@@ -57,11 +59,58 @@ def quality_section() -> str:
     return "".join(parts)
 
 
+def optimizer_step_section() -> str:
+    """Milliseconds of a whole optimizer step by rule, a table for each device."""
+    parts = []
+    columns = {
+        "rule": "rule", "matrices_ms": "matrices (ms)", "step_ms": "whole step (ms)",
+        "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
+        "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
+    }  # fmt: skip
+    for path in sorted(RESULTS.glob("optimizer_step_*.json")):
+        result = json.loads(path.read_text())
+        rounds = result["settings"]["rounds"]
+        parts.append(f"{result['device']}, medians of {rounds}:\n\n" + markdown(result["rows"], columns))
+    return "\n".join(parts)
+
+
+def train_step_section() -> str:
+    """Where a training step's time goes, by matrix optimizer, a table for each device."""
+    parts = []
+    for path in sorted(RESULTS.glob("train_step_*.json")):
+        result = json.loads(path.read_text())
+        shares = [key for key in result["rows"][0] if key.endswith("_%")]
+        columns = {"matrix_optimizer": "matrix optimizer", "tokens_per_s": "tokens/s", "ratio": "of the first's"}
+        columns |= {key: f"{key.removesuffix('_%')} %" for key in shares}
+        parts.append(f"{result['device']}, `{result['settings']['recipe']}`:\n\n" + markdown(result["rows"], columns))
+    return "\n".join(parts)
+
+
+def row_norms_section() -> str:
+    """Final losses and spreads of row norms, by cell."""
+    runs = json.loads(ROW_NORMS.read_text())
+    header, *rows = cells(runs)
+    return markdown([dict(zip(header, row, strict=True)) for row in rows], dict(zip(header, header, strict=True)))
+
+
+SECTIONS = {
+    "polar": polar_section,
+    "polar_quality": quality_section,
+    "train_step": train_step_section,
+    "optimizer_step": optimizer_step_section,
+    "row_norms": row_norms_section,
+}
+
+
+def with_sections(document: str) -> str:
+    """The README with all its generated sections as the results say."""
+    for name, section in SECTIONS.items():
+        document = with_section(document, name, section())
+    return document
+
+
 def main() -> None:
-    document = README.read_text()
-    for name, section in (("polar", polar_section()), ("polar_quality", quality_section())):
-        document = with_section(document, name, section)
-    README.write_text(document)
+    README.write_text(with_sections(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -88,29 +88,30 @@ def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int) -> dict[s
         return dict(cell=cell, seed=seed, **kept, every=every, spreads=spreads, **place, config=config_kept)
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """The table, its headings first."""
+    by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        cells[", ".join(f"{key}={value}" for key, value in run["cell"].items())].append(run)
-    rows = [["cell", "val_loss", "steps_to_target", "tall rows' spread", "wide columns' spread"]]
-    for name, of_cell in cells.items():
+        by_name[", ".join(f"{key}={value}" for key, value in run["cell"].items())].append(run)
+    rows = [["settings", "final loss", "steps to target", "spread, tall", "spread, wide"]]
+    for name, of_cell in by_name.items():
         row = [name, mean_and_sd([run["val_loss"] for run in of_cell], 4)]
         row.append(mean_and_sd([run["steps_to_target"] for run in of_cell], 0))
         for kind in ("tall", "wide"):
             means = [sum(run["spreads"][kind]) / len(run["spreads"][kind]) for run in of_cell]
             row.append(mean_and_sd(means, 3))
         rows.append(row)
-    return align(rows)
+    return rows
 
 
 def main(argv: list[str]) -> int:
     recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("configs/sotu_cpu.toml", argv)
     try:
         options = parse_settings(Options, argv, description=__doc__)
-        out, cells = Path(options.out), [assignments(words) for words in options.cell]
+        out, wanted = Path(options.out), [assignments(words) for words in options.cell]
         runs = json.loads(out.read_text()) if out.exists() else []
         for seed in options.seeds:
-            for cell in cells:
+            for cell in wanted:
                 if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
                     continue
                 runs.append(run_cell(recipe, cell, seed, options.every))
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> int:
                 print(
                     f"{cell}, seed {seed}: {runs[-1]['status']}, val_loss {runs[-1]['val_loss']:.4f}", file=sys.stderr
                 )
-        print(table(runs))
+        print(align(cells(runs)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

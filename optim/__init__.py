@@ -39,6 +39,7 @@ def _muon_arguments(config: Any) -> dict[str, Any]:
     return dict(
         **method,
         momentum=config.momentum,
+        scale=config.matrix_scale,
         polar_steps=config.polar_steps or None,
         cautious=config.cautious,
         kernels=config.kernels,

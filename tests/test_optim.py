@@ -548,7 +548,8 @@ def test_vectors_are_sent_to_adamw_and_a_refused_group_leaves_no_trace() -> None
 
 def config(**changes: Any) -> SimpleNamespace:
     settings: dict[str, Any] = dict(
-        matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, cautious=False, momentum=0.95,
+        matrix_optimizer="aurora", matrix_lr=0.02, matrix_weight_decay=0.1, matrix_scale="none", cautious=False,
+        momentum=0.95,
         polar_method="auto", polar_steps=0, kernels="auto", comm_dtype="float32", aurora_variant="release",
         aurora_iterations=2, aurora_beta=0.5, aurora_sides="both", embed_lr=0.3, head_lr=0.004, scalar_lr=0.015,
         adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,

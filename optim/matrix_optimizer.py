@@ -52,7 +52,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     - `row_blocks`: each matrix is this many equal blocks of rows that are orthogonalised apart (3 for a fused
       [3 D, D] of queries, keys and values, the number of heads or head groups for one block each).
-    - `cautious`: weight decay only where it does not work against the update (arXiv 2411.16085's mask on the decay).
+    - `cautious`: weight decay only where it does not work against the update (Chen et al., arXiv 2510.12402).
     - `scale`: of the update, "spectral" sqrt(max(1, m / n)), "match_rms_adamw" 0.2 sqrt(max(m, n)), "none" 1.
 
     Momentum is float32 whatever the parameter's dtype; parameters of 16 bits follow a float32 master copy. With

@@ -33,6 +33,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same arithmetic of the optimizers on every machine, whatever its bfloat16 units."""
+    for module in ("muon", "normuon", "aurora", "riemannian_aurora"):
+        monkeypatch.setattr(f"optim.{module}.fast_half_dtype", lambda device_type: torch.float32)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards: train 1 to 3 of odd sizes (7,001 tokens in all) and val, from one noisy cycle of tokens."""

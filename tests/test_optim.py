@@ -28,6 +28,7 @@ from optim import (
 )
 from optim.aurora import aurora_polar
 from optim.polar import polar
+from tests.matrices import randn, uneven
 
 Make = Callable[..., MatrixOptimizer]
 RULES = pytest.mark.parametrize(
@@ -38,21 +39,7 @@ RULES = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same arithmetic on every machine, whatever its bfloat16 units."""
-    for module in ("muon", "normuon", "aurora", "riemannian_aurora"):
-        monkeypatch.setattr(f"optim.{module}.fast_half_dtype", lambda device_type: torch.float32)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uneven(m: int, n: int, seed: int = 0) -> torch.Tensor:
-    """A Gaussian whose longer side has log-normal scales: rows of a tall matrix, columns of a wide one."""
-    scale = randn(max(m, n), seed=seed + 1).exp()
-    return randn(m, n, seed=seed) * (scale[:, None] if m > n else scale)
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 # Muon

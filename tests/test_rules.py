@@ -15,25 +15,13 @@ from torch import nn
 from optim import Aurora, MatrixOptimizer, Muon, NorMuon, RiemannianAurora, UNorMuon
 from optim.aurora import aurora_polar
 from optim.riemannian_aurora import riemannian_polar
+from tests.matrices import randn, uneven
 
 Matrix = npt.NDArray[np.float64]
 Memory = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("muon", "normuon", "aurora", "riemannian_aurora"):
-        monkeypatch.setattr(f"optim.{module}.fast_half_dtype", lambda device_type: torch.float32)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def uneven(m: int, n: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
-    """A Gaussian whose longer side has log-normal scales."""
-    scale = (spread * randn(max(m, n), seed=seed + 1)).exp()
-    return randn(m, n, seed=seed) * (scale[:, None] if m > n else scale)
+pytestmark = pytest.mark.usefixtures("float32_products")
 
 
 # The definitions, a line at a time

@@ -68,8 +68,8 @@ def watch(optimizer: MatrixOptimizer, every: int, spreads: dict[str, list[float]
     return watched
 
 
-def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int) -> dict[str, Any]:
-    """One run of the recipe; its result as it is kept."""
+def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int, commit: str) -> dict[str, Any]:
+    """One run of the recipe; its result as it is kept. `commit` is of the code that this process has loaded."""
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         arguments = [f"--{key}={value}" for key, value in cell.items()]
         fixed = ["--stop_at_target=false", "--checkpoint_every=0", f"--run_dir={folder}", f"--seed={seed}"]
@@ -83,7 +83,7 @@ def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int) -> dict[s
             summary = train(run, RunLog(config, run.machine))
         run.loader.close()
         kept = {key: summary[key] for key in ("status", "val_loss", "steps", "steps_to_target")}
-        place = dict(device=run.machine.name, versions=versions(), git_commit=git_commit())
+        place = dict(device=run.machine.name, versions=versions(), git_commit=commit)
         config_kept = {key: value for key, value in dataclasses.asdict(config).items() if key != "run_dir"}
         return dict(cell=cell, seed=seed, **kept, every=every, spreads=spreads, **place, config=config_kept)
 
@@ -109,12 +109,12 @@ def main(argv: list[str]) -> int:
     try:
         options = parse_settings(Options, argv, description=__doc__)
         out, wanted = Path(options.out), [assignments(words) for words in options.cell]
-        runs = json.loads(out.read_text()) if out.exists() else []
+        runs, commit = json.loads(out.read_text()) if out.exists() else [], git_commit()
         for seed in options.seeds:
             for cell in wanted:
                 if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
                     continue
-                runs.append(run_cell(recipe, cell, seed, options.every))
+                runs.append(run_cell(recipe, cell, seed, options.every, commit))
                 out.parent.mkdir(parents=True, exist_ok=True)
                 temporary = out.with_suffix(".tmp")
                 temporary.write_text(json.dumps(runs) + "\n")

@@ -107,7 +107,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         """The direction to move in, for a batch of momenta `update` [B, m, n] float32; same shape, any dtype.
 
-        `update` may be overwritten. `state` holds this batch's tensors of leading size B, to be changed in place; a
+        `update` may be overwritten. `state` holds this batch's tensors of leading size B, to be changed or replaced; a
         rule adds its own under new names when they are missing, and meets zeros for matrices that it has not seen.
         """
         raise NotImplementedError
@@ -312,11 +312,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         is_moving = bank.mask(slots)
         if is_finite is not None:
             is_moving = is_finite.expand(bank.num_own) if is_moving is None else is_moving & is_finite
-        state = {name: value[: bank.num_own] for name, value in bank.state.items()}
+        views = {name: value[: bank.num_own] for name, value in bank.state.items()}
+        state = dict(views)
         direction = self._direction(state, gradient[: bank.num_own], group, is_moving)
-        for name in state.keys() - bank.state.keys():
-            bank.state[name] = state[name].new_zeros(bank.num_slots, *state[name].shape[1:])
-            bank.state[name][: bank.num_own] = state[name]
+        for name, value in state.items():
+            if name not in views:
+                bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
+            if value is not views.get(name):  # new, or put in place of the old
+                bank.state[name][: bank.num_own] = value
         if bank.needs_master:
             master, updates = bank.own_masters(), self._scaled(direction, bank, group, is_finite)
             self._move([master[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)

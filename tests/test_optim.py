@@ -410,6 +410,34 @@ def test_state_is_in_sight_where_torch_has_it() -> None:
     torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], expected)
 
 
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
+def test_a_rule_may_replace_its_state_as_well_as_change_it(deferred: bool) -> None:
+    class InPlace(MatrixOptimizer):
+        def orthogonalize(
+            self, update: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        ) -> torch.Tensor:
+            state.setdefault("mean", torch.zeros_like(update)).lerp_(update, 0.3)
+            return state["mean"].clone()
+
+    class Replaced(MatrixOptimizer):
+        def orthogonalize(
+            self, update: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        ) -> torch.Tensor:
+            state["mean"] = torch.lerp(state.get("mean", torch.zeros_like(update)), update, 0.3)
+            return state["mean"]
+
+    weights = []
+    for rule in (InPlace, Replaced):
+        params = [nn.Parameter(randn(6, 4, seed=i)) for i in range(2)]
+        optimizer = rule(params, defer_check=deferred)
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if (i, step) == (1, 2) else randn(6, 4, seed=10 * step + i)
+            optimizer.step()
+        weights.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
 def test_one_cycle_drives_rate_and_momentum_and_hooks_see_every_step() -> None:
     weight = nn.Parameter(randn(6, 4))
     optimizer = Muon([weight], lr=0.1, polar_method="svd")

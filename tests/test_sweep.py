@@ -123,7 +123,7 @@ def test_table_is_the_mean_and_sd_of_the_summaries(swept: Path, capsys: pytest.C
     header, *rows = rows_of(capsys.readouterr().out)
     assert rows == expected
     assert header[0] == "head_lr"
-    assert "± 0.0000" not in rows[0][3]  # seeds differ, or this test would show nothing
+    assert len({s["val_loss"] for s in summaries}) == 4  # seeds differ, or this test would show nothing
 
 
 def test_json_tells_what_ran(swept: Path, tiny_recipe: Path) -> None:

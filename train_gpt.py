@@ -422,7 +422,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     log.line("seconds      " + ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in seconds.items()))
     log.line(f"directory    {log.directory}")
     if config.tokenizer != "none" and summary["status"] in ("finished", "stopped at target"):
-        with contextlib.suppress(DataError):  # a tokenizer whose files cannot be fetched here
+        with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
             tokens = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
             text = get_tokenizer(config.tokenizer).decode(tokens)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 BUCKET_BYTES = 25 * 2**20  # of gradients in one reduce-scatter: large enough for bandwidth, small enough to overlap
 
-# Renamed in torch 2.12 or so; the old names warn in new versions.
+# torch 2.13 has new names for them and warns at the old ones, which are all that some earlier versions have.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

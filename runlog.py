@@ -29,17 +29,23 @@ def run_sources() -> dict[str, str]:
 class RunLog:
     """The run directory and the terminal, written by the first rank; other ranks' calls do nothing.
 
-    log.txt opens with all the run was made of. Every line is flushed: a killed run leaves a whole log. The first rank
-    holds a lock on it as long as it lives. `config` is the trainer's Config. Raises ValueError, on every rank, for a
+    log.txt opens with all the run was made of: sources, state of git, of the GPUs, and `facts` as JSON. Every line is
+    flushed: a killed run leaves a whole log. The first rank holds a lock on it as long as it lives. `config` is the
+    trainer's Config, `data` the fingerprints of train_files and val_files. Raises ValueError, on every rank, for a
     directory that cannot be made.
     """
 
-    def __init__(self, config: Any, machine: Machine) -> None:
+    def __init__(self, config: Any, machine: Machine, data: dict[str, str]) -> None:
         self.active, self.target = machine.rank == 0, config.target_loss
         self.bar = tqdm(total=config.train_steps, unit="step", dynamic_ncols=True, leave=False,
                         disable=not (self.active and sys.stderr.isatty()))  # fmt: skip
         self.validations: list[tuple[float, float]] = []  # (train_time_s, val_loss)
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.facts = dict(  # what a summary repeats and a record is checked against
+            start_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), git_commit=git_commit(), track=config.track,
+            world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
+            train_fingerprint=data["train_files"], val_fingerprint=data["val_files"], config=dataclasses.asdict(config),
+        )  # fmt: skip
+        stamp = self.facts["start_utc"].replace("-", "").replace(":", "")
         self.directory, problem = Path(config.run_dir) / f"{config.name}-{stamp}-{secrets.token_hex(3)}", None
         if self.active:
             try:
@@ -59,10 +65,10 @@ class RunLog:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
-        header += ["=" * 100, f"python {sys.version}\n{json.dumps(versions())}"]
-        header += [f"git {git_commit()}\n{output_of('git', 'status', '--short')}"]
+        header += ["=" * 100, f"python {sys.version}"]
+        header += [f"git {self.facts['git_commit']}\n{output_of('git', 'status', '--short')}"]
         header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
-        header += [json.dumps(dataclasses.asdict(config), indent=1), "=" * 100]
+        header += [json.dumps(self.facts, indent=1), "=" * 100]
         self.log.write("\n".join(header) + "\n")
 
     def line(self, text: str) -> None:

@@ -28,7 +28,7 @@ from checkpoint import CheckpointWriter, load_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer, vocab_size
-from machine import Clock, Machine, find_machine, git_commit, lost_rank, peak_memory_mib, versions
+from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib
 from model import GPT, ModelConfig
 from optim import MatrixOptimizer, build_optimizers, routing_table
 from resume import Start, find_start
@@ -398,9 +398,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     summary.update(
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
-        world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
-        git_commit=git_commit(), track=config.track, val_fingerprint=run.data["val_files"],
-        train_fingerprint=run.data["train_files"], config=dataclasses.asdict(config),
+        **log.facts,
     )  # fmt: skip
     log.summary(summary)
     if machine.rank != 0:
@@ -448,7 +446,7 @@ def main(argv: list[str]) -> int:
         run = set_up(config, machine)
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return exit_status(run.start.ended, config)
-        log = RunLog(config, machine)
+        log = RunLog(config, machine, run.data)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -80,7 +80,7 @@ def take_turn(run: Run) -> dict[str, float]:
     """Train a few steps; seconds by phase, with `loop` for the rest of the training clock."""
     run.clock, stopwatches = Clock(run.machine.device), Stopwatches(run.machine.device)
     with stopwatches.on(run), mock.patch("train_gpt.warm_up"), mock.patch("train_gpt.evaluate", return_value=1.0):
-        train(run, RunLog(run.config, run.machine))
+        train(run, RunLog(run.config, run.machine, run.data))
     seconds = {**stopwatches.seconds, "logging": run.clock.seconds["logging"]}
     return {**seconds, "loop": run.clock.seconds["train"] - sum(stopwatches.seconds.values())}
 

@@ -80,7 +80,7 @@ def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int, commit: s
             raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} has no polar factor to look at; try muon")
         watched = mock.patch.object(optimizer, "orthogonalize", watch(optimizer, every, spreads))
         with contextlib.redirect_stdout(nowhere), mock.patch("train_gpt.warm_up"), watched:
-            summary = train(run, RunLog(config, run.machine))
+            summary = train(run, RunLog(config, run.machine, run.data))
         run.loader.close()
         kept = {key: summary[key] for key in ("status", "val_loss", "steps", "steps_to_target")}
         place = dict(device=run.machine.name, versions=versions(), git_commit=commit)

@@ -258,6 +258,15 @@ def test_a_terminal_sees_a_progress_line(tiny_recipe: Path, tmp_path: Path) -> N
     assert re.search(rb"\d+/40 \[.*val_loss \d\.\d{3}, target 2 in ~\d+s", seen), seen[-2000:]
 
 
+def test_a_log_opens_with_the_facts_that_its_summary_repeats(trainer: Trainer, tmp_path: Path) -> None:
+    assert trainer().returncode == 0
+    directory = only_run(tmp_path)
+    header = (directory / "log.txt").read_text().split("\n" + "=" * 100 + "\n")[1]
+    facts = json.loads(header[header.index("\n{\n") :])
+    assert facts.items() <= summary(directory).items()
+    assert {"start_utc", "git_commit", "device", "val_fingerprint", "config"} <= facts.keys()
+
+
 def test_the_source_in_a_log_is_of_this_repository_alone() -> None:
     sources = run_sources()
     assert {"train_gpt.py", "optim/aurora.py", "data/shards.py"} <= set(sources)

@@ -11,6 +11,8 @@ usage() {
 ./run.sh --key=value ...               the sample's recipe with settings of your own
 ./run.sh settings                      every setting with its type, default and meaning
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
+./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
+                                       publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
 ./run.sh check                         lint, format, types, shellcheck and the fast tests
 ./run.sh lint                          the same without tests
@@ -76,6 +78,11 @@ case "${1:-}" in
         shift
         install .venv requirements.txt
         exec .venv/bin/python -m experiments.sweep "$@"
+        ;;
+    leaderboard)
+        shift
+        install .venv requirements.txt
+        exec .venv/bin/python -m leaderboard "$@"
         ;;
     test)
         shift

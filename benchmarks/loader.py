@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.report import Row, median_seconds, report
+from benchmarks.report import median_seconds, report
+from benchmarks.tables import Row
 from data.loader import TokenLoader, TokenStream
 from data.shards import Tokens, write_shard
 

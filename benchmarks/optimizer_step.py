@@ -16,7 +16,8 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.report import Row, median_seconds, report
+from benchmarks.report import median_seconds, report
+from benchmarks.tables import Row
 from machine import find_machine
 from model import GPT
 from optim import build_optimizers

@@ -22,7 +22,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import Row, median_seconds, report
+from benchmarks.report import median_seconds, report
+from benchmarks.tables import Row
 from kernels import Backend, backend
 from optim.aurora import aurora_polar
 from optim.polar import COEFFICIENTS, SAFETY, polar

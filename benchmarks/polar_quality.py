@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.polar import dense_polar
-from benchmarks.report import Row, report
+from benchmarks.report import report
+from benchmarks.tables import Row
 from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
 

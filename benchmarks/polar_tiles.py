@@ -17,7 +17,8 @@ import tyro
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.polar import CASES, Shape, synchronized
-from benchmarks.report import Row, median_seconds, report
+from benchmarks.report import median_seconds, report
+from benchmarks.tables import Row
 from kernels.apply_symmetric import apply_symmetric
 from kernels.gram import gram
 from kernels.launch import LARGE, Tile, can_launch

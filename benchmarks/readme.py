@@ -8,7 +8,8 @@ A section stands between <!-- name --> and <!-- /name -->; a test fails when the
 import json
 from pathlib import Path
 
-from benchmarks.report import RESULTS, Row, markdown, with_section
+from benchmarks.report import RESULTS
+from benchmarks.tables import Row, markdown, with_section
 from experiments.row_norms import cells
 
 README = Path(__file__).parent.parent / "README.md"

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from benchmarks.report import Row, median_seconds, report
+from benchmarks.report import median_seconds, report
+from benchmarks.tables import Row
 from data.prepare import read_documents, sotu_speeches
 from data.shards import Tokens
 from data.tokenizer import encode_documents, end_of_text, get_tokenizer

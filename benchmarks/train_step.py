@@ -23,7 +23,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks.report import Row, report
+from benchmarks.report import report
+from benchmarks.tables import Row
 from machine import Clock, find_machine
 from runlog import RunLog
 from train_gpt import Run, load_config, set_up, train

@@ -1,7 +1,7 @@
 """Keep a sweep's loss curves as one small JSON file, and draw them.
 
-    python -m experiments.curves runs/sweep_sotu_cpu --out experiments/results/sotu_optimizers.json
-    python -m experiments.curves experiments/results/sotu_optimizers.json                          (draws it again)
+    python -m experiments.curves runs/sweep_sotu_cpu --out experiments/results/my_sweep.json
+    python -m experiments.curves experiments/results/my_sweep.json                                 (draws it again)
 
 The figure, beside the JSON as .png: validation loss against seconds of training and against steps; a line for the
 mean over the seeds of a cell, a band from the lowest to the highest seed, a dotted line at the target.

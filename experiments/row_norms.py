@@ -26,7 +26,7 @@ from unittest import mock
 import tyro
 from torch import Tensor
 
-from benchmarks.report import align
+from benchmarks.tables import align
 from experiments.sweep import assignments, mean_and_sd
 from machine import find_machine, git_commit, versions
 from optim import MatrixOptimizer

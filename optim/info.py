@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.report import align
+from benchmarks.tables import align
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
 from optim.bank import Bank

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 import train_gpt
 from data.shards import write_shard
 
-pytest_plugins = ["tests.gpt2_vocabulary"]
+pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48

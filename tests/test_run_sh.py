@@ -42,7 +42,7 @@ def test_help_names_every_command() -> None:
     text = run_sh(ROOT, "--help").stdout
     script = (ROOT / "run.sh").read_text()
     commands = re.findall(r"^    ([a-z]+)\)$", script, flags=re.MULTILINE)
-    assert {"test", "check", "lint", "bench", "sweep", "settings"} == set(commands)
+    assert {"test", "check", "lint", "bench", "sweep", "settings", "leaderboard"} == set(commands)
     assert all(f"./run.sh {command}" in text for command in commands)
 
 

@@ -1,0 +1,240 @@
+"""Records of speedruns, checked, ranked, compared and drawn.
+
+    ./run.sh leaderboard add runs/<seed 0> runs/<seed 1> ... --name=muon_550      make a record of n seeds' runs
+    ./run.sh leaderboard verify                                                   does every record hold?
+    ./run.sh leaderboard rank sotu-byte --format=markdown                         tables
+    ./run.sh leaderboard compare sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon
+    ./run.sh leaderboard publish                                                  README's tables, figures, a page
+
+A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a record does not hold or was not
+reproduced, 2 a mistake in what was asked for.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from leaderboard import plots, rank, report, reproduce
+from leaderboard.compare import compare
+from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
+from leaderboard.tracks import find_track
+from leaderboard.verify import verify_all
+
+REPORT = Path(__file__).with_name("all_records.html")
+Places = Positional[tuple[Path, ...]]
+
+
+def add(
+    runs: Places,
+    /,
+    name: str = "",
+    author: str = "",
+    description: str = "",
+    into: Path = RECORDS,
+    foreign: bool = False,
+    track: str = "",
+    hardware: str = "",
+    source: str = "",
+    date: str = "",
+    batch_tokens: int = 0,
+) -> int:
+    """Make a record from run directories, one for each seed. What does not hold is not kept.
+
+    Args:
+        runs: run directories; with --foreign, log files.
+        name: of the record; default: the runs' name.
+        author: whose it is; default: the runs' author.
+        description: what is new about it; default: the runs' description.
+        into: folder of the records.
+        foreign: logs of another speedrun on the same shards; the five settings below are what logs do not say.
+        track: the track they ran on.
+        hardware: such as "8 x NVIDIA H100 80GB HBM3", as records of this repository name it.
+        source: where the logs are published.
+        date: day of the runs.
+        batch_tokens: tokens in a step; 0: not known.
+    """
+    if foreign:
+        required = dict(name=name, track=track, hardware=hardware, source=source, date=date)
+        absent = [key for key, value in required.items() if not value]
+        if absent:
+            raise ValueError(f"a foreign record needs --{' --'.join(absent)} as well: its logs do not say")
+        about = dict(hardware=hardware, source=source, batch_tokens=batch_tokens or None)
+        path = make_record(read_foreign(runs), into, name, author, description, date, track, about)
+    elif track or hardware or source or date or batch_tokens:
+        raise ValueError("track, hardware, source, date and batch_tokens are in a run's own log; leave them out")
+    else:
+        path = make_record(read_runs(runs), into, name, author, description)
+    reasons = _verify([path])[path.absolute()]
+    if reasons:
+        shutil.rmtree(path)
+        print(f"not added: {path.parent.name}/{path.name} does not hold", *reasons, sep="\n  ", file=sys.stderr)
+        return 1
+    print(f"added {path}; say more in its README.md, then commit it")
+    return 0
+
+
+def _verify(paths: Sequence[Path]) -> dict[Path, list[str]]:
+    """Reasons by record, told from all others of their folder as well."""
+    named = [path.absolute() for path in paths]
+    beside = sorted({path.parent for path in named for path in path.parent.glob("*/summary.json")} - set(named))
+    records = [load_record(path) for path in [*beside, *named]]
+    found = verify_all(records)
+    return {path: found[path] for path in named}
+
+
+def verify(records: Places = (), /) -> int:
+    """Work out every number of the records from their logs again and list all that does not hold.
+
+    Args:
+        records: records or tracks; default: all.
+    """
+    found = _verify(find_records(records))
+    for path, reasons in found.items():
+        print(f"{path.parent.name}/{path.name}: {'holds' if not reasons else f'{len(reasons)} reasons against it'}")
+        for reason in reasons:
+            print(f"  {reason}")
+    broken = sum(bool(reasons) for reasons in found.values())
+    print(f"{len(found)} records, {broken or 'none'} that do not hold" if found else "there is no record yet")
+    return 1 if broken else 0
+
+
+def _holding(places: Sequence[Path]) -> list[Record]:
+    """Those of the records that hold; the others are named."""
+    paths = [path.absolute() for path in find_records(places)]
+    records = [load_record(path) for path in paths]
+    found = verify_all(records)
+    for record in records:
+        if found[record.path]:
+            print(f"left out: {record.name} does not hold; `verify` says why", file=sys.stderr)
+    return [record for record in records if not found[record.path]]
+
+
+def rank_table(
+    track: Positional[str] = "", /, format: Literal["terminal", "markdown", "json"] = "terminal", out: str = ""
+) -> int:
+    """Print the table of the records that hold, for each hardware, the fastest first.
+
+    Args:
+        track: only this one.
+        format: of the table.
+        out: write it into this file instead.
+    """
+    places = [RECORDS / find_track(track).name] if track else []
+    table = rank.rows(_holding(places))
+    written = {"terminal": rank.terminal, "markdown": rank.markdown, "json": rank.to_json}[format](table)
+    if out:
+        Path(out).write_text(written)
+    else:
+        print(written, end="")
+    return 0
+
+
+def compare_records(a: Positional[Path], b: Positional[Path], /) -> int:
+    """Which of two records is faster, whose loss is lower, and whether the data can tell.
+
+    Args:
+        a: a record.
+        b: another one of the same track.
+    """
+    paths = [path for place in (a, b) for path in find_records([place])]
+    if len(paths) != 2:
+        raise ValueError(f"{a} and {b} are {len(paths)} records; name two")
+    found = _verify(paths)
+    for path, reasons in found.items():
+        if reasons:
+            print(f"warning: {path.name} does not hold; `verify` says why", file=sys.stderr)
+    print(compare(*map(load_record, paths)), end="")
+    return 0
+
+
+def plot(records: Places = (), /, out: Path = rank.PLOTS) -> int:
+    """Draw, for each track and hardware: loss against time, steps and tokens; the record's history. PNG and SVG.
+
+    Args:
+        records: records or tracks; default: all.
+        out: folder of the figures.
+    """
+    for path in _plot(_holding(records), out):
+        print(path)
+    return 0
+
+
+def _plot(records: Sequence[Record], out: Path) -> list[Path]:
+    by_name, written = {record.name: record for record in records}, []
+    for _, hardware, group in rank.classes(rank.rows(records)):
+        of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
+        stem = out / f"{rank.slug(group[0]['track'])}_{rank.slug(hardware)}"
+        written += plots.save(plots.curves(of_class, find_track(group[0]["track"]).target_loss), stem)
+        written += plots.save(plots.history(of_class), stem.with_name(f"{stem.name}_history"))
+    return written
+
+
+def write_report(records: Places = (), /, out: Path = REPORT) -> int:
+    """Write one HTML page with tables to sort and filter, figures and logs; it needs no network.
+
+    Args:
+        records: records or tracks; default: all.
+        out: the file.
+    """
+    out.write_text(report.page(_holding(records)))
+    print(out)
+    return 0
+
+
+def publish() -> int:
+    """Verify all records, then write the README's tables, the figures and the page of all records."""
+    if verify():
+        return 1
+    records = _holding([])
+    rank.README.write_text(rank.with_leaderboard(rank.README.read_text(), rank.rows(records)))
+    for path in [rank.README, *_plot(records, rank.PLOTS)]:
+        print(path)
+    return write_report()
+
+
+def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = False) -> int:
+    """Run a record's logged source and settings again on this machine and say whether it is consistent.
+
+    Args:
+        record: the record.
+        seed: which of its runs.
+        keep: save what came out as reproduced.json beside it.
+    """
+    (path,) = find_records([record])
+    if _verify([path])[path.absolute()]:
+        raise ValueError(f"{record} does not hold, so there is nothing to reproduce; `verify` says why")
+    found = load_record(path)
+    with tempfile.TemporaryDirectory(prefix="reproduce-") as tree:
+        again = reproduce.run_again(found, seed, Path(tree))
+    verdict = reproduce.judge(found, again)
+    print("---", *verdict.lines, sep="\n")
+    if keep:
+        reproduce.save_comparison(verdict, again, path / "reproduced.json")
+    return 0 if verdict.is_consistent else 1
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "add": add, "verify": verify, "rank": rank_table, "compare": compare_records, "plot": plot,
+    "report": write_report, "reproduce": reproduce_record, "publish": publish,
+}  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    try:
+        status: int = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=argv, prog="leaderboard", description=__doc__, use_underscores=True
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""The statistics, with scipy: is a mean below the target, how sure is a mean, how do two records differ.
+
+Sources: one- and two-sample tests and Welch's unequal variances in any textbook; bootstrap-t: Efron and Tibshirani,
+An Introduction to the Bootstrap (1993), chapter 12; effect size: Hedges (1981); the two rules for steps: the
+modded-nanogpt optimization track. tests/test_leaderboard_stats.py has the coverage of every interval here, simulated.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Sample = Sequence[float]
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """How a differs from b: a relative difference of times, or a difference of losses in nats."""
+
+    estimate: float
+    interval: Interval  # 95%, Welch
+    bootstrap: Interval  # 95%, bootstrap-t
+    p: float  # two-sided, Welch
+    effect: float  # Hedges' g: the difference in standard deviations, corrected for small samples
+    seeds_needed: float  # in each group, to see a difference of this size in 4 of 5 attempts (two-sided, 5%)
+
+
+def mean_interval(values: Sample, confidence: float = 0.95) -> Interval:
+    """Of the mean of a normal population, by Student's t; unbounded for a single value."""
+    if len(values) < 2:
+        return Interval(-math.inf, math.inf)
+    half = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    return Interval(float(np.mean(values) - half), float(np.mean(values) + half))
+
+
+def p_below(losses: Sample, target: float) -> float:
+    """One-sided p that the mean loss is below the target: a t-test on this sample; 1 for a single value.
+
+    Losses that are all the same to the last digit have no spread to test: 1 as well.
+    """
+    if len(losses) < 2 or np.ptp(losses) == 0:
+        return 1.0
+    return float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
+
+
+def z_below(losses: Sample, target: float, sigma: float) -> tuple[float, float]:
+    """z and one-sided p that the mean loss is below the target, with the track's known standard deviation sigma."""
+    z = (target - float(np.mean(losses))) * math.sqrt(len(losses)) / sigma
+    return z, float(stats.norm.sf(z))
+
+
+def compare_times(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
+    """How much faster a is, as a fraction of b's time: 1 - a / b of the geometric means.
+
+    Welch's test of the logarithms: the interval is then of the ratio itself and agrees with p.
+    """
+    of_logs = compare_losses(np.log(a).tolist(), np.log(b).tolist(), resamples)
+    ends = of_logs.interval, of_logs.bootstrap
+    welch, bootstrap = (Interval(-math.expm1(high), -math.expm1(low)) for low, high in ends)
+    return of_logs._replace(estimate=-math.expm1(of_logs.estimate), interval=welch, bootstrap=bootstrap)
+
+
+def compare_losses(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
+    """mean(a) - mean(b). Raises ValueError for fewer than two values in either, or none that differ."""
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} seeds cannot be compared; two of each are the least")
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        raise ValueError("neither sample has any spread; a comparison needs one")
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    low, high = welch.confidence_interval(0.95)
+    difference = float(np.mean(a) - np.mean(b))
+    effect = _hedges(a, b)
+    quantiles = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    needed = 2 * (quantiles / effect) ** 2 + 1 if effect else math.inf
+    interval = Interval(float(low), float(high))
+    return Comparison(difference, interval, bootstrap_t(a, b, resamples), float(welch.pvalue), effect, float(needed))
+
+
+def _hedges(a: Sample, b: Sample) -> float:
+    degrees = len(a) + len(b) - 2
+    pooled = math.sqrt(((len(a) - 1) * np.var(a, ddof=1) + (len(b) - 1) * np.var(b, ddof=1)) / degrees)
+    return float(np.mean(a) - np.mean(b)) / pooled * (1 - 3 / (4 * degrees - 1))
+
+
+def bootstrap_t(a: Sample, b: Sample, resamples: int = 9999, seed: int = 0) -> Interval:
+    """95% interval of mean(a) - mean(b) that assumes no distribution: quantiles of the resampled t statistic.
+
+    scipy's bootstrap (percentile, basic, BCa) has no such form, and its own fall short for a handful of seeds: at five
+    a side their intervals hold the truth in 83 to 88% of experiments, this one in 94 to 96%.
+    """
+    rng = np.random.default_rng(seed)
+    A, B = (rng.choice(np.asarray(x, dtype=float), (resamples, len(x))) for x in (a, b))
+    difference, error = float(np.mean(a) - np.mean(b)), _standard_error(np.asarray([a]), np.asarray([b]))[0]
+    errors = _standard_error(A, B)
+    varied = errors > 1e-9 * error  # a draw of one value over and over has no t
+    t = (A.mean(1) - B.mean(1) - difference)[varied] / errors[varied]
+    low, high = np.quantile(t, [0.025, 0.975])
+    return Interval(float(difference - high * error), float(difference - low * error))
+
+
+def _standard_error(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+    """Of the difference of means, for each pair of rows."""
+    return np.sqrt(A.var(1, ddof=1) / A.shape[1] + B.var(1, ddof=1) / B.shape[1])
+
+
+def step_rule(losses: Sample, target: float) -> float:
+    """(target - mean) * sqrt(n) in nats: the optimization track asks for its threshold or more of one record."""
+    return (target - float(np.mean(losses))) * math.sqrt(len(losses))
+
+
+def step_rule_between(a: Sample, steps_a: int, b: Sample, steps_b: int, nats_per_100_steps: float) -> float:
+    """How far a beats b, in nats: the optimization track asks for its threshold or more.
+
+    The loss by which a is lower, plus what the steps it saves are worth, over sqrt(1 / n_a + 1 / n_b).
+    """
+    lower = float(np.mean(b) - np.mean(a)) + nats_per_100_steps * (steps_b - steps_a) / 100
+    return lower / math.sqrt(1 / len(a) + 1 / len(b))

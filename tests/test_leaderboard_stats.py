@@ -1,0 +1,150 @@
+"""The leaderboard's statistics: published data with a known answer, plain formulas, and coverage by simulation."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from leaderboard import stats
+from leaderboard.compare import loss_sentence, time_sentence
+from leaderboard.stats import Interval
+
+# A published record's 20 final losses at step 3175; its README says p = 0.188, without the square root of n.
+PUBLISHED = [
+    3.27786, 3.28008, 3.27844, 3.27927, 3.28024, 3.27936, 3.27928, 3.27934, 3.27777, 3.27911,
+    3.27863, 3.27701, 3.27670, 3.27741, 3.27959, 3.27911, 3.27828, 3.27938, 3.28119, 3.27888,
+]  # fmt: skip
+A, B = [61.0, 63.5, 60.2, 64.1, 62.0], [70.1, 69.0, 72.5, 71.3, 68.8]
+
+
+def test_the_published_losses_are_below_their_target() -> None:
+    """z = 3.96 and p = 3.8e-5, from the mean in five decimals as its author printed it; 3.968 from all digits."""
+    z, p = stats.z_below([round(float(np.mean(PUBLISHED)), 5)] * 20, 3.28, 0.0013)
+    assert z == pytest.approx(3.96, abs=0.005)
+    assert p == pytest.approx(3.8e-5, rel=0.01)
+    z, p = stats.z_below(PUBLISHED, 3.28, 0.0013)
+    assert z == pytest.approx(3.9682, abs=1e-4)
+    assert p == pytest.approx(3.62e-5, rel=0.002)
+    assert stats.step_rule(PUBLISHED, 3.28) == pytest.approx(z * 0.0013)
+    one = (3.28 - np.mean(PUBLISHED)) / 0.0013
+    assert scipy_stats.norm.sf(one) == pytest.approx(0.188, abs=0.001)  # what was printed: n forgotten
+
+
+def test_p_below_is_a_one_sided_t_test() -> None:
+    n, mean, sd = len(PUBLISHED), np.mean(PUBLISHED), np.std(PUBLISHED, ddof=1)
+    assert stats.p_below(PUBLISHED, 3.28) == pytest.approx(
+        scipy_stats.t.cdf((mean - 3.28) / (sd / math.sqrt(n)), n - 1)
+    )
+    assert stats.p_below([3.1, 3.2], 3.0) > 0.5
+    assert stats.p_below([3.1], 3.28) == stats.p_below([3.1, 3.1], 3.28) == 1.0
+
+
+def test_mean_interval_by_the_table() -> None:
+    """t of 4 degrees of freedom at 97.5% is 2.776."""
+    half = 2.7764451 * np.std(A, ddof=1) / math.sqrt(5)
+    assert stats.mean_interval(A) == pytest.approx((np.mean(A) - half, np.mean(A) + half))
+    assert stats.mean_interval([1.0]) == (-math.inf, math.inf)
+
+
+def test_compare_losses_by_the_formulas() -> None:
+    found = stats.compare_losses(A, B)
+    variances = np.var(A, ddof=1) / 5, np.var(B, ddof=1) / 5
+    error = math.sqrt(sum(variances))
+    degrees = sum(variances) ** 2 / sum(variance**2 / 4 for variance in variances)
+    t = (np.mean(A) - np.mean(B)) / error
+    assert found.p == pytest.approx(2 * scipy_stats.t.sf(abs(t), degrees))
+    half = scipy_stats.t.ppf(0.975, degrees) * error
+    assert found.interval == pytest.approx((np.mean(A) - np.mean(B) - half, np.mean(A) - np.mean(B) + half))
+    pooled = math.sqrt((np.var(A, ddof=1) + np.var(B, ddof=1)) / 2)
+    assert found.effect == pytest.approx((np.mean(A) - np.mean(B)) / pooled * (1 - 3 / 31))
+
+
+def test_times_compare_as_ratios_whatever_their_unit() -> None:
+    found = stats.compare_times(A, B)
+    ratio = math.exp(np.mean(np.log(A)) - np.mean(np.log(B)))
+    assert found.estimate == pytest.approx(1 - ratio)
+    assert found.interval.low < found.estimate < found.interval.high
+    in_ms = stats.compare_times([1000 * a for a in A], [1000 * b for b in B])
+    for one, same in zip(in_ms, found, strict=True):
+        assert one == pytest.approx(same)
+    other = stats.compare_times(B, A)
+    assert 1 - other.estimate == pytest.approx(1 / ratio)
+    assert other.p == pytest.approx(found.p)
+
+
+def test_two_singles_or_no_spread_do_not_compare() -> None:
+    with pytest.raises(ValueError, match="two of each are the least"):
+        stats.compare_losses([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="spread"):
+        stats.compare_losses([1.0, 1.0], [2.0, 2.0])
+
+
+def test_seeds_needed_are_those_that_show_a_difference_four_times_of_five() -> None:
+    rng, effect = np.random.default_rng(0), 1.0
+    a = rng.normal(size=2000)
+    b = rng.normal(size=2000) + effect
+    n = math.ceil(stats.compare_losses(a, b).seeds_needed)
+    x, y = rng.normal(size=(4000, n)), rng.normal(size=(4000, n)) + effect
+    power = (scipy_stats.ttest_ind(x, y, axis=1, equal_var=False).pvalue < 0.05).mean()
+    assert 0.76 < power < 0.84
+
+
+def test_the_step_rule_between_two_records() -> None:
+    """0.001 lower and 50 steps fewer, 0.0045 nats a hundred, with 4 runs each: 0.00325 * sqrt(2)."""
+    a, b = [3.278] * 4, [3.279] * 4
+    assert stats.step_rule_between(a, 3200, b, 3250, 0.0045) == pytest.approx(0.00325 * math.sqrt(2))
+    assert stats.step_rule_between(b, 3250, a, 3200, 0.0045) == pytest.approx(-0.00325 * math.sqrt(2))
+
+
+Draw = Callable[[np.random.Generator, int], np.ndarray]
+POPULATIONS: dict[str, tuple[Draw, float]] = {
+    "normal": (lambda rng, n: rng.normal(60, 5, n), 60.0),
+    "skewed": (lambda rng, n: rng.lognormal(4, 0.1, n), math.exp(4 + 0.005)),
+}
+
+
+def coverage(intervals: list[Interval], truth: float) -> float:
+    return float(np.mean([interval.low <= truth <= interval.high for interval in intervals]))
+
+
+@pytest.mark.parametrize("n", [3, 5, 20])
+@pytest.mark.parametrize("population", POPULATIONS)
+def test_mean_interval_holds_the_mean_in_95_of_100(population: str, n: int) -> None:
+    draw, truth = POPULATIONS[population]
+    rng = np.random.default_rng(1)
+    assert 0.93 <= coverage([stats.mean_interval(draw(rng, n)) for _ in range(3000)], truth) <= 0.97
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (5, 10), (10, 10)], ids=str)
+def test_welch_and_bootstrap_hold_the_ratio_in_95_of_100(sizes: tuple[int, int]) -> None:
+    """Noisy times, the slower machine noisier: the ratio of geometric means is exp(0.2)."""
+    rng, truth = np.random.default_rng(2), 1 - math.exp(0.2)
+    found = []
+    for _ in range(1500):
+        slow, fast = rng.lognormal(4.2, 0.08, sizes[0]), rng.lognormal(4.0, 0.05, sizes[1])
+        found.append(stats.compare_times(slow.tolist(), fast.tolist(), resamples=999))
+    assert 0.93 <= coverage([one.interval for one in found], truth) <= 0.97
+    assert 0.93 <= coverage([one.bootstrap for one in found], truth) <= 0.97
+
+
+# What people read
+
+
+def test_a_difference_is_said_in_one_sentence() -> None:
+    found = stats.compare_times(A, B)
+    low, high = (f"{100 * end:.1f}" for end in found.interval)
+    expected = f"a is {100 * found.estimate:.1f}% faster (95% CI {low} to {high}, n=5/5); p={found.p:.2g}."
+    assert time_sentence("a", "b", A, B).splitlines()[0] == expected
+    assert time_sentence("b", "a", B, A).splitlines()[0] == expected  # of the faster one, whichever comes first
+    assert loss_sentence("a", "b", A, B).startswith(f"a's loss is lower by {np.mean(B) - np.mean(A):.4f} (95% CI ")
+
+
+def test_what_the_data_cannot_tell_is_said() -> None:
+    close = [61.3, 63.2, 60.9, 64.4, 61.7]
+    sentence = time_sentence("a", "b", A, close)
+    assert sentence.startswith("The data cannot tell: a comes out 0.")
+    assert "takes about" in sentence
+    assert loss_sentence("a", "b", A, close).startswith("The data cannot tell: a's loss comes out lower by 0.")
+    assert "no number of seeds" in loss_sentence("a", "b", [1.0, 2.0, 3.0], [1.001, 2.001, 3.0])

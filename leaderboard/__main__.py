@@ -70,7 +70,12 @@ def add(
         raise ValueError("track, hardware, source, date and batch_tokens are in a run's own log; leave them out")
     else:
         path = make_record(read_runs(runs), into, name, author, description)
-    reasons = _verify([path])[path.absolute()]
+    try:
+        others = [other for other in find_records([path.parent]) if other != path.resolve()]
+        reasons = verify_all([load_record(other) for other in [*others, path]])[path.resolve()]
+    except BaseException:
+        shutil.rmtree(path)
+        raise
     if reasons:
         shutil.rmtree(path)
         print(f"not added: {path.parent.name}/{path.name} does not hold", *reasons, sep="\n  ", file=sys.stderr)
@@ -80,11 +85,10 @@ def add(
 
 
 def _verify(paths: Sequence[Path]) -> dict[Path, list[str]]:
-    """Reasons by record, told from all others of their folder as well."""
-    named = [path.absolute() for path in paths]
-    beside = sorted({path.parent for path in named for path in path.parent.glob("*/summary.json")} - set(named))
-    records = [load_record(path) for path in [*beside, *named]]
-    found = verify_all(records)
+    """Reasons by record; the other records of their tracks are looked at for runs that stand in both."""
+    named = [path.resolve() for path in paths]
+    beside = {other for path in named for other in find_records([path.parent])}
+    found = verify_all([load_record(path) for path in sorted({*named, *beside}, key=lambda path: path.name)])
     return {path: found[path] for path in named}
 
 
@@ -106,8 +110,7 @@ def verify(records: Places = (), /) -> int:
 
 def _holding(places: Sequence[Path]) -> list[Record]:
     """Those of the records that hold; the others are named."""
-    paths = [path.absolute() for path in find_records(places)]
-    records = [load_record(path) for path in paths]
+    records = [load_record(path) for path in find_records(places)]
     found = verify_all(records)
     for record in records:
         if found[record.path]:
@@ -125,9 +128,12 @@ def rank_table(
         format: of the table.
         out: write it into this file instead.
     """
-    places = [RECORDS / find_track(track).name] if track else []
-    table = rank.rows(_holding(places))
+    if track:
+        find_track(track)
+    table = [row for row in rank.rows(_holding([])) if not track or row["track"] == track]
     written = {"terminal": rank.terminal, "markdown": rank.markdown, "json": rank.to_json}[format](table)
+    if not table:
+        print("there is no record yet", file=sys.stderr)
     if out:
         Path(out).write_text(written)
     else:
@@ -142,15 +148,21 @@ def compare_records(a: Positional[Path], b: Positional[Path], /) -> int:
         a: a record.
         b: another one of the same track.
     """
-    paths = [path for place in (a, b) for path in find_records([place])]
-    if len(paths) != 2:
-        raise ValueError(f"{a} and {b} are {len(paths)} records; name two")
-    found = _verify(paths)
-    for path, reasons in found.items():
-        if reasons:
-            print(f"warning: {path.name} does not hold; `verify` says why", file=sys.stderr)
-    print(compare(*map(load_record, paths)), end="")
+    one, other = _one_record(a), _one_record(b)
+    if one.path == other.path:
+        raise ValueError(f"{a} and {b} are the same record; name two")
+    print(compare(one, other), end="")
     return 0
+
+
+def _one_record(place: Path) -> Record:
+    """The record named, which has to hold. Raises ValueError otherwise."""
+    paths = find_records([place])
+    if len(paths) > 1:
+        raise ValueError(f"{place} has {len(paths)} records; name one, such as {paths[0].parent.name}/{paths[0].name}")
+    if _verify(paths)[paths[0]]:
+        raise ValueError(f"{place} does not hold; `verify` says why")
+    return load_record(paths[0])
 
 
 def plot(records: Places = (), /, out: Path = rank.PLOTS) -> int:
@@ -192,7 +204,8 @@ def publish() -> int:
     if verify():
         return 1
     records = _holding([])
-    rank.README.write_text(rank.with_leaderboard(rank.README.read_text(), rank.rows(records)))
+    readme = rank.with_leaderboard(rank.README.read_text(), rank.rows(records)).encode()
+    rank.README.write_bytes(readme)
     for path in [rank.README, *_plot(records, rank.PLOTS)]:
         print(path)
     return write_report()
@@ -206,16 +219,14 @@ def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = Fa
         seed: which of its runs.
         keep: save what came out as reproduced.json beside it.
     """
-    (path,) = find_records([record])
-    if _verify([path])[path.absolute()]:
-        raise ValueError(f"{record} does not hold, so there is nothing to reproduce; `verify` says why")
-    found = load_record(path)
+    found = _one_record(record)
+    print(f"running the source in the log of {found.name}: code by {found.summary['author']}")
     with tempfile.TemporaryDirectory(prefix="reproduce-") as tree:
         again = reproduce.run_again(found, seed, Path(tree))
     verdict = reproduce.judge(found, again)
     print("---", *verdict.lines, sep="\n")
     if keep:
-        reproduce.save_comparison(verdict, again, path / "reproduced.json")
+        reproduce.save_comparison(verdict, again, found.path / "reproduced.json")
     return 0 if verdict.is_consistent else 1
 
 

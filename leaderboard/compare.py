@@ -36,13 +36,13 @@ def _p(p: float) -> str:
 
 
 def _needed(seeds: float) -> str:
-    if seeds > 10_000:
+    if math.isinf(seeds):
         return "no number of seeds that anyone will run would show a difference of this size"
-    return f"to see one of this size in four of five attempts takes about {max(2, math.ceil(seeds))} seeds each"
+    return f"to see one of this size in four of five attempts takes about {seeds:.0f} seeds each"
 
 
 def time_sentence(a: str, b: str, times_a: Sequence[float], times_b: Sequence[float]) -> str:
-    """Who is faster, as a share of the other's time, and the evidence in a second line."""
+    """Who is faster, by the share of the other's time that it saves, and the evidence in a second line."""
     if stats.compare_times(times_a, times_b).estimate < 0:  # say it of the faster one
         a, b, times_a, times_b = b, a, times_b, times_a
     found = stats.compare_times(times_a, times_b)
@@ -50,7 +50,7 @@ def time_sentence(a: str, b: str, times_a: Sequence[float], times_b: Sequence[fl
     numbers = f"{100 * found.estimate:.1f}% faster"
     evidence = f"(95% CI {low:.1f} to {high:.1f}, n={len(times_a)}/{len(times_b)}); {_p(found.p)}"
     if found.p < ALPHA:
-        return f"{a} is {numbers} {evidence}.\n{_details(found, 100, 1)}"
+        return f"{a} is {numbers} than {b} {evidence}.\n{_details(found, 100, 1)}"
     sentence = f"The data cannot tell: {a} comes out {numbers} than {b} {evidence}; {_needed(found.seeds_needed)}."
     return f"{sentence}\n{_details(found, 100, 1)}"
 
@@ -65,7 +65,7 @@ def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[
         f"{_p(found.p)}"
     )
     if found.p < ALPHA:
-        return f"{a}'s loss is lower by {found.estimate:.4f} {evidence}.\n{_details(found, 1, 4)}"
+        return f"{a}'s loss is lower than {b}'s by {found.estimate:.4f} {evidence}.\n{_details(found, 1, 4)}"
     return (
         f"The data cannot tell: {a}'s loss comes out lower by {found.estimate:.4f} than {b}'s {evidence}; "
         f"{_needed(found.seeds_needed)}.\n{_details(found, 1, 4)}"
@@ -73,11 +73,11 @@ def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[
 
 
 def _details(found: stats.Comparison, scale: float, digits: int) -> str:
-    low, high = (scale * end for end in found.bootstrap)
-    return (
-        f"  Welch's t; the bootstrap's 95% CI is {low:.{digits}f} to {high:.{digits}f}; effect (Hedges' g) "
-        f"{abs(found.effect):.1f} standard deviations"
-    )
+    bootstrap = ""
+    if found.bootstrap:
+        low, high = (scale * end for end in found.bootstrap)
+        bootstrap = f"; the bootstrap's 95% CI is {low:.{digits}f} to {high:.{digits}f}"
+    return f"  Welch's t{bootstrap}; effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
 
 
 def compare(a: Record, b: Record) -> str:

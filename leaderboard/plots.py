@@ -49,18 +49,18 @@ def curves(records: Sequence[Record], target: float) -> Figure:
 
 
 def history(records: Sequence[Record]) -> Figure:
-    """Time to target of every record by its date, and the best until then."""
+    """Time to target of every record by its date, and the best of this repository's own until then."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    dated = sorted((record.summary["date"], record.summary["time_s"]["mean"], record.path.name) for record in records)
-    days = [float(date2num(date.fromisoformat(day))) for day, *_ in dated]
-    times = [time_s for _, time_s, _ in dated]
-    axis.plot(days, np.minimum.accumulate(times), drawstyle="steps-post", color="tab:green", label="record")
+    dated = sorted(records, key=lambda record: (record.summary["date"], record.summary["time_s"]["mean"]))
+    own = [record for record in dated if not record.is_foreign]
+    days, times = ([_day(record) for record in dated], [record.summary["time_s"]["mean"] for record in dated])
+    best = np.minimum.accumulate([record.summary["time_s"]["mean"] for record in own])
+    axis.plot([_day(record) for record in own], best, drawstyle="steps-post", color="tab:green", label="record")
     axis.plot(days, times, "o", color="tab:blue", label="entry")
-    for day, time_s, (*_, name) in zip(days, times, dated, strict=True):
-        axis.annotate(
-            name.partition("_")[2], (day, time_s), (6, 0), textcoords="offset points", va="center", fontsize=8
-        )
+    for day, time_s, record in zip(days, times, dated, strict=True):
+        name = record.summary["name"] + ("†" if record.is_foreign else "")
+        axis.annotate(name, (day, time_s), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set(ylabel="time to target (s)", ylim=(0, 1.15 * max(times)))
     axis.xaxis_date()
     if len(set(days)) < 8:
@@ -70,6 +70,10 @@ def history(records: Sequence[Record]) -> Figure:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
     return figure
+
+
+def _day(record: Record) -> float:
+    return float(date2num(date.fromisoformat(record.summary["date"])))
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -23,10 +23,9 @@ LEFT_OUT = ("interval", "median_s", "author")  # of the README's table, to fit a
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a record, numbers as they are; ordered by track, hardware and mean time, with its rank among those."""
-    of_class = lambda record: (record.path.parent.name, record.hardware)  # noqa: E731
-    ordered = sorted(records, key=lambda record: (*of_class(record), record.summary["time_s"]["mean"]))
+    ordered = sorted(records, key=lambda record: (*_class(record), record.summary["time_s"]["mean"]))
     table = []
-    for (track, hardware), group in groupby(ordered, key=of_class):
+    for (track, hardware), group in groupby(ordered, key=_class):
         for rank, record in enumerate(group, start=1):
             summary = record.summary
             table.append(dict(
@@ -35,6 +34,10 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
                                                  "description")},
             ))  # fmt: skip
     return table
+
+
+def _class(record: Record) -> tuple[str, str]:
+    return record.path.parent.name, record.hardware
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -59,15 +62,15 @@ def classes(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Map
 
 
 def terminal(table: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
+    parts: list[str] = []
     for heading, _, group in classes(table):
         lines = [list(COLUMNS.values())] + [[cells(row)[key] for key in COLUMNS] for row in group]
         *numbers, date, author, what = zip(*lines, strict=True)
         words = zip(*(_left(column) for column in (date, author, what)), strict=True)
         aligned = align(list(zip(*numbers, strict=True))).splitlines()
-        parts.append("\n".join([heading, *(f"{line}  {'  '.join(rest)}".rstrip()
+        parts.append("\n" * bool(parts) + "\n".join([heading, *(f"{line}  {'  '.join(rest)}".rstrip()
                                            for line, rest in zip(aligned, words, strict=True))]))  # fmt: skip
-    return "\n\n".join(parts) + "\n" + _dagger(table)
+    return "".join(f"{part}\n" for part in parts) + _dagger(table)
 
 
 def _dagger(table: Sequence[Mapping[str, Any]]) -> str:
@@ -84,14 +87,19 @@ def markdown(table: Sequence[Mapping[str, Any]], base: str = "") -> str:
     for heading, _, group in classes(table):
         shown = {key: name for key, name in COLUMNS.items() if key not in LEFT_OUT}
         shown["time_s"] += ", 95% CI"
-        lines = [f"**{heading}**", "", f"| {' | '.join(shown.values())} |", "|" + "---|" * len(shown)]
+        lines = [f"**{_escaped(heading)}**", "", f"| {' | '.join(shown.values())} |", "|" + "---|" * len(shown)]
         for row in group:
-            of_row = {key: text.replace("|", "\\|") for key, text in cells(row).items()}
-            of_row["name"] = f"[{of_row['name']}]({base}records/{row['track']}/{row['name']})"
+            of_row = {key: _escaped(text) for key, text in cells(row).items()}
+            of_row["name"] = f"[{cells(row)['name']}]({base}records/{row['track']}/{row['name']})"
             of_row["time_s"] += f" ({of_row['interval']})"
             lines.append("| " + " | ".join(of_row[key] for key in shown) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) + _dagger(table)
+
+
+def _escaped(text: str) -> str:
+    """Words as words: no Markdown and no HTML in them."""
+    return re.sub(r"([\\|\[\]`*_])", r"\\\1", text).replace("<", "&lt;")
 
 
 def to_json(table: Sequence[Mapping[str, Any]]) -> str:
@@ -108,7 +116,7 @@ def readme_section(table: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for heading, hardware, group in classes(table):
         figure = f"leaderboard/plots/{slug(group[0]['track'])}_{slug(hardware)}.png"
-        caption = f"Loss against time, steps and tokens: {heading}"
+        caption = f"Loss against time, steps and tokens: {_escaped(heading)}"
         parts.append(f"{markdown(group, 'leaderboard/')}\n![{caption}]({figure})\n")
     return "\n".join(parts) or "No record yet.\n"
 

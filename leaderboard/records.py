@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from leaderboard import stats
-from leaderboard.runs import FILES, Run, read_run
+from leaderboard.runs import FILES, Run, read_run, read_text, short
 from leaderboard.tracks import Track, find_track
 
 RECORDS = Path(__file__).with_name("records")
@@ -107,8 +107,31 @@ def shared_config(run: Run) -> dict[str, Any]:
 
 def config_toml(run: Run) -> str:
     """The recipe as ./run.sh takes it. JSON's strings, numbers, booleans and flat lists are TOML's."""
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in shared_config(run).items()]
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in shared_config(run).items()]
     return "# The recipe of this record, as its runs logged it.\n" + "".join(lines)
+
+
+def wrong_words(summary: dict[str, Any]) -> list[str]:
+    """What of a record's own words cannot stand in a table or in a file's name, and why."""
+    foreign = summary.get("foreign")
+    words = {key: summary.get(key) for key in ("name", "date", "author", "description", "hardware")}
+    if foreign is not None:
+        if not isinstance(foreign, dict) or foreign.keys() != {"hardware", "source", "batch_tokens"}:
+            return [f"foreign = {short(foreign)} has to say hardware, source and batch_tokens"]
+        words |= {"source": foreign["source"], "hardware": foreign["hardware"]}
+        batch = foreign["batch_tokens"]
+        if batch is not None and not (type(batch) is int and 0 < batch < 2**40):
+            return [f"batch_tokens = {short(batch)} has to be a number of tokens; leave it out where it is not known"]
+    found = [
+        f"{key} = {short(value)} has to be one line of 1 to 200 characters"
+        for key, value in words.items()
+        if not (isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= 200)
+    ]
+    if not found and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", summary["name"]):
+        found.append(f"name = {words['name']!r} has to be of small letters, digits, - _ and . only; such as aurora_460")
+    if not found and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", summary["date"]):
+        found.append(f"date = {words['date']!r} has to be the day of the runs, such as 2026-11-22")
+    return found
 
 
 def pack(runs: Sequence[Run]) -> bytes:
@@ -123,37 +146,50 @@ def pack(runs: Sequence[Run]) -> bytes:
                     member = tarfile.TarInfo(f"{folder}/{name}")
                     member.size, member.mode = len(content), 0o644
                     archive.addfile(member, io.BytesIO(content))
-    return lzma.compress(buffer.getvalue(), preset=9)
+    return lzma.compress(buffer.getvalue(), preset=6)
 
 
 def unpack(content: bytes) -> dict[str, dict[str, str]]:
     """Folder -> file name -> text, read in memory. Raises ValueError for an archive that is broken, or is no such."""
     folders: dict[str, dict[str, str]] = {}
     try:
-        plain = lzma.LZMADecompressor().decompress(content, MAX_UNPACKED)
-        with tarfile.open(fileobj=io.BytesIO(plain)) as archive:
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)
+        plain = decompressor.decompress(content, MAX_UNPACKED)
+        if not decompressor.eof or decompressor.unused_data:
+            raise ValueError(f"runs.tar.xz is not one xz stream that unpacks to less than {MAX_UNPACKED:,} bytes")
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as archive:
             for member in archive:
-                found = re.fullmatch(r"((?:seed|log)_\d+)/([a-z.]+)", member.name)
-                file = archive.extractfile(member)
-                if file is None or not found or found[2] not in FILES or found[2] in folders.get(found[1], {}):
+                found = re.fullmatch(r"((?:seed|log)_\d{1,6})/([a-z.]+)", member.name)
+                is_plain = member.isreg() and not member.issparse() and 0 <= member.size <= MAX_UNPACKED
+                if not found or not is_plain or found[2] not in FILES or found[2] in folders.get(found[1], {}):
                     raise ValueError(f"runs.tar.xz holds {member.name!r}; each of seed_<n>/ has {', '.join(FILES)}")
-                folders.setdefault(found[1], {})[found[2]] = file.read().decode()
-    except (lzma.LZMAError, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+                file = archive.extractfile(member)
+                folders.setdefault(found[1], {})[found[2]] = file.read().decode() if file else ""
+    except (lzma.LZMAError, tarfile.TarError, EOFError, UnicodeDecodeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"runs.tar.xz cannot be read ({error})") from None
     return folders
 
 
 def load_record(path: Path) -> Record:
     """The record in folder `path`, with what cannot be read in `broken`."""
-    record = Record(path.absolute())
+    record = Record(path.resolve())
+    entries = sorted(record.path.iterdir()) if record.path.is_dir() else []
+    odd = [entry.name for entry in entries if entry.is_symlink() or not entry.is_file()]
+    if odd or not entries:
+        record.broken.append(f"a record is a folder of plain files, without {', '.join(odd) or 'none'}")
+        return record
+    size = sum(entry.stat().st_size for entry in entries)
+    if size >= MAX_BYTES:
+        record.broken.append(f"the record has {size:,} bytes; less than {MAX_BYTES:,} can be committed")
+        return record
     try:
         folders = unpack((path / "runs.tar.xz").read_bytes())
         record.runs = [Run(folder.replace("_", " "), folders[folder]) for folder in sorted(folders, key=_number)]
     except (OSError, ValueError) as error:
         record.broken.append(str(error) if isinstance(error, ValueError) else f"runs.tar.xz: {error.strerror}")
     try:
-        record.summary = json.loads((path / "summary.json").read_text())
-    except (OSError, ValueError) as error:
+        record.summary = json.loads((path / "summary.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         record.broken.append(f"summary.json cannot be read ({error})")
     if not isinstance(record.summary, dict):
         record.broken.append("summary.json is not a JSON object")
@@ -171,17 +207,25 @@ def find_records(places: Sequence[Path] = ()) -> list[Path]:
     Raises ValueError for a place where there is none.
     """
     if not places:
-        return sorted(path.parent for path in RECORDS.glob("*/*/summary.json"))
+        return _folders(RECORDS, "*/*")
     found: list[Path] = []
     for named in places:
         place = named if named.exists() else RECORDS / named
-        here = [place] if (place / "runs.tar.xz").exists() or (place / "summary.json").exists() else []
-        here = here or sorted(path.parent for path in [*place.glob("*/summary.json"), *place.glob("*/*/summary.json")])
+        here = [path for path in (place, *_folders(place, "*"), *_folders(place, "*/*")) if _has_record(path)]
         if not here:
             known = ", ".join(f"{path.parent.name}/{path.name}" for path in find_records()) or "none yet"
             raise ValueError(f"there is no record at {named}; the records are: {known}")
         found += here
-    return found
+    return list(dict.fromkeys(path.resolve() for path in found))
+
+
+def _has_record(path: Path) -> bool:
+    return (path / "runs.tar.xz").exists() or (path / "summary.json").exists()
+
+
+def _folders(place: Path, pattern: str) -> list[Path]:
+    """Folders that should be records; a half-written one begins with a dot."""
+    return sorted(path for path in place.glob(pattern) if path.is_dir() and not path.name.startswith("."))
 
 
 def make_record(
@@ -197,10 +241,6 @@ def make_record(
     name, author = name or str(config.get("name", "")), author or str(config.get("author", ""))
     description = description or str(config.get("description", ""))
     date = date or max(str(run.log.facts.get("start_utc", ""))[:10] for run in runs)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", name):
-        raise ValueError(f"name = {name!r} must be of small letters, digits, - _ and . only; try --name=aurora_460")
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", date):
-        raise ValueError(f"date = {date!r} must be the day of the runs, such as --date=2026-11-22")
     if not author:
         raise ValueError("a record has an author; say --author='Your Name', or set author in the recipe")
     if not description:
@@ -208,13 +248,20 @@ def make_record(
     seeds = [run.seed for run in runs]
     if not foreign and len(set(seeds)) < len(seeds):
         raise ValueError(f"the runs have seeds {seeds}; each has to come once")
+    for run in runs:
+        if run.broken:
+            raise ValueError(f"{run.name}: {run.broken[0]}")
+        if not run.validations:
+            raise ValueError(
+                f"{run.name} has no line like step:125/3250 val_loss:4.58616 train_time:66.065s; nothing to add"
+            )
     path = into / track.name / f"{date}_{name}"
     if path.exists():
         raise ValueError(f"{path} exists; choose another --name, or remove it first")
     runs = runs if foreign else sorted(runs, key=lambda run: run.seed or 0)
-    if any(not run.validations for run in runs):
-        raise ValueError("a log has no line like step:125/3250 val_loss:4.58616 train_time:66.065s; nothing to add")
     summary = describe(runs, track, name, date, author, description, foreign)
+    for problem in wrong_words(summary):
+        raise ValueError(problem)
     path.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
     try:
@@ -261,4 +308,4 @@ def read_foreign(files: Sequence[Path]) -> list[Run]:
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is not a file; with --foreign, name the logs, one for each run")
-    return [Run(f"log {index}", {"log.txt": file.read_text()}) for index, file in enumerate(files)]
+    return [Run(f"log {index}", {"log.txt": read_text(file)}) for index, file in enumerate(files)]

@@ -11,7 +11,7 @@ from string import Template
 from typing import Any
 
 from leaderboard import plots
-from leaderboard.rank import COLUMNS, cells, classes, rows, slug
+from leaderboard.rank import COLUMNS, cells, classes, rows
 from leaderboard.records import Record
 from leaderboard.runs import Run
 from leaderboard.tracks import find_track
@@ -25,12 +25,10 @@ def page(records: Sequence[Record]) -> str:
     table = rows(records)
     by_name = {record.name: record for record in records}
     sections = []
-    for heading, hardware, group in classes(table):
+    for heading, _, group in classes(table):
         of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
         lines = [
-            f'<tr id="{escape(slug(record.name + hardware))}">'
-            + "".join(_cell(key, text, row, record) for key, text in cells(row).items())
-            + "</tr>"
+            "<tr>" + "".join(_cell(key, text, row, record) for key, text in cells(row).items()) + "</tr>"
             for row, record in zip(group, of_class, strict=True)
         ]
         headings = "".join(f'<th><button type="button">{escape(name)}</button></th>' for name in COLUMNS.values())
@@ -56,7 +54,7 @@ def _cell(key: str, text: str, row: Mapping[str, Any], record: Record) -> str:
 
 
 def _anchor(record: Record) -> str:
-    return f"logs-{slug(record.name)}-{slug(record.hardware)}"
+    return f"logs-{record.name}"
 
 
 def _logs(record: Record) -> str:

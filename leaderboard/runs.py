@@ -1,13 +1,17 @@
 """One run as its files tell it: what log.txt, metrics.jsonl and summary.json say, not yet whether they agree.
 
-Nothing here checks; leaderboard/verify.py does. `Run` is a run directory of this repository's trainer (runlog.py says
-what is in it), `Log` the text form alone, which other speedruns write as well:
+`Run` is a run directory of this repository's trainer (runlog.py says what is in it), `Log` the text form alone, which
+other speedruns write as well:
 
     step:125/3250 val_loss:4.58616 train_time:66.065s step_avg:528.52ms
     step:125/1390 val_loss:4.5861 train_time:7930ms step_avg:63.44ms
+
+Files come from strangers: whatever has not the form it should have is put into `broken` and left out, so that the rest
+of the leaderboard deals with numbers that are numbers.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +21,27 @@ from typing import Any, NamedTuple
 RULER = "=" * 100
 FILES = ("log.txt", "metrics.jsonl", "summary.json")
 LINE = re.compile(
-    r"step:(?P<step>\d+)/(?P<planned>\d+)\s+(?P<kind>val|train)_loss:(?P<loss>\S+)\s+"
-    r"train_time:(?P<time>[\d.]+)(?P<unit>ms|s)(?:\s+step_avg:(?P<step_avg>[\d.]+|nan|inf)ms)?"
+    r"step:(?P<step>\d{1,12})/(?P<planned>\d{1,12})\s+(?P<kind>val|train)_loss:(?P<loss>[\w.+-]{1,24})\s+"
+    r"train_time:(?P<time>\d{1,12}(?:\.\d{1,12})?)(?P<unit>ms|s)(?:\s+step_avg:(?P<step_avg>\d{1,12}\.?\d{0,12}|nan|inf)ms)?"
 )
-HAS_STEP = re.compile(r"step:\d+/\d+ +(val|train)_loss:")
+LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+(val|train)_loss:")
+ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
+ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
+FACTS = {  # RunLog.facts in runlog.py
+    "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
+    "versions": dict, "train_fingerprint": str, "val_fingerprint": str, "config": dict,
+}  # fmt: skip
+CONFIG = {  # the settings that are used here
+    "seed": int, "batch_tokens": int, "val_every": int, "log_every": int, "train_steps": int, "val_tokens": int,
+    "vocab_size": int, "target_loss": float, "stop_at_target": bool, "name": str, "track": str, "tokenizer": str,
+    "train_files": str, "val_files": str,
+}  # fmt: skip
 
 
 class Line(NamedTuple):
     """A step line of a log, in seconds and nats, as far as its digits go."""
 
+    text: str
     step: int
     planned: int  # steps of the whole schedule
     kind: str  # val or train
@@ -46,12 +62,12 @@ class Log:
     """log.txt taken apart. Anything that is missing is empty."""
 
     sources: dict[str, str] = field(default_factory=dict)  # path in the repository -> text
-    machine: str = ""  # what stands between the two rulers, before the facts
-    facts: dict[str, Any] = field(default_factory=dict)  # RunLog.facts in runlog.py
+    machine: list[str] = field(default_factory=list)  # lines between the two rulers, before the facts
+    facts: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)  # in the order of the file
-    unreadable: list[str] = field(default_factory=list)  # lines that look like a step's and are not
     notes: list[str] = field(default_factory=list)  # whatever else stands before ---
     ending: dict[str, str] = field(default_factory=dict)  # the block after ---: its first words -> the rest
+    broken: list[str] = field(default_factory=list)
 
     @property
     def validations(self) -> list[Validation]:
@@ -63,47 +79,102 @@ def parse_log(text: str) -> Log:
     log = Log()
     head, *rest = f"\n{text}".split(f"\n{RULER}\n")
     if rest:
-        log.sources = _sources(head)
-        log.machine, _, facts = rest[0].rpartition("\n{\n") if len(rest) > 1 else ("", "", "")
-        try:
-            log.facts = json.loads("{" + facts) if facts else {}
-        except json.JSONDecodeError:
-            log.machine = rest[0]
+        _read_sources(head, log)
+    if len(rest) == 2:
+        machine, _, facts = rest[0].partition("\n{\n")
+        log.machine = machine.splitlines()
+        if facts:
+            log.facts = _typed(_json("{" + facts, "the facts in log.txt", log.broken), FACTS, "the facts", log.broken)
+            if not _typed(log.facts.get("config", {}), CONFIG, "the settings", log.broken):
+                log.facts = {}
+    elif len(rest) > 2:
+        log.broken.append(f"log.txt has {len(rest)} rulers of 100 =, and two are meant")
     body, _, ending = (rest[-1] if rest else head).partition("\n---\n")
-    for text_line in body.splitlines():
-        found = LINE.match(text_line)
+    for line in body.splitlines():
+        found = LINE.match(line)
         if found:
-            log.lines.append(_line(found))
-        elif HAS_STEP.match(text_line):
-            log.unreadable.append(text_line)
+            log.lines.append(_line(line, found))
+        elif LIKE_A_LINE.search(line):
+            log.broken.append(f"log.txt: {line[:100]!r} is not a step line")
         else:
-            log.notes.append(text_line)
-    for text_line in ending.splitlines():
-        word, _, rest_of_line = text_line.partition(" ")
+            log.notes.append(line)
+    for line in ending.splitlines():
+        if LIKE_A_LINE.search(line):
+            log.broken.append(f"log.txt has a step line after ---: {line[:100]!r}")
+        word, _, rest_of_line = line.partition(" ")
         if word:
             log.ending.setdefault(word, rest_of_line.strip())
     return log
 
 
-def _sources(head: str) -> dict[str, str]:
+def _read_sources(head: str, log: Log) -> None:
     """The files that begin with `# file: PATH`; another speedrun's log has its one script there, named script."""
-    script, *files = head.split("\n# file: ")
-    own = [part.split("\n", 1) for part in files if "\n" in part]
-    return dict(own) or ({"script": script.removeprefix("\n")} if script else {})
+    script, *files = re.split(r"\n# file: (?=\S+\.py\n)", head)
+    for path, source in (part.split("\n", 1) for part in files):
+        if path in log.sources:
+            log.broken.append(f"log.txt has the source of {path} twice")
+        log.sources[path] = source
+    if not files and script:
+        log.sources["script"] = script.removeprefix("\n")
 
 
-def _line(found: re.Match[str]) -> Line:
+def _line(text: str, found: re.Match[str]) -> Line:
     scale = 1e-3 if found["unit"] == "ms" else 1.0
     digits = len(found["time"].partition(".")[2])
     try:
         loss = float(found["loss"])
     except ValueError:
-        loss = float("nan")
+        loss = math.nan
     step_avg = float(found["step_avg"]) if found["step_avg"] else None
     return Line(
-        int(found["step"]), int(found["planned"]), found["kind"], loss, float(found["time"]) * scale, step_avg,
+        text, int(found["step"]), int(found["planned"]), found["kind"], loss, float(found["time"]) * scale, step_avg,
         0.5 * 10**-digits * scale,
     )  # fmt: skip
+
+
+def _json(text: str, where: str, broken: list[str]) -> dict[str, Any]:
+    """A JSON object; empty, with a word in `broken`, for anything else."""
+    try:
+        value = json.loads(text, object_pairs_hook=_each_key_once)
+    except (ValueError, RecursionError) as error:
+        broken.append(f"{where} cannot be read as JSON ({error})")
+        return {}
+    if not isinstance(value, dict):
+        broken.append(f"{where} is not a JSON object")
+        return {}
+    return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _typed(values: Any, kinds: dict[str, type], where: str, broken: list[str]) -> dict[str, Any]:
+    """`values` if each of the keys is there with a value of its kind, else empty with a word in `broken`."""
+    for key, kind in kinds.items():
+        if not isinstance(values, dict) or key not in values:
+            broken.append(f"{where}: there is no {key}")
+            return {}
+        if not _is(values[key], kind):
+            broken.append(f"{where}: {key} is {short(values[key])}, not {kind.__name__}")
+            return {}
+    return values
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether JSON's value is of this kind; numbers no larger than a float has digits for."""
+    if kind in (int, float):
+        numeric = (int, float) if kind is float else int
+        return isinstance(value, numeric) and not isinstance(value, bool) and not abs(value) > 2**53
+    return isinstance(value, kind)
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 @dataclass
@@ -115,27 +186,21 @@ class Run:
     log: Log = field(init=False)
     metrics: list[dict[str, Any]] = field(init=False)
     summary: dict[str, Any] = field(init=False)
-    broken: list[str] = field(default_factory=list)  # files that cannot be read, and why
+    broken: list[str] = field(default_factory=list)  # what cannot be read, and why
 
     def __post_init__(self) -> None:
         self.log, self.metrics, self.summary = parse_log(self.texts.get("log.txt", "")), [], {}
+        self.broken += self.log.broken
         for number, line in enumerate(self.texts.get("metrics.jsonl", "").splitlines(), start=1):
-            row = self._json(line, f"metrics.jsonl line {number}")
-            if row:
+            where = f"metrics.jsonl line {number}"
+            row = _json(line, where, self.broken)
+            kinds = ROW | ROW_KINDS["val" if "val_loss" in row else "train"]
+            if _typed(row, kinds, where, self.broken):
                 self.metrics.append(row)
+                if row.keys() != kinds.keys():
+                    self.broken.append(f"{where} has {sorted(row.keys() - kinds.keys())}, which no trainer here writes")
         if self.texts.get("summary.json"):
-            self.summary = self._json(self.texts["summary.json"], "summary.json")
-
-    def _json(self, text: str, where: str) -> dict[str, Any]:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            self.broken.append(f"{where} is not JSON ({error})")
-            return {}
-        if not isinstance(value, dict):
-            self.broken.append(f"{where} is not a JSON object")
-            return {}
-        return value
+            self.summary = _json(self.texts["summary.json"], "summary.json", self.broken)
 
     @property
     def is_foreign(self) -> bool:
@@ -144,35 +209,44 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        found = self.log.facts.get("config")
-        return found if isinstance(found, dict) else {}
+        return self.log.facts.get("config", {})
 
     @property
     def seed(self) -> int | None:
-        found = self.config.get("seed")
-        return found if isinstance(found, int) else None
+        return self.config.get("seed")
 
     @cached_property
     def validations(self) -> list[Validation]:
         """From metrics.jsonl, which has all digits; from the log where there is nothing else."""
         if self.is_foreign:
             return self.log.validations
-        rows = [row for row in self.metrics if _numbers(row, "step", "train_time_s", "val_loss")]
+        rows = [row for row in self.metrics if "val_loss" in row]
         return [Validation(row["step"], row["train_time_s"], row["val_loss"]) for row in rows]
 
     @property
     def last(self) -> Validation:
-        """The last validation: where the clock stopped. Without any, all nan."""
-        return self.validations[-1] if self.validations else Validation(-1, float("nan"), float("nan"))
+        """The last validation: where the clock stopped. Without any, step -1 and nan."""
+        return self.validations[-1] if self.validations else Validation(-1, math.nan, math.nan)
+
+    @cached_property
+    def train_losses(self) -> dict[int, float]:
+        """Step -> training loss; validation losses where there are no others."""
+        rows = {row["step"]: row["train_loss"] for row in self.metrics if "train_loss" in row}
+        lines = {line.step: line.loss for line in self.log.lines if line.kind == "train"}
+        return rows or lines or {v.step: v.loss for v in self.validations if v.step}
 
     @property
     def hardware(self) -> str:
         facts = self.log.facts
-        return f"{facts.get('world_size')} x {facts.get('device')}" if facts else ""
+        return f"{facts['world_size']} x {facts['device']}" if facts else ""
 
 
-def _numbers(row: dict[str, Any], *keys: str) -> bool:
-    return all(isinstance(row.get(key), int | float) for key in keys)
+def read_text(path: Path) -> str:
+    """To the byte, line ends included. Raises ValueError for what is not UTF-8."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error})") from None
 
 
 def read_run(directory: Path) -> Run:
@@ -183,4 +257,4 @@ def read_run(directory: Path) -> Run:
             f"{directory} is not the directory of a run that ended: it has no {', '.join(missing)}; name one such as "
             "runs/sotu_cpu-20261122T033309Z-9823dd, or say --foreign for the log file of another speedrun"
         )
-    return Run(directory.name, {name: (directory / name).read_text() for name in FILES})
+    return Run(directory.name, {name: read_text(directory / name) for name in FILES})

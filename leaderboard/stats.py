@@ -25,10 +25,10 @@ class Comparison(NamedTuple):
 
     estimate: float
     interval: Interval  # 95%, Welch
-    bootstrap: Interval  # 95%, bootstrap-t
+    bootstrap: Interval | None  # 95%, bootstrap-t; None below three values a side, which say too little of a spread
     p: float  # two-sided, Welch
     effect: float  # Hedges' g: the difference in standard deviations, corrected for small samples
-    seeds_needed: float  # in each group, to see a difference of this size in 4 of 5 attempts (two-sided, 5%)
+    seeds_needed: float  # in each group, to see a difference of this size in 4 of 5 attempts (two-sided, 5%); or inf
 
 
 def mean_interval(values: Sample, confidence: float = 0.95) -> Interval:
@@ -61,13 +61,21 @@ def compare_times(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
     Welch's test of the logarithms: the interval is then of the ratio itself and agrees with p.
     """
     of_logs = compare_losses(np.log(a).tolist(), np.log(b).tolist(), resamples)
-    ends = of_logs.interval, of_logs.bootstrap
-    welch, bootstrap = (Interval(-math.expm1(high), -math.expm1(low)) for low, high in ends)
-    return of_logs._replace(estimate=-math.expm1(of_logs.estimate), interval=welch, bootstrap=bootstrap)
+    return of_logs._replace(
+        estimate=-math.expm1(of_logs.estimate), effect=-of_logs.effect, interval=_less(of_logs.interval),
+        bootstrap=_less(of_logs.bootstrap) if of_logs.bootstrap else None,
+    )  # fmt: skip
+
+
+def _less(of_logs: Interval) -> Interval:
+    """The interval of 1 - ratio from that of the ratio's logarithm."""
+    return Interval(-math.expm1(of_logs.high), -math.expm1(of_logs.low))
 
 
 def compare_losses(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
-    """mean(a) - mean(b). Raises ValueError for fewer than two values in either, or none that differ."""
+    """mean(a) - mean(b). Raises ValueError for fewer than two values in either, none that differ, or no numbers."""
+    if not np.isfinite([*a, *b]).all():
+        raise ValueError("a value is not finite")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{len(a)} and {len(b)} seeds cannot be compared; two of each are the least")
     if np.ptp(a) == 0 and np.ptp(b) == 0:
@@ -76,10 +84,22 @@ def compare_losses(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
     low, high = welch.confidence_interval(0.95)
     difference = float(np.mean(a) - np.mean(b))
     effect = _hedges(a, b)
-    quantiles = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
-    needed = 2 * (quantiles / effect) ** 2 + 1 if effect else math.inf
-    interval = Interval(float(low), float(high))
-    return Comparison(difference, interval, bootstrap_t(a, b, resamples), float(welch.pvalue), effect, float(needed))
+    interval, bootstrap = Interval(float(low), float(high)), None
+    if min(len(a), len(b)) > 2:
+        bootstrap = bootstrap_t(a, b, resamples)
+    return Comparison(difference, interval, bootstrap, float(welch.pvalue), effect, seeds_needed(abs(effect)))
+
+
+def seeds_needed(effect: float) -> float:
+    """The least n a side with which a t-test at 5% sees this effect with a power of 80%; inf beyond 10,000."""
+    if effect < 0.04:  # sqrt(2 * 7.85 / 10_000)
+        return math.inf
+    n = max(2, math.floor(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / effect) ** 2))  # too few by two or so
+    while True:
+        degrees, shift = 2 * n - 2, effect * math.sqrt(n / 2)
+        if stats.nct.sf(stats.t.ppf(0.975, degrees), degrees, shift) >= 0.8:
+            return n
+        n += 1
 
 
 def _hedges(a: Sample, b: Sample) -> float:
@@ -92,7 +112,7 @@ def bootstrap_t(a: Sample, b: Sample, resamples: int = 9999, seed: int = 0) -> I
     """95% interval of mean(a) - mean(b) that assumes no distribution: quantiles of the resampled t statistic.
 
     scipy's bootstrap (percentile, basic, BCa) has no such form, and its own fall short for a handful of seeds: at five
-    a side their intervals hold the truth in 83 to 88% of experiments, this one in 94 to 96%.
+    a side their intervals held the truth in 86 to 87 of 100 simulated experiments (1,000 each), this one in 95.
     """
     rng = np.random.default_rng(seed)
     A, B = (rng.choice(np.asarray(x, dtype=float), (resamples, len(x))) for x in (a, b))

@@ -78,8 +78,6 @@ def set_rows(files: dict[str, str], change: Callable[[list[dict[str, Any]]], lis
     head, _, rest = files["log.txt"].rpartition("=" * 100 + "\n")
     body, _, ending = rest.partition("\n---\n")
     others = [line for line in body.splitlines() if not line.startswith("step:")]
-    ending = re.sub(r"(, train) [\d.]+", rf"\1 {rows[-1]['train_time_s']:.1f}", ending)
-    files["log.txt"] = head + "=" * 100 + "\n" + "\n".join([*others, *lines, "---", ending])
     last = [row for row in rows if "val_loss" in row][-1]
     hit = next((row for row in rows if row.get("val_loss", target + 1) <= target), None)
     summary = json.loads(files["summary.json"])
@@ -91,6 +89,19 @@ def set_rows(files: dict[str, str], change: Callable[[list[dict[str, Any]]], lis
     )  # fmt: skip
     summary["phase_s"]["train"] = time_s
     files["summary.json"] = json.dumps(summary)
+    reached = ""
+    if hit:
+        at = f"{hit['step']} steps, {hit['step'] * batch:,} tokens"
+        reached = f"reached after {hit['train_time_s']:.1f} s of training, {at}"
+    told = {
+        "target      ": f"{target:g} nats {reached}" if hit else f"{target:g} nats not reached: by far",
+        "val_loss    ": f"{last['val_loss']:.5f} nats a token after {tokens:,} tokens",
+        "speed       ": f"{tokens / time_s:,.0f} tokens/s",
+    }
+    for word, text in told.items():
+        ending = re.sub(rf"^{word} .*$", f"{word} {text}", ending, flags=re.M)
+    ending = re.sub(r", train [\d.]+,", f", train {time_s:.1f},", ending)
+    files["log.txt"] = head + "=" * 100 + "\n" + "\n".join([*others, *lines, "---", ending])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import polar, polar_quality, readme, report
+from benchmarks import polar, polar_quality, readme, report, tables
 
 CPU = torch.device("cpu")
 
@@ -88,4 +88,4 @@ def test_the_readme_holds_the_committed_results() -> None:
 
 def test_a_missing_section_is_said() -> None:
     with pytest.raises(ValueError, match=r"<!-- polar -->"):
-        report.with_section("# Nothing\n", "polar", "")
+        tables.with_section("# Nothing\n", "polar", "")

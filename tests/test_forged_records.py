@@ -1,8 +1,13 @@
 """Forged records: each is caught, with its reason. Forgers bring summaries in line with the runs they changed."""
 
+import gzip
+import io
 import json
+import lzma
+import os
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,9 @@ from typing import Any
 import pytest
 
 import leaderboard.__main__ as cli
-from leaderboard import tracks
+from leaderboard import rank, report, tracks
 from leaderboard.records import load_record
+from leaderboard.runs import parse_log
 from leaderboard.verify import reasons, verify_all
 from tests.records import ALL, SEEDS, Rows, Texts, edit_summary, read_texts, set_facts, set_rows, write_texts
 
@@ -37,7 +43,7 @@ def line_of(texts: Texts, beginning: str, folder: str = "seed_0") -> str:
     return next(line for line in texts[folder]["log.txt"].splitlines() if line.startswith(beginning))
 
 
-@forgery(r"seed 0: val step 40: 0.500 s in log.txt, [\d.]+ s in metrics.jsonl")
+@forgery(r"seed 0: log.txt has 'step:40/40 val_loss:[\d.]+ train_time:0.500s .*' where metrics.jsonl has 'step:40/40")
 def time_edited_in_the_log(texts: Texts) -> None:
     line = line_of(texts, "step:40/40 val_loss")
     before, _, after = line.partition("train_time:")
@@ -50,7 +56,7 @@ def time_edited_in_a_run_summary(texts: Texts) -> None:
     texts["seed_0"]["summary.json"] = json.dumps(summary)
 
 
-@forgery(r"seed 1: val step 40: step_avg:[\d.]+ms in log.txt, [\d.]+ ms by its time")
+@forgery(r"seed 1: log.txt has 'step:40/40 val_loss:.*' where metrics.jsonl has")
 def time_edited_everywhere_but_in_the_average(texts: Texts) -> None:
     average = line_of(texts, "step:40/40 val_loss", "seed_1").partition("step_avg:")[2]
 
@@ -153,11 +159,6 @@ def other_hardware_in_one_seed(texts: Texts) -> None:
     set_facts(texts["seed_3"], lambda facts: facts.update(device="A faster CPU, 64 threads"))
 
 
-@forgery(r"git_commit differs")
-def other_commit_in_one_seed(texts: Texts) -> None:
-    set_facts(texts["seed_3"], lambda facts: facts.update(git_commit="0" * 40))
-
-
 @forgery(r"seed 0: log.txt is cut off: the block after --- is missing")
 def log_truncated(texts: Texts) -> None:
     texts["seed_0"]["log.txt"] = texts["seed_0"]["log.txt"].partition("\n---\n")[0]
@@ -186,7 +187,7 @@ def validation_repeated(texts: Texts) -> None:
     replace(texts, "log.txt", line, f"{line}\n{line}")
 
 
-@forgery(r"seed 3: it ends at step 30 of 40 without having reached its target|the seeds stop at different steps")
+@forgery(r"seed 3: summary.json says status = .finished., the metrics not one that ends at step 30")
 def one_seed_stopped_where_it_looked_good(texts: Texts) -> None:
     set_rows(texts["seed_3"], lambda rows: [row for row in rows if row["step"] <= 30])
 
@@ -210,7 +211,7 @@ def loss_nan(texts: Texts) -> None:
     set_rows(texts["seed_1"], spoil)
 
 
-@forgery(r"seed 0: val step 40: loss [\d.]+ in log.txt, 2.70000 in metrics.jsonl")
+@forgery(r"seed 0: log.txt has 'step:40/40 val_loss:3.* where metrics.jsonl has 'step:40/40 val_loss:2.70000")
 def loss_edited_in_the_metrics(texts: Texts) -> None:
     rows = [json.loads(line) for line in texts["seed_0"]["metrics.jsonl"].splitlines()]
     rows[-1]["val_loss"] = 2.7
@@ -248,7 +249,7 @@ def resumed(texts: Texts) -> None:
     )
 
 
-@forgery(r"seed 2: the run did not come to its end: interrupted")
+@forgery(r"seed 2: log.txt ends with run = .interrupted., and .finished. is meant")
 def interrupted(texts: Texts) -> None:
     replace(texts, "log.txt", "run          finished", "run          interrupted", "seed_2")
     replace(texts, "summary.json", '"status": "finished"', '"status": "interrupted"', "seed_2")
@@ -263,6 +264,115 @@ def another_device_in_a_summary(texts: Texts) -> None:
 @forgery(r"seed 1: metrics.jsonl is missing")
 def metrics_left_out(texts: Texts) -> None:
     del texts["seed_1"]["metrics.jsonl"]
+
+
+@forgery(r"seed 0: log.txt ends with target = '3.2 nats reached after 0.1 s .*, and '3.2 nats reached after")
+def time_edited_in_the_last_block(texts: Texts) -> None:
+    line = line_of(texts, "target ")
+    replace(texts, "log.txt", line, "target       3.2 nats reached after 0.1 s of training, 40 steps, 7,680 tokens")
+
+
+@forgery(r"seed 0: log.txt ends with seconds = ")
+def seconds_not_a_number(texts: Texts) -> None:
+    line = line_of(texts, "seconds ")
+    replace(texts, "log.txt", line, "seconds      setup 0.1, train nan, validation 0.1")
+
+
+@forgery(r"seed 0: what log.txt says of python, git and hardware before its facts are other ones")
+def hardware_edited_before_the_facts(texts: Texts) -> None:
+    line = line_of(texts, "1 x ")
+    replace(texts, "log.txt", f"\n{line}\n", "\n8 x NVIDIA H100\n")
+
+
+@forgery(r"seed 0: log.txt ends with directory = .*, and '-20200101T000000Z-' is meant")
+def start_moved(texts: Texts) -> None:
+    set_facts(texts["seed_0"], lambda facts: facts.update(start_utc="2020-01-01T00:00:00Z"))
+
+
+@forgery(r"seed 0: the run was resumed")
+def resumed_without_a_word_in_the_log(texts: Texts) -> None:
+    summary = json.loads(texts["seed_0"]["summary.json"])
+    texts["seed_0"]["summary.json"] = json.dumps(summary | dict(lineage=["first", "second"]))
+
+
+@forgery(r"seed 0: summary.json says phase_s = None")
+def phases_left_out(texts: Texts) -> None:
+    summary = json.loads(texts["seed_0"]["summary.json"])
+    del summary["phase_s"]
+    texts["seed_0"]["summary.json"] = json.dumps(summary)
+
+
+@forgery(r"seed 0: log.txt has 3 rulers of 100 =, and two are meant")
+def a_second_body_before_the_real_one(texts: Texts) -> None:
+    head, ruler, rest = texts["seed_0"]["log.txt"].rpartition("=" * 100 + "\n")
+    texts["seed_0"]["log.txt"] = head + ruler + "step:40/40 val_loss:9.00000 train_time:9.000s\n" + ruler + rest
+
+
+@forgery(r"seed 0: log.txt has a step line after ---")
+def a_step_line_at_the_end(texts: Texts) -> None:
+    texts["seed_0"]["log.txt"] += "step:40/40 val_loss:9.00000 train_time:9.000s step_avg:225.00ms\n"
+
+
+@forgery(r"seed 0: log.txt has the source of data/loader.py twice")
+def an_unchanged_loader_behind_a_changed_one(texts: Texts) -> None:
+    for folder in ALL:
+        source = parse_log(texts[folder]["log.txt"]).sources["data/loader.py"]
+        replace(texts, "log.txt", "# file: data/loader.py\n", "# file: data/loader.py\n# mine\n", folder)
+        replace(
+            texts, "log.txt", "\n# file: model.py\n", f"\n# file: data/loader.py\n{source}\n# file: model.py\n", folder
+        )
+
+
+@forgery(r"seed 0: summary.json says status = .finished., the metrics not one that ends at step 40")
+def went_on_after_its_target(texts: Texts) -> None:
+    """Settings say to stop at the target; the loss dips below it at step 30 already."""
+    set_facts(texts["seed_0"], lambda facts: facts["config"].update(stop_at_target=True))
+
+
+@forgery(r"seed 0: the train loss of step 5 is -5.5")
+def a_loss_below_zero(texts: Texts) -> None:
+    set_rows(texts["seed_0"], lambda rows: [
+        row | (dict(train_loss=-5.5) if row["step"] == 5 else {}) for row in rows
+    ])  # fmt: skip
+
+
+@forgery(r"seed 0: the model was not a new one at step 0: loss 3.000")
+def a_model_trained_before(texts: Texts) -> None:
+    set_rows(texts["seed_0"], lambda rows: [row | (dict(val_loss=3.0) if row["step"] == 0 else {}) for row in rows])
+
+
+@forgery(r"seed 0: metrics.jsonl line 1 has \['real_val_loss'\], which no trainer here writes")
+def another_key_in_the_metrics(texts: Texts) -> None:
+    replace(texts, "metrics.jsonl", '{"step": 0', '{"real_val_loss": 9.0, "step": 0')
+
+
+@forgery(r"seed 0: metrics.jsonl line 1 cannot be read as JSON \(a key comes twice\)")
+def a_key_twice_in_the_metrics(texts: Texts) -> None:
+    replace(texts, "metrics.jsonl", '{"step": 0', '{"step": 0, "step": 0')
+
+
+@forgery(r"seed 1 had another learning-rate schedule than seed 0")
+def another_schedule_in_one_seed(texts: Texts) -> None:
+    set_rows(texts["seed_1"], lambda rows: [row | (dict(lr_scale=0.5) if "lr_scale" in row else {}) for row in rows])
+
+
+@forgery(r"seed 2 and seed 3 have the same losses to the last digit: one run twice")
+def a_copy_with_one_loss_moved(texts: Texts) -> None:
+    seed_3 = json.loads(texts["seed_3"]["metrics.jsonl"].splitlines()[1])["train_loss"]
+    rows = [json.loads(line) for line in texts["seed_2"]["metrics.jsonl"].splitlines()]
+    rows[1]["train_loss"] = seed_3
+    set_rows(texts["seed_3"], lambda _: rows)
+
+
+@forgery(r"seed 0: metrics.jsonl line 2: train_loss is .inf., not float")
+def a_word_for_a_number(texts: Texts) -> None:
+    line = texts["seed_0"]["metrics.jsonl"].splitlines()[1]
+    replace(texts, "metrics.jsonl", line, json.dumps(json.loads(line) | dict(train_loss="inf")))
+
+
+@forgery(r"seed 0: summary.json cannot be read as JSON")
+def nested_beyond_reading(texts: Texts) -> None:
+    texts["seed_0"]["summary.json"] = "[" * 100_000
 
 
 @pytest.mark.parametrize("name", FORGERIES)
@@ -285,8 +395,8 @@ def test_a_forged_record_is_caught_with_its_reason(name: str, honest: Path) -> N
         (lambda path: edit_summary(path, hardware="1 x Pocket calculator"), "summary.json says hardware = '1 x Pocket"),
         (lambda path: edit_summary(path, fastest=True), "summary.json says fastest = True; its runs say None"),
         (lambda path: edit_summary(path, date="2020-01-01"), "summary.json says date = 2020-01-01, the last run"),
-        (lambda path: edit_summary(path, author=""), "summary.json has no author"),
-        (lambda path: edit_summary(path, foreign=dict(hardware="?", batch_tokens=192)), "its logs have facts of"),
+        (lambda path: edit_summary(path, author=""), "author = '' has to be one line of 1 to 200 characters"),
+        (lambda path: edit_summary(path, foreign=dict(hardware="?", source="?", batch_tokens=1)), "its log is of"),
         (lambda path: (path / "summary.json").write_text("[]"), "summary.json is not a JSON object"),
         (lambda path: (path / "config.toml").write_text("seed = 1\n"), "config.toml is not the recipe"),
         (lambda path: (path / "README.md").unlink(), "README.md is missing"),
@@ -325,3 +435,117 @@ def test_a_track_without_a_fingerprint_has_no_records(honest: Path, tmp_path: Pa
 
 def read_run_fingerprint(path: Path) -> str:
     return str(load_record(path).runs[0].log.facts["val_fingerprint"])
+
+
+# Hostile files: a reason, never a traceback, and nothing read that is not the record's
+
+
+def tar_of(**members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for member in members.values():
+            archive.addfile(member, io.BytesIO(bytes(member.size)) if member.isreg() else None)
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+ARCHIVES = {
+    "a bomb": lambda honest: lzma.compress(bytes(2**27)),
+    "a gzip within": lambda honest: lzma.compress(gzip.compress(lzma.decompress(honest))),
+    "a second stream": lambda honest: honest + lzma.compress(b"more"),
+    "cut off": lambda honest: honest[:-40],
+    "a path out of it": lambda honest: lzma.compress(tar_of(a=member("../../seed_0/log.txt"))),
+    "a link to itself": lambda honest: lzma.compress(tar_of(a=member("seed_0/log.txt", tarfile.SYMTYPE, "log.txt"))),
+    "a link to nothing": lambda honest: lzma.compress(tar_of(a=member("seed_0/log.txt", tarfile.LNKTYPE, "none"))),
+    "a folder for a file": lambda honest: lzma.compress(tar_of(a=member("seed_0/log.txt", tarfile.DIRTYPE))),
+    "a file twice": lambda honest: lzma.compress(tar_of(a=member("seed_0/log.txt"), b=member("seed_0/log.txt"))),
+    "an unknown file": lambda honest: lzma.compress(tar_of(a=member("seed_0/model.pt"))),
+    "no archive": lambda honest: b"not an archive",
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_a_hostile_archive_is_refused(kind: str, honest: Path) -> None:
+    archive = honest / "runs.tar.xz"
+    archive.write_bytes(ARCHIVES[kind](archive.read_bytes()))
+    (reason,) = reasons(load_record(honest))
+    assert reason.startswith("runs.tar.xz ")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_record_is_plain_files(kind: str, honest: Path, tmp_path: Path) -> None:
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes((honest / "config.toml").read_bytes())
+        (honest / "config.toml").unlink()
+        (honest / "config.toml").symlink_to(tmp_path / "elsewhere")
+    elif kind == "folder":
+        (honest / "more").mkdir()
+    else:
+        os.mkfifo(honest / "more")
+    (reason,) = reasons(load_record(honest))
+    assert "a record is a folder of plain files" in reason
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        dict(description="one line\n# another"), dict(description="\ud800"), dict(author="\x1b[31mred"), dict(author=7),
+        dict(description="x" * 201), dict(name="$x^{$"), dict(name="a\nb"), dict(date="today"), dict(hardware=["H100"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_words_that_cannot_stand_in_a_table_are_refused(words: dict[str, Any], honest: Path) -> None:
+    edit_summary(honest, **words)
+    (key,) = words
+    assert any(reason.startswith(f"{key} = ") for reason in reasons(load_record(honest)))
+
+
+def test_words_in_a_table_stay_words(honest: Path) -> None:
+    """A description that would end the README's section, and one that would be a link or a cell of its own."""
+    edit_summary(honest, description="<!-- /leaderboard --> [here](x) | <b>")
+    loaded = load_record(honest)
+    assert reasons(loaded) == []
+    document = "<!-- leaderboard -->\n<!-- /leaderboard -->\n"
+    once = rank.with_leaderboard(document, rank.rows([loaded]))
+    assert rank.with_leaderboard(once, rank.rows([loaded])) == once
+    assert "&lt;!-- /leaderboard --> \\[here\\](x) \\| &lt;b>" in once
+    shown = report.page([loaded])
+    assert "&lt;!-- /leaderboard --&gt; [here](x) | &lt;b&gt;" in shown and "<b>" not in shown
+
+
+# What is honest holds
+
+
+def test_a_copy_does_not_push_the_original_out(honest: Path) -> None:
+    copy = honest.with_name("2020-01-01_junk")
+    shutil.copytree(honest, copy)
+    found = verify_all([load_record(path) for path in (copy, honest)])
+    assert found[honest] == []
+    assert any("is seed 0 of tiny/" in reason for reason in found[copy])
+    (honest.parent / ".new-x").mkdir()
+    assert cli.main(["verify", str(honest), str(honest)]) == 0
+
+
+def test_the_same_losses_in_other_times_are_another_run(honest: Path) -> None:
+    """A recipe run again, or made faster without a change to what is computed."""
+    again = honest.with_name(honest.name.replace("honest", "again"))
+    shutil.copytree(honest, again)
+    texts = read_texts(again)
+    for folder in ALL:
+        set_rows(texts[folder], lambda rows: [row | dict(train_time_s=row["train_time_s"] * 0.9) for row in rows])
+    edit_summary(again, name="again")
+    write_texts(again, texts)
+    assert not any(verify_all([load_record(path) for path in (honest, again)]).values())
+
+
+def test_asking_to_resume_is_not_having_resumed(honest: Path) -> None:
+    texts = read_texts(honest)
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].update(resume="auto"))
+    write_texts(honest, texts)
+    assert reasons(load_record(honest)) == []

@@ -15,7 +15,7 @@ from leaderboard import plots, rank
 from leaderboard.records import find_records, load_record
 from leaderboard.runs import parse_log, read_run
 from leaderboard.tracks import load_tracks, source_hash
-from leaderboard.verify import reasons, shared_runs, verify_all
+from leaderboard.verify import reasons, verify_all
 from tests.conftest import ROOT
 from tests.records import ALL, SEEDS, edit_summary, pack_as, read_texts, set_facts, set_rows, write_texts
 
@@ -33,7 +33,7 @@ def test_a_log_gives_back_its_sources_and_lines(tiny_runs: list[Path]) -> None:
     assert run.last == (40, rows[-1]["train_time_s"], rows[-1]["val_loss"])
     assert run.seed == 2
     assert run.log.ending["run"] == "finished"
-    assert not run.log.unreadable and not run.broken
+    assert not run.broken
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_log_gives_back_its_sources_and_lines(tiny_runs: list[Path]) -> None:
     [
         ("step:125/3250 val_loss:4.58616 train_time:66.065s step_avg:528.52ms", 66.065, 528.52),
         ("step:125/1390 val_loss:4.5861 train_time:7930ms step_avg:63.44ms", 7.93, 63.44),
-        ("step:0/1390 val_loss:10.8258 train_time:0ms step_avg:nanms", 0.0, None),
+        ("step:0/1390 val_loss:10.8258 train_time:0ms step_avg:nanms", 0.0, float("nan")),
         ("step:125/3250 val_loss:4.5862 train_time:66.065s", 66.065, None),
     ],
 )
@@ -53,7 +53,7 @@ def test_both_forms_of_other_speedruns_lines(line: str, time_s: float, step_avg_
     assert log.sources == {"script": "import torch"}
     (only,) = log.validations
     assert only.time_s == pytest.approx(time_s)
-    assert log.lines[0].step_avg_ms == step_avg_ms or step_avg_ms is None
+    assert log.lines[0].step_avg_ms == pytest.approx(step_avg_ms, nan_ok=True)
 
 
 def test_the_stream_of_this_repository_is_one_the_tracks_know() -> None:
@@ -109,7 +109,7 @@ def test_a_record_that_does_not_hold_is_not_kept(
         ([], "name the run directories"),
         (["configs"], "is not the directory of a run that ended: it has no log.txt"),
         (["RUN", "RUN"], "each has to come once"),
-        (["RUN", "--name=Mine!"], "must be of small letters"),
+        (["RUN", "--name=Mine!"], "has to be of small letters"),
         (["RUN", "--hardware=8 x H100"], "are in a run's own log; leave them out"),
         (["RUN", "--foreign", "--track=tiny"], "needs --name --hardware --source --date as well"),
     ],
@@ -249,8 +249,12 @@ def test_two_records_are_compared(two_records: tuple[Path, Path], capsys: pytest
     capsys.readouterr()
     assert cli.main(["compare", *(f"tiny/{path.name}" for path in two_records)]) == 0
     output = capsys.readouterr().out
-    assert f"Time to target: {two_records[0].name} is " in output or "The data cannot tell" in output
-    assert f"Loss at step 40: {two_records[0].name}'s loss is lower by 0.0515 (95% CI " in output
+    assert f"{two_records[0].name} {'comes out' if 'cannot tell' in output else 'is'} " in output
+    assert f"faster than {two_records[1].name} (95% CI " in output
+    assert (
+        f"Loss at step 40: {two_records[0].name}'s loss is lower than {two_records[1].name}'s by 0.0515 (95% CI "
+        in output
+    )
     assert "Settings that differ: matrix_optimizer 'aurora' / 'adamw'" in output
     assert "Source files that differ: none" in output
     assert cli.main(["compare", f"tiny/{two_records[0].name}", "tiny/none"]) == 2
@@ -318,7 +322,7 @@ def test_a_hundred_records_are_verified_in_ten_seconds() -> None:
     loaded = [load_record(paths[index % len(paths)]) for index in range(100)]
     for record in loaded:
         reasons(record)
-    shared_runs(loaded)
+    verify_all(loaded[: len(paths)])
     assert time.perf_counter() - start < 10
 
 

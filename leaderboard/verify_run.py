@@ -1,0 +1,235 @@
+"""Does one run hold? Its log, metrics and summary against each other, against its settings, and against the track.
+
+Each check yields its reasons against the run. Run (runs.py) has seen to it that numbers are numbers.
+"""
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from leaderboard.runs import FACTS, FILES, Line, Run, short
+from leaderboard.tracks import Track, load_tracks, source_hash
+
+LEAST_SHARE = 0.1  # of its run's median: a step that took less is time cut out of the log
+SAME = 1e-6  # relative difference of numbers worked out twice
+
+
+def of_log(run: Run) -> Iterator[str]:
+    """Its step lines: whole, in order, of one clock."""
+    log = run.log
+    yield from run.broken
+    if not run.validations:
+        yield "there is no validation in it"
+        return
+    places = [(line.step, line.kind == "val") for line in log.lines]
+    for (step, _), (after, _) in itertools.pairwise(places):
+        if after < step:
+            yield f"log.txt is out of order: step {after} comes after step {step}"
+    for (step, is_val), count in sorted(Counter(places).items()):
+        if count > 1:
+            yield f"log.txt has the {'validation' if is_val else 'training'} line of step {step} more than once"
+    if len({line.planned for line in log.lines}) > 1:
+        yield f"log.txt counts towards different ends: {sorted({line.planned for line in log.lines})} steps"
+    for line in log.lines:
+        if not 0 <= line.loss < math.inf:
+            yield f"the {line.kind} loss of step {line.step} is {line.loss}"
+    if not run.last.time_s > 0:
+        yield f"its clock shows {run.last.time_s} s at the end"
+    yield from _of_clock(log.lines)
+
+
+def _of_clock(lines: Sequence[Line]) -> Iterator[str]:
+    """Time goes forward, at a rate that a machine can have."""
+    for before, line in itertools.pairwise(lines):
+        if line.time_s < before.time_s:
+            yield (
+                f"the clock goes backwards: {before.time_s:.3f} s at step {before.step}, then {line.time_s:.3f} s at "
+                f"step {line.step}"
+            )
+    spans = [
+        (a.step, b.step, (b.time_s - a.time_s) / (b.step - a.step), 2 * b.half_digit_s / (b.step - a.step))
+        for a, b in itertools.pairwise(lines)
+        if b.step > a.step
+    ]
+    usual = statistics.median([span for _, _, span, _ in spans]) if spans else 0.0
+    for start, end, span, rounding in spans:
+        if 0 <= span < LEAST_SHARE * usual - rounding:
+            yield (
+                f"steps {start} to {end} took {1000 * span:.3g} ms each, a tenth or less of the run's usual "
+                f"{1000 * usual:.3g} ms: time is missing"
+            )
+
+
+def of_foreign_log(run: Run) -> Iterator[str]:
+    """What holds for another speedrun's log alone; some count their average without the first ten steps or so."""
+    if run.log.facts or not run.is_foreign or "train_gpt.py" in run.log.sources:
+        yield "it is called foreign, and its log is of this repository's trainer"
+    for line in run.log.lines:
+        if line.step_avg_ms and line.step > 20:
+            counted = 1000 * line.time_s / line.step_avg_ms
+            rounding = counted * (0.0051 / line.step_avg_ms + line.half_digit_s / max(line.time_s, 1e-9))
+            if not line.step - 12 - rounding <= counted <= line.step + 1 + rounding:
+                yield f"{line.text[:120]!r}: time and average do not belong to step {line.step}"
+
+
+def of_files(run: Run) -> Iterator[str]:
+    """Log, metrics and summary of this repository's trainer: complete, and of one mind."""
+    log, summary, facts = run.log, run.summary, run.log.facts
+    missing = [name for name in FILES if not run.texts.get(name)]
+    if missing:
+        yield f"{', '.join(missing)} is missing"
+    if not facts or not log.sources:
+        yield "log.txt does not open with the sources and the facts of a run"
+        return
+    python = facts["versions"].get("python")
+    told = [line for line in log.machine if line.startswith((f"python {python} ", f"git {facts['git_commit']}"))]
+    if len(told) < 2 or run.hardware not in log.machine:
+        yield "what log.txt says of python, git and hardware before its facts are other ones"
+    notes, lineage = " ".join(log.notes), summary.get("lineage")
+    if "resumed from" in notes or summary.get("resumed_from") or not isinstance(lineage, list) or len(lineage) != 1:
+        yield "the run was resumed: what ran before is not in this log; a record's runs go through in one piece"
+    if f"{summary.get('num_params'):,} parameters" not in notes:
+        yield f"summary.json says {summary.get('num_params'):,} parameters, and log.txt does not"
+    yield from _complete(run)
+    yield from _log_against_metrics(run)
+    for key in FACTS:
+        if summary.get(key) != facts[key]:
+            yield f"summary.json says {key} = {short(summary.get(key))}, log.txt {short(facts[key])}"
+    for key, value in _recomputed(run).items():
+        if not same(summary.get(key), value):
+            yield f"summary.json says {key} = {short(summary.get(key))}, the metrics {value}"
+    phases = summary.get("phase_s")
+    if not isinstance(phases, dict) or not same(phases.get("train"), run.last.time_s):
+        yield f"summary.json says phase_s = {short(phases)}, the metrics {run.last.time_s} s of training"
+    yield from _ending(run)
+
+
+def _complete(run: Run) -> Iterator[str]:
+    """Every line that the settings promise, up to the last validation, and no other."""
+    config, last = run.config, run.last.step
+    val_every, log_every, planned = (config[key] for key in ("val_every", "log_every", "train_steps"))
+    if not 0 <= last <= planned or min(val_every, log_every, config["batch_tokens"]) < 1:
+        yield f"it ends at step {last} of {planned}, with val_every = {val_every} and log_every = {log_every}"
+        return
+    promised = last // val_every + 1 + (last % val_every > 0) + last // log_every
+    if abs(promised - len(run.metrics)) > 20:
+        yield f"metrics.jsonl has {len(run.metrics)} lines, and the settings promise {promised}"
+        return
+    expected = {(step, "val") for step in range(0, last + 1, val_every)} | {(last, "val")}
+    expected |= {(step, "train") for step in range(log_every, last + 1, log_every)}
+    for source, rows in (
+        ("log.txt", {(line.step, line.kind) for line in run.log.lines}),
+        ("metrics.jsonl", {(row["step"], "val" if "val_loss" in row else "train") for row in run.metrics}),
+    ):
+        for step, kind in sorted(expected - rows):
+            yield f"{source} has no {kind} line of step {step}"
+        for step, kind in sorted(rows - expected):
+            yield f"{source} has a {kind} line of step {step}, which the settings do not"
+    first = run.validations[0]
+    if first.step == 0 and first.loss < 0.8 * math.log(max(2, config["vocab_size"])):
+        yield f"the model was not a new one at step 0: loss {first.loss:.3f}, of {config['vocab_size']} tokens"
+
+
+def _log_against_metrics(run: Run) -> Iterator[str]:
+    """Each line of log.txt is what the trainer writes for its row of metrics.jsonl."""
+    if len(run.log.lines) != len(run.metrics):
+        yield f"log.txt has {len(run.log.lines)} step lines, metrics.jsonl {len(run.metrics)}"
+        return
+    batch_tokens, planned = run.config["batch_tokens"], run.config["train_steps"]
+    for line, row in zip(run.log.lines, run.metrics, strict=True):
+        kind, step, time_s = "val" if "val_loss" in row else "train", row["step"], row["train_time_s"]
+        expected = (
+            f"step:{step}/{planned} {kind}_loss:{row[f'{kind}_loss']:.5f} train_time:{time_s:.3f}s "
+            f"step_avg:{1000 * time_s / max(1, step):.2f}ms"
+        )
+        if line.text != expected:
+            yield f"log.txt has {line.text[:120]!r} where metrics.jsonl has {expected!r}"
+        if row["tokens"] != step * batch_tokens:
+            yield f"{kind} step {step}: metrics.jsonl has {row['tokens']} tokens, not {step} x {batch_tokens}"
+
+
+def _recomputed(run: Run) -> dict[str, Any]:
+    """What of a summary follows from metrics and settings."""
+    config, last = run.config, run.last
+    hit = next((validation for validation in run.validations if validation.loss <= config["target_loss"]), None)
+    is_stopped = config["stop_at_target"] and hit == last
+    status = "stopped at target" if is_stopped else "finished"
+    if not is_stopped and (last.step < config["train_steps"] or (config["stop_at_target"] and hit)):
+        status = f"not one that ends at step {last.step}"
+    return dict(
+        status=status,
+        val_loss=last.loss, val_step=last.step, steps=last.step, train_time_s=last.time_s,
+        tokens=last.step * config["batch_tokens"], time_to_target_s=hit.time_s if hit else None,
+        steps_to_target=hit.step if hit else None,
+        tokens_to_target=hit.step * config["batch_tokens"] if hit else None,
+        tokens_per_s=last.step * config["batch_tokens"] / last.time_s if last.time_s else 0.0,
+    )  # fmt: skip
+
+
+def _ending(run: Run) -> Iterator[str]:
+    """The block after ---, as far as it repeats what is known."""
+    if not run.log.ending:
+        yield "log.txt is cut off: the block after --- is missing"
+        return
+    known, config = _recomputed(run), run.config
+    expected = {
+        "run": known["status"], "val_loss": f"{known['val_loss']:.5f} nats a token after {known['tokens']:,} tokens",
+        "speed": f"{known['tokens_per_s']:,.0f} tokens/s", "machine": f"{run.hardware}, ",
+        "seconds": f", train {known['train_time_s']:.1f},",
+        "directory": "-" + run.log.facts["start_utc"].replace("-", "").replace(":", "") + "-",
+    }  # fmt: skip
+    if config["target_loss"] and known["steps_to_target"] is None:
+        expected["target"] = f"{config['target_loss']:g} nats not reached"
+    elif config["target_loss"]:
+        expected["target"] = (
+            f"{config['target_loss']:g} nats reached after {known['time_to_target_s']:.1f} s of training, "
+            f"{known['steps_to_target']} steps, {known['tokens_to_target']:,} tokens"
+        )
+    for word, text in expected.items():
+        if text not in run.log.ending.get(word, ""):
+            yield f"log.txt ends with {word} = {short(run.log.ending.get(word))}, and {text!r} is meant"
+
+
+def of_track(run: Run, track: Track) -> Iterator[str]:
+    """The track's data, validation tokens and target; tokens in the order that the loader gives them."""
+    facts, config = run.log.facts, run.config
+    if not facts:
+        return
+    if {facts["track"], config["track"]} != {track.name}:
+        yield f"track = {facts['track']!r} is not {track.name!r}, in whose folder the record is"
+    for key in ("target_loss", "val_tokens", "tokenizer"):
+        if config[key] != getattr(track, key):
+            yield f"{key} = {config[key]!r}, the track's is {getattr(track, key)!r}"
+    found = facts["val_fingerprint"]
+    if not track.val_fingerprint:
+        yield (
+            f"the track has no val_fingerprint yet, so nothing tells whether {found} is of the published shard; check "
+            "it against the source and add it to tracks.toml"
+        )
+    elif found != track.val_fingerprint:
+        yield f"the validation data is not the track's: fingerprint {found}, the track's is {track.val_fingerprint}"
+    if track.train_fingerprint and facts["train_fingerprint"] != track.train_fingerprint:
+        yield (
+            f"the training data is not the track's: fingerprint {facts['train_fingerprint']}, the track's is "
+            f"{track.train_fingerprint}"
+        )
+    for path, known in load_tracks()[1].items():
+        source = run.log.sources.get(path)
+        if source is None:
+            yield f"the data stream may be modified: the log has no source of {path}"
+        elif source_hash(source) not in known:
+            yield f"the data stream may be modified: {path} is no version that tracks.toml knows"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal, numbers up to the last digits of a float."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return one == other or abs(one - other) <= SAME * max(abs(one), abs(other))
+    return bool(one == other)

@@ -112,10 +112,8 @@ def row(name: str, run: Run, turns: dict[str, list[dict[str, float]]]) -> Row:
     }
     tokens_per_s = run.config.batch_tokens / step_s[name]
     peak = run.machine.peak_flops if run.machine.dtype == torch.bfloat16 else None
-    shares = {
-        f"{phase}_%": 100 * statistics.median(turn[phase] / sum(turn.values()) for turn in turns[name])
-        for phase in (*PHASES, "logging", "loop")
-    }
+    phases = {phase: statistics.median(turn[phase] for turn in turns[name]) for phase in (*PHASES, "logging", "loop")}
+    shares = {f"{phase}_%": 100 * time_s / sum(phases.values()) for phase, time_s in phases.items()}
     return {
         "matrix_optimizer": name,
         "tokens_per_s": tokens_per_s,

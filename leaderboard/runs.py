@@ -24,7 +24,7 @@ LINE = re.compile(
     r"step:(?P<step>\d{1,12})/(?P<planned>\d{1,12})\s+(?P<kind>val|train)_loss:(?P<loss>[\w.+-]{1,24})\s+"
     r"train_time:(?P<time>\d{1,12}(?:\.\d{1,12})?)(?P<unit>ms|s)(?:\s+step_avg:(?P<step_avg>\d{1,12}\.?\d{0,12}|nan|inf)ms)?"
 )
-LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+(val|train)_loss:")
+LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
 FACTS = {  # RunLog.facts in runlog.py
@@ -61,6 +61,7 @@ class Validation(NamedTuple):
 class Log:
     """log.txt taken apart. Anything that is missing is empty."""
 
+    rulers: int = 0  # lines of 100 =
     sources: dict[str, str] = field(default_factory=dict)  # path in the repository -> text
     machine: list[str] = field(default_factory=list)  # lines between the two rulers, before the facts
     facts: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +79,7 @@ def parse_log(text: str) -> Log:
     """Any log whose step lines have one of the two forms above; sources and facts where it is this repository's."""
     log = Log()
     head, *rest = f"\n{text}".split(f"\n{RULER}\n")
+    log.rulers = len(rest)
     if rest:
         _read_sources(head, log)
     if len(rest) == 2:
@@ -85,10 +87,8 @@ def parse_log(text: str) -> Log:
         log.machine = machine.splitlines()
         if facts:
             log.facts = _typed(_json("{" + facts, "the facts in log.txt", log.broken), FACTS, "the facts", log.broken)
-            if not _typed(log.facts.get("config", {}), CONFIG, "the settings", log.broken):
+            if log.facts and not _typed(log.facts["config"], CONFIG, "the settings", log.broken):
                 log.facts = {}
-    elif len(rest) > 2:
-        log.broken.append(f"log.txt has {len(rest)} rulers of 100 =, and two are meant")
     body, _, ending = (rest[-1] if rest else head).partition("\n---\n")
     for line in body.splitlines():
         found = LINE.match(line)

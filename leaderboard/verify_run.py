@@ -81,6 +81,8 @@ def of_files(run: Run) -> Iterator[str]:
     missing = [name for name in FILES if not run.texts.get(name)]
     if missing:
         yield f"{', '.join(missing)} is missing"
+    if log.rulers != 2:
+        yield f"log.txt has {log.rulers} rulers of 100 =, and two are meant"
     if not facts or not log.sources:
         yield "log.txt does not open with the sources and the facts of a run"
         return

@@ -49,10 +49,11 @@ def time_sentence(a: str, b: str, times_a: Sequence[float], times_b: Sequence[fl
     low, high = (100 * end for end in found.interval)
     numbers = f"{100 * found.estimate:.1f}% faster"
     evidence = f"(95% CI {low:.1f} to {high:.1f}, n={len(times_a)}/{len(times_b)}); {_p(found.p)}"
+    details = _details(found, "of the logarithms", 100, 1)
     if found.p < ALPHA:
-        return f"{a} is {numbers} than {b} {evidence}.\n{_details(found, 100, 1)}"
+        return f"{a} is {numbers} than {b} {evidence}.\n{details}"
     sentence = f"The data cannot tell: {a} comes out {numbers} than {b} {evidence}; {_needed(found.seeds_needed)}."
-    return f"{sentence}\n{_details(found, 100, 1)}"
+    return f"{sentence}\n{details}"
 
 
 def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[float]) -> str:
@@ -60,24 +61,21 @@ def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[
     if stats.compare_losses(losses_a, losses_b).estimate > 0:
         a, b, losses_a, losses_b = b, a, losses_b, losses_a
     found = stats.compare_losses(losses_b, losses_a)  # by how much a is lower
-    evidence = (
-        f"(95% CI {found.interval.low:.4f} to {found.interval.high:.4f}, n={len(losses_a)}/{len(losses_b)}); "
-        f"{_p(found.p)}"
-    )
+    low, high = found.interval
+    evidence = f"(95% CI {low:.4f} to {high:.4f}, n={len(losses_a)}/{len(losses_b)}); {_p(found.p)}"
+    details = _details(found, "of the losses", 1, 4)
     if found.p < ALPHA:
-        return f"{a}'s loss is lower than {b}'s by {found.estimate:.4f} {evidence}.\n{_details(found, 1, 4)}"
-    return (
-        f"The data cannot tell: {a}'s loss comes out lower by {found.estimate:.4f} than {b}'s {evidence}; "
-        f"{_needed(found.seeds_needed)}.\n{_details(found, 1, 4)}"
-    )
+        return f"{a}'s loss is lower than {b}'s by {found.estimate:.4f} {evidence}.\n{details}"
+    sentence = f"The data cannot tell: {a}'s loss comes out lower by {found.estimate:.4f} than {b}'s {evidence}"
+    return f"{sentence}; {_needed(found.seeds_needed)}.\n{details}"
 
 
-def _details(found: stats.Comparison, scale: float, digits: int) -> str:
+def _details(found: stats.Comparison, what: str, scale: float, digits: int) -> str:
     bootstrap = ""
     if found.bootstrap:
         low, high = (scale * end for end in found.bootstrap)
         bootstrap = f"; the bootstrap's 95% CI is {low:.{digits}f} to {high:.{digits}f}"
-    return f"  Welch's t{bootstrap}; effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
+    return f"  Welch's t {what}{bootstrap}; effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
 
 
 def compare(a: Record, b: Record) -> str:

@@ -26,7 +26,7 @@ def curves(records: Sequence[Record], target: float) -> Figure:
     """
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    for record in records:
+    for index, record in enumerate(records):
         validations = [{v.step: v for v in run.validations if v.step} for run in record.runs]
         steps = sorted(set.intersection(*map(set, validations)))
         losses = np.array([[run[step].loss for step in steps] for run in validations])
@@ -35,8 +35,8 @@ def curves(records: Sequence[Record], target: float) -> Figure:
         xs = seconds, np.array(steps), np.array(steps) * batch / 1e6 if batch else None
         for axis, x in zip(axes, xs, strict=True):
             if x is not None:
-                (line,) = axis.plot(x, losses.mean(0), label=record.path.name, marker=".", markersize=4)
-                axis.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+                axis.plot(x, losses.mean(0), color=f"C{index}", label=record.path.name, marker=".", markersize=4)
+                axis.fill_between(x, losses.min(0), losses.max(0), color=f"C{index}", alpha=0.2, linewidth=0)
     lasts = [loss for record in records for loss in record.losses]
     for axis, label in zip(axes, ("seconds of training", "steps", "million tokens"), strict=True):
         axis.axhline(target, color="black", linestyle=":", linewidth=1)
@@ -44,7 +44,7 @@ def curves(records: Sequence[Record], target: float) -> Figure:
         axis.set_ylim(min([target, *lasts]) - 0.05 * target, 1.6 * target)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("validation loss (nats a token)")
-    axes[-1].legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -18,7 +18,7 @@ COLUMNS = {
     "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p", "date": "date",
     "author": "author", "description": "what changed",
 }  # fmt: skip
-LEFT_OUT = ("interval", "median_s", "author")  # of the README's table, to fit a page
+LEFT_OUT = ("median_s", "author")  # of the README's table, to fit a page
 
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -81,17 +81,15 @@ def _left(column: Sequence[str]) -> list[str]:
     return [cell.ljust(max(map(len, column))) for cell in column]
 
 
-def markdown(table: Sequence[Mapping[str, Any]], base: str = "") -> str:
-    """Tables for a page; `base` is the way from it to leaderboard/."""
+def markdown(table: Sequence[Mapping[str, Any]], base: str = "", left_out: Sequence[str] = ()) -> str:
+    """Tables for a page, without some columns; `base` is the way from it to leaderboard/."""
     parts = []
     for heading, _, group in classes(table):
-        shown = {key: name for key, name in COLUMNS.items() if key not in LEFT_OUT}
-        shown["time_s"] += ", 95% CI"
+        shown = {key: name for key, name in COLUMNS.items() if key not in left_out}
         lines = [f"**{_escaped(heading)}**", "", f"| {' | '.join(shown.values())} |", "|" + "---|" * len(shown)]
         for row in group:
             of_row = {key: _escaped(text) for key, text in cells(row).items()}
             of_row["name"] = f"[{cells(row)['name']}]({base}records/{row['track']}/{row['name']})"
-            of_row["time_s"] += f" ({of_row['interval']})"
             lines.append("| " + " | ".join(of_row[key] for key in shown) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts) + _dagger(table)
@@ -117,7 +115,7 @@ def readme_section(table: Sequence[Mapping[str, Any]]) -> str:
     for heading, hardware, group in classes(table):
         figure = f"leaderboard/plots/{slug(group[0]['track'])}_{slug(hardware)}.png"
         caption = f"Loss against time, steps and tokens: {_escaped(heading)}"
-        parts.append(f"{markdown(group, 'leaderboard/')}\n![{caption}]({figure})\n")
+        parts.append(f"{markdown(group, 'leaderboard/', LEFT_OUT)}\n![{caption}]({figure})\n")
     return "\n".join(parts) or "No record yet.\n"
 
 

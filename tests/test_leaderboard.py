@@ -1,6 +1,7 @@
 """Records of real runs: read, added, ranked, compared, drawn and run again."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,36 @@ def test_a_foreign_log_is_held_to_what_it_can_be_held_to(
     error = capsys.readouterr().err
     assert "log 3: log.txt has the validation line of step 3100 more than once" in error
     assert "the seeds stop at different steps, [3200, 3200, 3200, 3100, 3200]" in error
+
+
+def test_a_foreign_logs_averages_belong_to_its_times(
+    foreign: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = foreign("s", "peer")
+    for log in tmp_path.glob("peer_*.txt"):
+        log.write_text(re.sub(r"train_time:(\d+)", lambda found: f"train_time:{int(found[1]) // 2}", log.read_text()))
+    assert cli.main(words) == 1
+    assert "log 0: 'step:100/3200 val_loss:" in capsys.readouterr().err
+
+
+def test_a_run_of_this_repository_is_not_foreign(
+    board: Path, tiny_runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = ["--foreign", "--name=faster", "--author=N. Obody", "--description=no facts", "--date=2026-01-02"]
+    about += ["--track=tiny", "--hardware=1 x H100", "--source=https://example.org/log", "--into", str(board)]
+    assert cli.main(["add", *(str(run / "log.txt") for run in tiny_runs), *about]) == 1
+    assert "log 0: it is called foreign, and its log is of this repository's trainer" in capsys.readouterr().err
+
+
+def test_steps_shorter_than_a_clocks_digits_are_no_missing_time(
+    foreign: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = foreign("ms", "peer")
+    for seed, log in enumerate(sorted(tmp_path.glob("peer_*.txt"))):
+        lines = [f"step:{step}/40 val_loss:{3 - 0.01 * step - 0.001 * seed:.4f} train_time:{0.7 * step:.0f}ms"
+                 for step in range(41)]  # fmt: skip
+        log.write_text("\n".join(lines))
+    assert cli.main(words) == 0
 
 
 # Tables, comparisons, figures

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -143,9 +145,18 @@ def add(runs: list[Path], board: Path, *arguments: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def honest_record(tiny_runs: list[Path], tiny_track: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of the tiny runs, for `honest` to copy."""
+    folder = tmp_path_factory.mktemp("honest")
+    (folder / "tracks.toml").write_text(tiny_track)
+    with mock.patch.object(tracks, "TRACKS", folder / "tracks.toml"):
+        return add(tiny_runs, folder / "records", "--name=honest")
+
+
 @pytest.fixture
-def honest(board: Path, tiny_runs: list[Path]) -> Path:
-    return add(tiny_runs, board, "--name=honest")
+def honest(board: Path, honest_record: Path) -> Path:
+    return shutil.copytree(honest_record, board / "tiny" / honest_record.name)
 
 
 def edit_summary(path: Path, **changes: Any) -> None:

@@ -13,7 +13,6 @@ SIGNIFICANCE = 0.01  # a record's one-sided p that its mean loss is below the ta
 @dataclass(frozen=True)
 class Track:
     name: str
-    title: str
     target_loss: float  # nats a token
     val_tokens: int
     tokenizer: str

@@ -121,7 +121,7 @@ def tiny_track(tiny_runs: list[Path]) -> str:
     """tracks.toml with a track of the tiny data beside the real ones."""
     summary = json.loads((tiny_runs[0] / "summary.json").read_text())
     settings = dict(
-        title="tiny", target_loss=3.2, val_tokens=3840, tokenizer="none", val_fingerprint=summary["val_fingerprint"],
+        target_loss=3.2, val_tokens=3840, tokenizer="none", val_fingerprint=summary["val_fingerprint"],
         train_fingerprint=summary["train_fingerprint"],
     )  # fmt: skip
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]

@@ -18,12 +18,15 @@ import tyro
 Settings = TypeVar("Settings")
 
 
-def parse_settings(kind: type[Settings], argv: list[str], description: str | None = None) -> Settings:
-    """The defaults of dataclass `kind`, then the TOML file named first (if one is), then the command line.
+def parse_settings(
+    kind: type[Settings], argv: list[str], description: str | None = None, default: Settings | None = None
+) -> Settings:
+    """The defaults (`default`, or else those of dataclass `kind`), then the TOML file named first (if one is), then the
+    command line.
 
     Raises ValueError naming the source, the key and what would work; SystemExit(0) after --help.
     """
-    settings, arguments = kind(), list(argv)
+    settings, arguments = default or kind(), list(argv)
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments.pop(0))
         settings = _parse(kind, _toml_arguments(path), settings, str(path), description)

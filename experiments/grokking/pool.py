@@ -1,0 +1,86 @@
+"""Runs in processes of their own, one thread each, and the file that holds every run that has ended."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from experiments.grokking.train import Settings, train
+
+
+class Store:
+    """OUT/runs.jsonl: a line for each run that has ended. One process at a time may hold it."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.runs: dict[Settings, dict[str, Any]] = {}
+        self.file: TextIO = (out / "runs.jsonl").open("a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out} is being written by another process; wait for it or use another --out") from None
+        self.file.seek(0)
+        whole = 0  # characters up to the last line that is complete
+        for line in self.file:
+            if not line.endswith("\n"):  # cut off when it was being written
+                break
+            whole += len(line)
+            run = json.loads(line)
+            self.runs[Settings(**run["settings"])] = run
+        self.file.truncate(whole)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, run: dict[str, Any]) -> None:
+        self.runs[Settings(**run["settings"])] = run
+        print(json.dumps(run), file=self.file, flush=True)
+
+    def of(self, wanted: Iterable[Settings]) -> list[dict[str, Any]]:
+        """Those of the wanted runs that are there, in their order."""
+        return [self.runs[settings] for settings in wanted if settings in self.runs]
+
+
+def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> None:
+    """Run what is not in the store. Raises KeyboardInterrupt with no process left behind."""
+    todo = [settings for settings in dict.fromkeys(wanted) if settings not in store.runs]
+    bar = tqdm(total=len(todo), desc=what, unit="run", dynamic_ncols=True, disable=not todo)
+    context = multiprocessing.get_context("spawn")
+    with bar, ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(train, settings) for settings in todo]):
+                run = future.result()
+                store.add(run)
+                bar.set_postfix_str(f"{run['settings']['task']}, {run['settings']['optimizer']}: {run['sustained']}")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed leaves nobody to hand the result to."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,175 @@
+"""One run: a decoder on one task until it has grokked and held it, or until its steps are used up.
+
+Steps are counted, not seconds: `memorised` is the first look at which the training rows are at 99% accuracy, `crossed`
+the first one from there on with the validation rows at 95% (the definition of arXiv 2504.16041), `sustained` the first
+from which they stay at 95% for `sustain_steps`. A run ends when that is seen. What has not happened by then is
+censored, not missing: it is known to be later than the last step at which it could have been seen.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.grokking.decoder import LOSSES, Decoder
+from experiments.grokking.tasks import MAX_TOKENS, TRAIN_SHARES, VOCAB_SIZE, Rows, split, table
+from model import ModelConfig
+from optim import build_optimizers
+from train_gpt import Config
+
+MEMORISED, GENERALISED, COLLAPSED = 0.99, 0.95, 0.8  # accuracies
+ROWS_LOOKED_AT = 1024  # of either part at most: a standard error of 0.7 points at the 95% line
+BATCH_SIZES = {"parity": 128}  # rows a step; its 512 training rows would be one batch
+DEFAULT_BATCH_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run's curve. Whatever is not a hidden matrix is the same for every optimizer."""
+
+    task: str
+    optimizer: str = "muon"  # of the hidden matrices, as matrix_optimizer in training
+    lr: float = 0.02  # of the hidden matrices
+    weight_decay: float = 1.0  # of the hidden matrices; torch's own rule for sgd and rmsprop: added to the gradient
+    seed: int = 0  # of weights, split and batches
+    attention: str = "softmax"
+    loss: str = "softmax"
+    train_share: float = 0.0  # of the rows; 0: the task's own
+    batch_size: int = 0  # rows a step; 0: the task's own
+    depth: int = 1  # blocks
+    width: int = 128
+    heads: int = 4
+    max_steps: int = 2000
+    sustain_steps: int = 300
+    look_every: int = 10  # steps
+    warmup_steps: int = 10
+    adam_lr: float = 0.01  # embedding and head
+    adam_weight_decay: float = 0.01  # embedding and head
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batch_size or BATCH_SIZES.get(self.task, DEFAULT_BATCH_SIZE)
+
+
+@dataclass(frozen=True)
+class Look:
+    step: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+
+
+def build(settings: Settings, device: torch.device) -> tuple[Decoder, list[torch.optim.Optimizer]]:
+    """The model and its optimizers, routed as in training. Raises ValueError for settings that do not go together."""
+    if settings.width % (2 * settings.heads):
+        raise ValueError(
+            f"width = {settings.width} must be an even number times heads = {settings.heads}; 128 and 4 do"
+        )
+    shape = ModelConfig(
+        vocab_size=VOCAB_SIZE, num_layers=settings.depth, num_heads=settings.heads,
+        head_dim=settings.width // settings.heads, model_dim=settings.width, seq_len=MAX_TOKENS,
+    )  # fmt: skip
+    config = Config(
+        matrix_optimizer=settings.optimizer, matrix_lr=settings.lr, matrix_weight_decay=settings.weight_decay,
+        embed_lr=settings.adam_lr, head_lr=settings.adam_lr, weight_decay=settings.adam_weight_decay,
+        adam_betas=(0.9, 0.98), adam_eps=1e-8,
+    )  # fmt: skip
+    with device:
+        model = Decoder(shape, settings.attention)
+    return model, build_optimizers(model, config)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Run to the end; settings, outcome and curves, all of it JSON. The same settings give the same curves."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    share = settings.train_share or TRAIN_SHARES[settings.task]
+    train_rows, val_rows = (part.to(device) for part in split(table(settings.task), share, generator))
+    model, optimizers = build(settings, device)
+    loss_of, rows_of = LOSSES[settings.loss], batches(train_rows, settings.rows_a_step, generator)
+    looks: list[Look] = []
+    status, start = "ended", time.perf_counter()
+    for step in range(settings.max_steps + 1):
+        if step % settings.look_every == 0:
+            looks.append(look(model, loss_of, step, train_rows, val_rows))
+            if not math.isfinite(looks[-1].train_loss + looks[-1].val_loss):
+                status, looks = "diverged", looks[:-1]
+                break
+            if milestones(looks, settings.sustain_steps)["sustained"] is not None or step == settings.max_steps:
+                break
+        rows = next(rows_of)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / settings.warmup_steps)
+        loss_of(model(rows.inputs, rows.num_classes), rows.targets).backward()
+        try:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        except FloatingPointError:  # a gradient of muon or a relative
+            status = "diverged"
+            break
+    outcome = dict(status=status, steps=step, seconds=round(time.perf_counter() - start, 3))
+    curves = {field.name: [getattr(one, field.name) for one in looks] for field in fields(Look)}
+    return dict(settings=asdict(settings), **outcome, **milestones(looks, settings.sustain_steps), curves=curves)
+
+
+def seconds_a_step(settings: Settings, steps: int = 10) -> float:
+    """Of a run with these settings, looks included, by the clock; the first step, which sets up, is left out."""
+    train(replace(settings, max_steps=1))
+    return train(replace(settings, max_steps=steps))["seconds"] / steps
+
+
+def batches(rows: Rows, batch_size: int, generator: torch.Generator) -> Iterator[Rows]:
+    """Epoch after epoch of the rows in a new order, cut into batches of one size; some lie across two epochs."""
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat((order, torch.randperm(len(rows.targets), generator=generator)))
+        yield rows.take(order[:batch_size].to(rows.targets.device))
+        order = order[batch_size:]
+
+
+@torch.no_grad()
+def look(
+    model: Decoder, loss_of: Callable[[Tensor, Tensor], Tensor], step: int, train_rows: Rows, val_rows: Rows
+) -> Look:
+    """Loss and accuracy on the first rows of either part, whose order is random."""
+    found = []
+    for rows in (train_rows, val_rows):
+        targets = rows.targets[:ROWS_LOOKED_AT]
+        logits = model(rows.inputs[:ROWS_LOOKED_AT], rows.num_classes)
+        hits = (logits.argmax(-1) == targets).float().mean()
+        found += [round(loss_of(logits, targets).item(), 5), round(hits.item(), 4)]
+    return Look(step, *found)
+
+
+def milestones(looks: Sequence[Look], sustain_steps: int) -> dict[str, Any]:
+    """What the curve shows: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
+
+    collapsed: whether validation accuracy was below 80% at any look after it had crossed 95%.
+    """
+    memorised = next((one.step for one in looks if one.train_accuracy >= MEMORISED), None)
+    later = [one for one in looks if memorised is not None and one.step >= memorised]
+    crossed = next((one.step for one in later if one.val_accuracy >= GENERALISED), None)
+    sustained = since = None
+    for one in later:
+        if one.val_accuracy < GENERALISED:
+            since = None
+        elif since is None:
+            since = one.step
+        if since is not None and one.step - since >= sustain_steps:
+            sustained = since
+            break
+    after = [one.val_accuracy for one in later if crossed is not None and one.step >= crossed]
+    return dict(
+        memorised=memorised, crossed=crossed, sustained=sustained,
+        delay=None if sustained is None or memorised is None else sustained - memorised,
+        collapsed=bool(after) and min(after) < COLLAPSED,
+        best_val_accuracy=max((one.val_accuracy for one in looks), default=0.0),
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""Parts of the grokking experiment: tasks by brute force, weights and losses by definition, the decoder by the GPT."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from experiments.grokking import decoder, survival, tasks, train
+from experiments.grokking.train import Look, Settings
+from model import ModelConfig
+
+P = 97
+
+
+def largest_common_divisor(a: int, b: int) -> int:
+    return max((d for d in range(1, P) if a % d == 0 and b % d == 0), default=0) if a or b else 0
+
+
+def product(factors: list[int]) -> int:
+    result = 1
+    for factor in factors:
+        result = result * factor % P
+    return result
+
+
+BRUTE_FORCE: dict[str, Callable[[int, int, int], bool]] = {  # is c the answer to a, b?
+    "add": lambda a, b, c: (a + b - c) % P == 0,
+    "sub": lambda a, b, c: (b + c - a) % P == 0,
+    "mul": lambda a, b, c: sum([a] * b) % P == c,
+    "div": lambda a, b, c: b != 0 and b * c % P == a,
+    "exp": lambda a, b, c: product([a] * b) == c,
+    "gcd": lambda a, b, c: c == largest_common_divisor(a, b),
+}
+
+
+@pytest.mark.parametrize("task", BRUTE_FORCE)
+def test_every_answer_by_brute_force(task: str) -> None:
+    rows = tasks.table(task)
+    pairs = rows.inputs[:, [0, 2]].tolist()
+    expected = {(a, b) for a in range(P) for b in range(P) if task != "div" or b}
+    assert len(pairs) == len(expected) == (9312 if task == "div" else 9409)
+    assert {tuple(pair) for pair in pairs} == expected
+    assert all(BRUTE_FORCE[task](a, b, c) for (a, b), c in zip(pairs, rows.targets.tolist(), strict=True))
+    assert set(rows.targets.tolist()) <= set(range(rows.num_classes))
+    assert (rows.inputs[:, 1] == tasks.OP).all() and (rows.inputs[:, 3] == tasks.EQUALS).all()
+
+
+def test_conventions_at_zero() -> None:
+    rows = {task: tasks.table(task) for task in ("exp", "gcd")}
+    answer = {task: dict(zip(map(tuple, r.inputs[:, [0, 2]].tolist()), r.targets.tolist(), strict=True))
+              for task, r in rows.items()}  # fmt: skip
+    assert answer["exp"][0, 0] == 1 and answer["exp"][0, 5] == 0
+    assert answer["gcd"][0, 0] == 0 and answer["gcd"][0, 7] == answer["gcd"][7, 0] == 7
+
+
+def test_parity_of_all_ten_bit_numbers() -> None:
+    rows = tasks.table("parity")
+    assert len({tuple(bits) for bits in rows.inputs[:, :10].tolist()}) == 1024
+    assert [sum(bits) % 2 for bits in rows.inputs[:, :10].tolist()] == rows.targets.tolist()
+    assert rows.num_classes == 2 and (rows.inputs[:, 10] == tasks.EQUALS).all()
+
+
+@pytest.mark.parametrize(("task", "num_train"), [("add", 7527), ("div", 7450), ("exp", 6586), ("parity", 512)])
+def test_a_split_has_every_row_once(task: str, num_train: int) -> None:
+    rows = tasks.table(task)
+    parts = tasks.split(rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(1))
+    assert len(parts[0].targets) == num_train
+    together = [tuple(row) for part in parts for row in part.inputs.tolist()]
+    assert sorted(together) == sorted(map(tuple, rows.inputs.tolist()))
+    other = tasks.split(rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(2))
+    assert not torch.equal(parts[0].inputs, other[0].inputs)
+
+
+def stablemax_by_definition(z: list[float]) -> list[float]:
+    s = [x + 1 if x >= 0 else 1 / (1 - x) for x in z]
+    return [x / sum(s) for x in s]
+
+
+def sparsemax_by_bisection(z: list[float]) -> list[float]:
+    low, high = min(z) - 1, max(z)
+    for _ in range(200):
+        tau = (low + high) / 2
+        low, high = (tau, high) if sum(max(x - tau, 0) for x in z) > 1 else (low, tau)
+    return [max(x - low, 0) for x in z]
+
+
+SCORES = [
+    [0.3, -2.0, 1.7, 0.0],
+    [5.0, 4.9, -30.0, 4.2],
+    [-1e4, 3.0, 1e4, 2.0],
+    [0.2, 0.1, 0.15, 0.18],
+    [-3.0, -3.5, -8, -9],
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "definition"), [("stablemax", stablemax_by_definition), ("sparsemax", sparsemax_by_bisection)]
+)
+def test_weights_are_those_of_the_definition(name: str, definition: Callable[[list[float]], list[float]]) -> None:
+    expected = torch.tensor([definition(z) for z in SCORES], dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-3)):  # float32 has 1e4 to a thousandth
+        found = decoder.WEIGHTS[name](torch.tensor(SCORES, dtype=dtype))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(found.sum(-1).double(), torch.ones(5).double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", decoder.WEIGHTS)
+def test_gradients_of_weights_and_losses(name: str) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 3, 6, 6])
+    assert torch.autograd.gradcheck(decoder.WEIGHTS[name], (z,))
+    assert torch.autograd.gradcheck(lambda z: decoder.LOSSES[name](z, targets), (z,))
+
+
+def test_losses_are_those_of_the_definitions() -> None:
+    torch.manual_seed(0)
+    z, targets = 3 * torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 5
+    own = torch.arange(8), targets
+    torch.testing.assert_close(decoder.stablemax_loss(z, targets), -decoder.stablemax(z)[own].log().mean())
+    # Fenchel-Young: conjugate of half the squared norm on the simplex, plus that norm of the target, minus its score
+    p = decoder.sparsemax(z)
+    conjugate = (p * z).sum(-1) - p.square().sum(-1) / 2
+    torch.testing.assert_close(decoder.sparsemax_loss(z, targets), (conjugate + 0.5 - z[own]).mean())
+    z = torch.zeros(2, 5, dtype=torch.float64)
+    z[:, 3] = 1.0  # by the margin at which sparsemax is sure and its loss is zero
+    assert decoder.sparsemax_loss(z, torch.tensor([3, 3])).item() == 0
+    assert decoder.sparsemax_loss(z, torch.tensor([3, 0])).item() > 0
+
+
+def tiny_decoder(depth: int, attention: str = "softmax") -> decoder.Decoder:
+    torch.manual_seed(depth)
+    shape = dict(vocab_size=tasks.VOCAB_SIZE, num_layers=depth, num_heads=2, head_dim=8, model_dim=16, seq_len=16)
+    model = decoder.Decoder(ModelConfig(**shape), attention)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.dtype = torch.float64
+    return model.double()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_decoder_with_softmax_is_the_gpt(depth: int) -> None:
+    model, rows = tiny_decoder(depth), tasks.table("parity").take(torch.arange(0, 1024, 37))
+    expected = F.linear(model.hidden(rows.inputs)[:, -1], model.head.weight[:2])
+    torch.testing.assert_close(model(rows.inputs, 2), expected)
+    gradients = []
+    for logits in (model(rows.inputs, 2), expected):
+        gradients.append(torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True))
+    for found, wanted in zip(*gradients, strict=True):
+        assert found is not None and wanted is not None
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("attention", decoder.WEIGHTS)
+def test_attention_is_causal_and_weighs_as_named(attention: str) -> None:
+    model, shape = tiny_decoder(1, attention), (2, 5, 2, 8)
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    found = model.attend(q, k, v)
+    for position in range(5):
+        scores = torch.einsum("bhk,bthk->bht", q[:, position], k[:, : position + 1]) / math.sqrt(8)
+        expected = torch.einsum("bht,bthk->bhk", decoder.WEIGHTS[attention](scores), v[:, : position + 1])
+        torch.testing.assert_close(found[:, position], expected.flatten(1))
+    k.requires_grad_()
+    model.attend(q, k, v).sum().backward()
+    assert k.grad is not None and k.grad.isfinite().all()
+
+
+def curve(*values: tuple[float, float]) -> list[Look]:
+    """Looks every 10 steps from (train accuracy, validation accuracy)."""
+    return [Look(10 * i, 0.0, of_train, 0.0, of_val) for i, (of_train, of_val) in enumerate(values)]
+
+
+NEW, MEMORISED, GROKKED = (0.01, 0.01), (1.0, 0.2), (1.0, 0.97)
+
+
+@pytest.mark.parametrize(
+    ("looks", "memorised", "crossed", "sustained", "collapsed"),
+    [
+        pytest.param(curve(*[NEW] * 8), None, None, None, False, id="learns nothing"),
+        pytest.param(curve(NEW, *[MEMORISED] * 9), 10, None, None, False, id="never groks"),
+        pytest.param(curve(NEW, *[MEMORISED] * 5, *[GROKKED] * 5), 10, 60, 60, False, id="late, and holds"),
+        pytest.param(curve(NEW, *[MEMORISED] * 5, *[GROKKED] * 3), 10, 60, None, False, id="too late to be held"),
+        pytest.param(
+            curve(NEW, MEMORISED, GROKKED, (1.0, 0.3), *[GROKKED] * 5), 10, 20, 40, True, id="collapses, comes back"
+        ),
+        pytest.param(
+            curve(NEW, MEMORISED, GROKKED, (1.0, 0.9), *[GROKKED] * 5), 10, 20, 40, False, id="dips, no collapse"
+        ),
+        pytest.param(curve(NEW, GROKKED, *[(0.5, 0.4)] * 9), 10, 10, None, True, id="collapses for good"),
+        pytest.param(curve(NEW, (0.9, 0.96), *[GROKKED] * 5), 20, 20, 20, False, id="generalises before it memorises"),
+        pytest.param([], None, None, None, False, id="no look"),
+    ],
+)
+def test_milestones_of_synthetic_curves(
+    looks: list[Look], memorised: int | None, crossed: int | None, sustained: int | None, collapsed: bool
+) -> None:
+    found = train.milestones(looks, sustain_steps=40)
+    assert [found[key] for key in ("memorised", "crossed", "sustained")] == [memorised, crossed, sustained]
+    assert found["collapsed"] == collapsed
+    assert found["delay"] == (None if sustained is None or memorised is None else sustained - memorised)
+
+
+def test_batches_go_through_all_rows_before_any_comes_again() -> None:
+    rows = tasks.table("parity")
+    stream = train.batches(rows, 96, torch.Generator().manual_seed(0))
+    seen = torch.cat([next(stream).inputs for _ in range(32)])  # three epochs of 1024
+    numbers = (seen[:, :10] * 2 ** torch.arange(10)).sum(1).view(3, 1024)
+    assert all(sorted(epoch) == list(range(1024)) for epoch in numbers.tolist())
+    assert not torch.equal(numbers[0], numbers[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "aurora", "normuon", "sgd", "rmsprop"])
+def test_every_optimizer_learns_and_repeats_itself(optimizer: str) -> None:
+    lr = {"adamw": 0.003, "sgd": 0.1, "rmsprop": 0.0003}.get(optimizer, 0.02)
+    settings = Settings("gcd", optimizer, lr, 0.0, width=16, heads=2, batch_size=128, max_steps=40, sustain_steps=20)
+    run = train.train(settings)
+    losses = run["curves"]["train_loss"]
+    assert run["steps"] == 40 and run["curves"]["step"] == [0, 10, 20, 30, 40]
+    assert losses[0] == pytest.approx(math.log(P), abs=1e-3)  # a new model has no preference
+    assert losses[-1] < 0.7 * losses[0]
+    if optimizer == "muon":
+        assert train.train(settings)["curves"] == run["curves"]
+
+
+def test_a_run_ends_when_generalisation_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    def grokked(model: object, loss_of: object, step: int, *rows: object) -> Look:
+        return Look(step, 0.1, 1.0 if step >= 20 else 0.2, 0.1, 0.96 if step >= 30 else 0.1)
+
+    monkeypatch.setattr(train, "look", grokked)
+    run = train.train(Settings("parity", width=16, heads=2, max_steps=200, sustain_steps=20))
+    assert (run["memorised"], run["crossed"], run["sustained"], run["delay"], run["steps"]) == (20, 30, 30, 10, 50)
+
+
+def test_a_run_that_blows_up_is_a_result() -> None:
+    run = train.train(Settings("parity", "sgd", 1e30, width=16, heads=2, max_steps=60, sustain_steps=20))
+    assert run["status"] == "diverged" and run["sustained"] is None and run["steps"] < 60
+    assert all(math.isfinite(loss) for loss in run["curves"]["val_loss"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
+def test_median_is_kaplan_meiers(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for latest in (60, 150):  # with and without censored runs
+        steps = rng.integers(10, 100, n)
+        times = [int(step) if step < latest else None for step in steps]
+        seen = [time for time in times if time is not None]
+        sf = stats.ecdf(stats.CensoredData(seen, right=[latest] * times.count(None))).sf
+        below_half = [q for q, p in zip(sf.quantiles, sf.probabilities, strict=True) if p <= 0.5 + 1e-12]
+        reached = [q for q in below_half if q < latest]
+        assert survival.median(times).value == (min(reached) if reached else math.inf)
+
+
+@pytest.mark.parametrize(("n", "least"), [(3, 0.75), (5, 0.9375), (6, 0.95), (12, 0.95)])
+def test_interval_of_the_median_covers_as_stated(n: int, least: float) -> None:
+    rng, latest = np.random.default_rng(0), 900
+    draws = np.round(400 * np.exp(rng.normal(size=(4000, n))), 6)
+    hits, stated = 0, 0.0
+    for draw in draws:
+        found = survival.median([step if step < latest else None for step in draw])
+        hits += found.low <= 400 <= found.high
+        stated = found.coverage
+    assert stated >= least - 1e-9
+    assert hits / len(draws) == pytest.approx(stated, abs=0.02)
+
+
+def test_logrank_by_permutation() -> None:
+    early, late = [100, 200, 300, 400, 500], [600, 700, 800, None, None]
+    assert survival.logrank(early, late) == pytest.approx(2 / math.comb(10, 5))
+    assert survival.logrank(early[:3], late[:3]) == pytest.approx(0.1)  # nothing smaller with three against three
+    assert survival.logrank(early, early) == 1
+    assert survival.logrank([None] * 3, [None] * 3) is None
+
+
+def test_logrank_of_many_runs_is_the_usual_one() -> None:
+    rng = np.random.default_rng(3)
+    for shift in (1.0, 1.3, 1.8):
+        groups = [scale * rng.exponential(300, 60) for scale in (1.0, shift)]
+        times = [[step if step < 500 else None for step in group] for group in groups]
+        censored = [
+            stats.CensoredData([step for step in group if step is not None], right=[500] * group.count(None))
+            for group in times
+        ]
+        found = survival.logrank(times[0], times[1])
+        assert found == pytest.approx(stats.logrank(*censored).pvalue, abs=0.02)
+
+
+def test_holm_by_hand() -> None:
+    assert survival.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert survival.holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0}

@@ -149,10 +149,13 @@ class NeuronStats:
         self._before = [weights(block.mlp) for block in blocks(self.model)]
 
     @torch.no_grad()
-    def look(self, step: int, inputs_BT: Tensor) -> Row:
-        """The `neurons` of a row, for the step that was just made; adds to `state`."""
+    def look(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> Row:
+        """The `neurons` of a row, for the step that was just made; adds to `state`.
+
+        Activations are of `inputs_BT`, without rows that only fill the batch up, whose targets are negative.
+        """
         row: Row = {name: {} for name in (*MATRICES, "median", "dead", "ever_dead", "revived")}
-        for layer, size in enumerate(magnitudes(self.model, inputs_BT)):
+        for layer, size in enumerate(magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0])):
             self._look_at_weights(layer, row)
             self._look_at_activations(layer, size, step, row)
         self._before.clear()

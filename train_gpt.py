@@ -364,8 +364,7 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             log.bar.update()
             if neurons:
                 clock.switch("neurons")
-                inputs_BT, targets_BT = next(validation(config, machine, run.val_stream))
-                found = neurons.look(step + 1, inputs_BT[targets_BT[:, 0] >= 0])  # without rows that only fill up
+                found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)))
                 seconds = clock.seconds["train"]
                 log.metric(step=step + 1, tokens=tokens + config.batch_tokens, train_time_s=seconds, neurons=found)
                 summary["neurons"] = dict(step=step + 1, **found)

@@ -50,7 +50,7 @@ def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command(recipe: Path, out: Path, *arguments: str) -> list[str]:
     asked = ["--preset=full", "--yes", "--arms", "muon", "aurora", "--expansions", "8/3", "8", "--rates_tried=3"]
-    return [*asked, "--steps=40", "--every=10", f"--recipe={recipe}", f"--out={out}", *arguments]
+    return [*asked, "--steps=40", "--every=10", "--jobs=4", f"--recipe={recipe}", f"--out={out}", *arguments]
 
 
 def test_tuning_is_equal_and_apart_from_what_is_reported(
@@ -84,10 +84,11 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
     assert "24 runs" not in capsys.readouterr().err  # nothing is left to be timed or asked for
 
 
-@pytest.mark.parametrize("stopped_at", [5, 17], ids=["in the tuning", "in the runs"])
+@pytest.mark.parametrize("stopped_at", [3, 7], ids=["in the tuning", "in the runs"])
 def test_an_interrupted_experiment_goes_on_to_the_same_result(
     fake_trainer: None, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
 ) -> None:
+    less = ["--expansions", "4", "--rates_tried=2", "--seeds", "0", "1"]  # 4 runs to tune, then 4
     genuine, starts = sweep._start, []
 
     def start(*arguments: Any) -> Any:
@@ -96,19 +97,20 @@ def test_an_interrupted_experiment_goes_on_to_the_same_result(
             raise KeyboardInterrupt
         return genuine(*arguments)
 
+    monkeypatch.setattr(neurons, "plan", lambda *_: ["a plan"])
     monkeypatch.setattr(sweep, "_start", start)
-    assert main(command(tiny_recipe, tmp_path / "out")) == 130
+    assert main(command(tiny_recipe, tmp_path / "out", *less, "--jobs=1")) == 130
     assert not (tmp_path / "out.json").exists()
-    assert main(command(tiny_recipe, tmp_path / "out")) == 0
-    assert len(starts) <= 24 + 2  # the one that was stopped, and at most the other job's
-    monkeypatch.setattr(sweep, "_start", genuine)
-    assert main(command(tiny_recipe, tmp_path / "whole")) == 0
+    assert main(command(tiny_recipe, tmp_path / "out", *less, "--jobs=1")) == 0
+    assert len(starts) == 8 + 1  # one twice: the one that was stopped
+    assert main(command(tiny_recipe, tmp_path / "whole", *less)) == 0
     assert (tmp_path / "out.json").read_text() == (tmp_path / "whole.json").read_text()
 
 
 def test_a_real_run_is_kept_as_its_looks_say(
-    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(neurons, "plan", lambda *_: [])
     asked = [f"--recipe={tiny_recipe}", "--arms", "muon", "--seeds", "0", "--steps=12", "--every=4"]
     assert main([*asked, f"--out={tmp_path / 'out'}", "--set", "batch_tokens=96", "micro_batch_tokens=96"]) == 0
     (run,) = strict_json((tmp_path / "out.json").read_text())["runs"]
@@ -213,8 +215,14 @@ def test_hidden_widths_are_multiples_of_64() -> None:
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
 def test_a_mistake_is_one_line(
-    tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr(neurons, "plan", lambda *_: ["a plan"])
     assert main([f"--recipe={tiny_recipe}", f"--out={tmp_path / 'out'}", *arguments]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -222,12 +230,12 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out/runs").exists() or not list((tmp_path / "out").glob("runs/runs/*"))
 
 
-def test_the_looks_of_one_run_are_drawn(trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_looks_of_one_run_are_drawn(trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert trainer("--train_steps=8", "--neuron_stats=4").returncode == 0
     directory = only_run(tmp_path)
     assert main([f"--run={directory}"]) == 0
-    assert "2 looks" in capsys.readouterr().out
+    assert "2 looks" in capfd.readouterr().out
     assert (directory / "neurons.png").read_bytes().startswith(b"\x89PNG")
     (directory / "metrics.jsonl").write_text("")
     assert main([f"--run={directory}"]) == 2
-    assert "train with --neuron_stats" in capsys.readouterr().err
+    assert "train with --neuron_stats" in capfd.readouterr().err

@@ -31,12 +31,14 @@ def rows_of(directory: Path) -> list[Row]:
 
 
 def looks_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
-    """A run's looks as curves pooled over the layers, and the last one whole."""
+    """A run's looks as curves of three digits, pooled over the layers but for one, and the last look whole."""
     found = [row["neurons"] for row in rows]
 
+    def short(values: Iterable[float | None]) -> list[float | None]:
+        return [None if value is None else float(f"{value:.3g}") for value in values]
+
     def curve(values: Iterable[list[float | None]]) -> list[float | None]:
-        means = map(pooled, values)
-        return [None if mean is None else float(f"{mean:.4g}") for mean in means]
+        return short(map(pooled, values))
 
     shares: dict[str, dict[str, list[float | None]]] = {
         measure: {f"{t:g}": curve(look["dead"][measure][f"{t:g}"] for look in found) for t in THRESHOLDS}
@@ -44,7 +46,7 @@ def looks_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
     }
     update_cv = {name: curve(look[name]["update_cv"] for look in found) for name in MATRICES}
     median = curve(look["median"]["mean"] for look in found)
-    layers = [look["dead"]["mean"][MAIN_KEY] for look in found]
+    layers = [short(look["dead"]["mean"][MAIN_KEY]) for look in found]
     steps = [row["step"] for row in rows]
     looks = dict(steps=steps, dead=shares, dead_by_layer=layers, update_cv=update_cv, median=median)
     return looks, found[-1] if found else None
@@ -215,7 +217,8 @@ def draw_run(rows: list[Row], path: Path) -> None:
     by_layer = np.array([look["dead"]["mean"][MAIN_KEY] for look in looks], dtype=float).T
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_layer)))
     for layer, (shares, shade) in enumerate(zip(by_layer, shades, strict=True)):
-        layers.plot(steps, 100 * shares, color=shade, label=f"layer {layer}")
+        label = f"layer {layer}" if layer in (0, len(by_layer) - 1) else None  # the shades between tell the rest
+        layers.plot(steps, 100 * shares, color=shade, label=label)
     for name in MATRICES:
         spreads.plot(steps, [_or_nan(pooled(look[name]["update_cv"])) for look in looks], label=name)
     thresholds.set(ylabel="dead neurons (%)", title="by threshold, of the layer's median")
@@ -223,9 +226,9 @@ def draw_run(rows: list[Row], path: Path) -> None:
     spreads.set(ylabel="standard deviation / mean", title="row norms of updates")
     for axis in (thresholds, layers, spreads):
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7, ncols=1 if axis is spreads else 2)
+        axis.legend(frameon=False, fontsize=7, ncols=2 if axis is thresholds else 3, loc="upper center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -6,8 +6,9 @@
     python -m experiments.neurons --draw experiments/results/neurons.json         (tables and figure again)
     python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run's looks)
 
-Protocol, fixed before any run was looked at. Every arm, a rule for the hidden matrices, trains the recipe's model to
-the end of the schedule, with MLPs of each expansion (hidden width over model width, rounded up to a multiple of 64).
+The claim: over 25% of the neurons dead by step 500 under Muon at 340 M parameters, by a threshold that was not
+published. Protocol, fixed before any run was looked at: every arm, a rule for the hidden matrices, trains the recipe's
+model to the end of the schedule, all other settings alike, with MLPs of each expansion (hidden over model width).
 Tuning is equal: for each arm and expansion the same number of learning rates on seed 100, which is not reported; the
 lowest final validation loss wins, and a winner at an end of the rates tried is marked. Then seeds 0, 1 and 2 with that
 rate. Dead is a neuron whose mean activation is below 0.1 of its layer's median; all thresholds and both measures are

@@ -119,8 +119,8 @@ def test_a_real_run_is_kept_as_its_looks_say(
     assert list(looks) == run["looks"]["steps"] == [4, 8, 12]
     assert run["last"] == looks[12]
     for step, cv, dead in zip(looks, run["looks"]["update_cv"]["up"], run["looks"]["dead"]["peak"]["0.3"], strict=True):
-        assert cv == pytest.approx(np.mean(looks[step]["up"]["update_cv"]), rel=1e-3)
-        assert dead == pytest.approx(np.mean(looks[step]["dead"]["peak"]["0.3"]), rel=1e-3)
+        assert cv == pytest.approx(np.mean(looks[step]["up"]["update_cv"]), rel=5e-3)
+        assert dead == pytest.approx(np.mean(looks[step]["dead"]["peak"]["0.3"]), rel=5e-3)
     assert run["val_loss"] == round(metrics(directory, "val_loss")[12], 4)
     summary = json.loads((directory / "summary.json").read_text())
     assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.01, False)

@@ -117,8 +117,7 @@ def with_preset(options: Options) -> Options:
     return options
 
 
-def groups(options: Options) -> list[Group]:
-    model_dim = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))]).model_dim
+def groups(options: Options, model_dim: int) -> list[Group]:
     found, expansion_of = [], dict[int, str]()
     for expansion, arm in itertools.product(options.expansions, options.arms):
         try:
@@ -175,8 +174,9 @@ def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: floa
     return start_s + step_s * (config.train_steps + steps_of_validation)
 
 
-def plan(options: Options, of_all: list[Group], jobs: int, threads: int) -> list[str]:
+def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list[str]:
     """What is going to run and how long it takes here, in lines; none if there is nothing left to run."""
+    threads = max(1, torch.get_num_threads() // jobs)
     num_done, settings, seeds = 0, [group.settings for group in of_all], (TUNING_SEED, *options.seeds)
     for sweep in Path(options.out).glob("*/sweep.json"):
         for result in load_sweep(sweep.parent).results.values():
@@ -197,10 +197,10 @@ def plan(options: Options, of_all: list[Group], jobs: int, threads: int) -> list
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
     end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
     lines = [title, *lines]
-    if visible_gpus():
-        return [*lines, end]
-    on_gpus = "what it takes on a GPU is measured there, by the same command with a recipe for it"
-    return [*lines, f"{end} with {threads} threads each on {device_name(torch.device('cpu'))}", on_gpus]
+    if on_gpu:
+        return [*lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
+    place = f"with {threads} of {device_name(torch.device('cpu'))} each"
+    return [*lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -276,9 +276,10 @@ def main(argv: list[str]) -> int:
         path = Path(options.draw)
         if not options.draw:
             options = with_preset(options)
-            of_all = groups(options)
-            jobs = options.jobs or len(visible_gpus()) or torch.get_num_threads()
-            lines = plan(options, of_all, jobs, max(1, torch.get_num_threads() // jobs))
+            config = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))])
+            of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
+            jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
+            lines = plan(options, of_all, jobs, bool(gpus))
             if lines:
                 confirm(lines, options.yes or options.preset == "quick")
             path = Path(f"{options.out.rstrip('/')}.json")

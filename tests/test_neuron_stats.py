@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,22 @@ def test_a_checkpoint_of_a_run_without_looks_is_enough(trainer: Trainer, tmp_pat
     assert sorted(found) == [40]
     assert found[40]["gate"]["update_cv"] == looks(watched)[40]["gate"]["update_cv"]
     assert found[40]["gate"]["least_moved_share"] != looks(watched)[40]["gate"]["least_moved_share"]
+
+
+def test_looks_are_off_the_clock(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowed(genuine: Any) -> Any:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.5)
+            return genuine(*arguments)
+
+        return slow
+
+    for name in ("before_step", "look"):
+        monkeypatch.setattr(NeuronStats, name, slowed(getattr(NeuronStats, name)))
+    assert trainer("--neuron_stats=2", "--train_steps=4").returncode == 0
+    final = summary(only_run(tmp_path))
+    assert final["phase_s"]["neurons"] >= 2.0
+    assert final["train_time_s"] == final["phase_s"]["train"] < 0.5
 
 
 def test_every_first_step_is_json(trainer: Trainer, tmp_path: Path) -> None:

@@ -192,8 +192,9 @@ def test_rates_are_those_around_the_default_and_an_end_is_one() -> None:
 
 def test_hidden_widths_are_multiples_of_64() -> None:
     options = with_preset(Options(preset="full"))
-    assert [group.settings["mlp_hidden"] for group in groups(options)[::7]] == ["384", "512", "1024"]
-    assert len(groups(options)) == 21
+    assert [group.settings["mlp_hidden"] for group in groups(options, 128)[::7]] == ["384", "512", "1024"]
+    assert [group.settings["mlp_hidden"] for group in groups(options, 768)[::7]] == ["2048", "3072", "6144"]
+    assert len(groups(options, 128)) == 21
 
 
 @pytest.mark.parametrize(

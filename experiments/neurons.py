@@ -42,7 +42,7 @@ from experiments.sweep import TRAINER, Result, assignments, load_sweep, run_swee
 from machine import device_name, find_machine
 from model import round_up
 from settings import parse_settings
-from train_gpt import load_config, set_up, train_step
+from train_gpt import load_config, set_schedule, set_up, train_step
 
 ARMS = {
     "adamw": {"matrix_optimizer": "adamw"},
@@ -160,6 +160,7 @@ def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: floa
         run = set_up(config, find_machine(config.device, config.dtype))
         times = []
         for step in range(6):
+            set_schedule(run.optimizers, step, config)
             inputs, targets = run.loader.batch(step)
             run.clock.switch("step")
             start = time.perf_counter()

@@ -200,7 +200,7 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
     lines = [title, *lines]
     if on_gpu:
         return [*lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
-    place = f"with {threads} of {device_name(torch.device('cpu'))} each"
+    place = f"threads of each: {threads}, on {device_name(torch.device('cpu'))}"
     return [*lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
 
 

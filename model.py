@@ -99,9 +99,13 @@ class MLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2, config.hidden_dim, config.model_dim))
         self.down = nn.Parameter(torch.empty(config.model_dim, config.hidden_dim))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def activations(self, x_BTD: Tensor) -> Tensor:
+        """What the neurons put out, [B, T, F]."""
         gate_BTF, up_BTF = F.linear(x_BTD, self.gate_up.flatten(0, 1).to(x_BTD.dtype)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_BTF) * up_BTF, self.down.to(x_BTD.dtype))
+        return F.silu(gate_BTF) * up_BTF
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(self.activations(x_BTD), self.down.to(x_BTD.dtype))
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from runlog import is_running
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
 WHERE_AND_HOW = (
-    "run_dir resume device compile kernels micro_batch_tokens log_every checkpoint_every checkpoint_keep "
+    "run_dir resume device compile kernels micro_batch_tokens log_every neuron_stats checkpoint_every checkpoint_keep "
     "checkpoint_async author description require_target train_files val_files"
 )
 FILE_NAME = re.compile(r"checkpoint_(\d+)\.pt")

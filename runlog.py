@@ -77,7 +77,7 @@ class RunLog:
             with self.bar.external_write_mode(file=sys.stdout):
                 print(text, flush=True)
 
-    def metric(self, **values: float) -> None:
+    def metric(self, **values: Any) -> None:
         if self.active:
             print(json.dumps(values), file=self.metrics, flush=True)
         if "val_loss" in values:

@@ -30,6 +30,7 @@ from data.shards import DataError, find_shards, head_fingerprint, set_fingerprin
 from data.tokenizer import end_of_text, get_tokenizer, vocab_size
 from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib
 from model import GPT, ModelConfig
+from neuron_stats import NeuronStats, in_words
 from optim import MatrixOptimizer, build_optimizers, routing_table
 from resume import Start, find_start
 from runlog import RunLog
@@ -101,6 +102,7 @@ class Config:
     require_target: bool = False  # exit with status 3 when it was not
     val_every: int = 25  # steps between validations
     log_every: int = 10  # steps between training-loss lines
+    neuron_stats: int = 0  # steps between looks at the MLPs' neurons (neuron_stats.py); 0: none
     checkpoint_every: int = 0  # steps between checkpoints; 0: none
     checkpoint_keep: int = 2  # newest checkpoints that stay
     checkpoint_async: bool = False  # write them in a thread while training goes on; costs host memory
@@ -113,7 +115,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "mlp_hidden matrix_lr matrix_weight_decay momentum_warmup_steps polar_steps embed_lr head_lr scalar_lr "
-    "weight_decay warmup_steps target_loss checkpoint_every"
+    "weight_decay warmup_steps target_loss neuron_stats checkpoint_every"
 )
 
 
@@ -185,6 +187,7 @@ class Run:
     data: dict[str, str]  # fingerprints of train_files and val_files
     start: Start  # anew, or from which checkpoint
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
+    neurons: NeuronStats | None = None
 
 
 def set_up(config: Config, machine: Machine) -> Run:
@@ -221,6 +224,8 @@ def set_up(config: Config, machine: Machine) -> Run:
         problem = machine.agree(problem)
         if problem:
             raise ValueError(problem)
+    if config.neuron_stats:
+        run.neurons = NeuronStats(model, (run.resumed or {}).get("neurons"))
     return run
 
 
@@ -343,15 +348,26 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
                 checkpoints.save(
                     step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
                     config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=lineage,
+                    neurons=run.neurons and run.neurons.state,
                 )  # fmt: skip
             if is_last:
                 break
+            neurons = run.neurons if machine.rank == 0 and (step + 1) % (config.neuron_stats or 1) == 0 else None
+            if neurons:
+                clock.switch("neurons")
+                neurons.before_step()
             clock.switch("train")
             if run.loader.epoch(step) > run.loader.epoch(max(step - 1, 0)):
                 log.line(f"step:{step} epoch {run.loader.epoch(step) + 1} of the training data begins")
             set_schedule(run.optimizers, step, config)
             loss_sum = train_step(run, *run.loader.batch(step))
             log.bar.update()
+            if neurons:
+                clock.switch("neurons")
+                found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)))
+                seconds = clock.seconds["train"]
+                log.metric(step=step + 1, tokens=tokens + config.batch_tokens, train_time_s=seconds, neurons=found)
+                summary["neurons"] = dict(step=step + 1, **found)
             if (step + 1) % config.log_every == 0:
                 clock.switch("logging")
                 loss = machine.sum(loss_sum).item() / config.batch_tokens
@@ -415,6 +431,8 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     log.line(f"run          {summary['status']}")
     if summary["val_loss"] is not None:
         log.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {tokens:,} tokens")
+    if "neurons" in summary:
+        log.line(f"neurons      {in_words(summary['neurons'])}")
     log.line(f"speed        {tokens_per_s:,.0f} tokens/s{f', MFU {mfu:.1%}' if mfu else ''}")
     log.line(f"machine      {machine.world_size} x {machine.name}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
     log.line("seconds      " + ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in seconds.items()))

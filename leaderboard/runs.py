@@ -27,6 +27,7 @@ LINE = re.compile(
 LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
+LOOKS = "metrics.jsonl has looks at neurons, which share the machine; a record's runs go without: neuron_stats = 0"
 FACTS = {  # RunLog.facts in runlog.py
     "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
     "versions": dict, "train_fingerprint": str, "val_fingerprint": str, "config": dict,
@@ -194,6 +195,10 @@ class Run:
         for number, line in enumerate(self.texts.get("metrics.jsonl", "").splitlines(), start=1):
             where = f"metrics.jsonl line {number}"
             row = _json(line, where, self.broken)
+            if "neurons" in row:
+                if LOOKS not in self.broken:
+                    self.broken.append(LOOKS)
+                continue
             kinds = ROW | ROW_KINDS["val" if "val_loss" in row else "train"]
             if _typed(row, kinds, where, self.broken):
                 self.metrics.append(row)

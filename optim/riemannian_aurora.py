@@ -60,7 +60,7 @@ def riemannian_polar(
         ).mT
     M = as_matrices(M).float()
     M = M / M.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)
-    M = M * (math.sqrt(n) / torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True).clamp_min(TINY))
+    M = math.sqrt(n) * M / torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True).clamp_min(TINY)  # n / TINY overflows
     U = polar(M, method, steps, dtype, kernels).float()
     if m == n:
         return U

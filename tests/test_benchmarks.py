@@ -1,11 +1,14 @@
-"""The training-step benchmark: its shares are of the real loop and add up."""
+"""The benchmarks of training: shares of a step add up, ratios are against what they name."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import optimizer_step, report, train_step
+from benchmarks import neuron_stats, optimizer_step, report, train_step
+from neuron_stats import NeuronStats
 
 
 @pytest.mark.slow
@@ -37,3 +40,22 @@ def test_optimizer_steps_are_compared_with_adamw_and_muon(
     assert rows["adamw"]["step_over_adamw"] == rows["muon"]["matrices_over_muon"] == 1
     assert rows["riemannian_aurora"]["matrices_over_muon"] > 3
     assert all(0 < row["share_%"] < 100 for row in rows.values())
+
+
+def test_a_look_at_neurons_is_timed_beside_its_step(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that sleeps costs what it sleeps, and the step beside it does not."""
+    genuine = neuron_stats.NeuronStats.look
+
+    def slow(stats: NeuronStats, *arguments: Any) -> Any:
+        time.sleep(0.2)
+        return genuine(stats, *arguments)
+
+    monkeypatch.setattr(neuron_stats.NeuronStats, "look", slow)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    neuron_stats.main(neuron_stats.Args(str(tiny_recipe), steps=3, every=50))
+    (path,) = tmp_path.glob("neuron_stats_*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["look_ms"] > 200 > row["step_ms"]
+    assert row["cost_%"] == pytest.approx(100 * row["look_ms"] / (50 * row["step_ms"]))

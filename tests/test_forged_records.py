@@ -351,6 +351,12 @@ def a_key_twice_in_the_metrics(texts: Texts) -> None:
     replace(texts, "metrics.jsonl", '{"step": 0', '{"step": 0, "step": 0')
 
 
+@forgery(r"seed 0: metrics.jsonl has looks at neurons, .* a record's runs go without: neuron_stats = 0")
+def looks_at_neurons(texts: Texts) -> None:
+    look = dict(step=20, tokens=20 * 192, train_time_s=1.0, neurons=dict(dead={}))
+    texts["seed_0"]["metrics.jsonl"] += 2 * f"{json.dumps(look)}\n"
+
+
 @forgery(r"seed 1 had another learning-rate schedule than seed 0")
 def another_schedule_in_one_seed(texts: Texts) -> None:
     set_rows(texts["seed_1"], lambda rows: [row | (dict(lr_scale=0.5) if "lr_scale" in row else {}) for row in rows])
@@ -384,6 +390,13 @@ def test_a_forged_record_is_caught_with_its_reason(name: str, honest: Path) -> N
     write_texts(honest, texts)
     found = reasons(load_record(honest))
     assert any(re.search(reason, line) for line in found), found
+
+
+def test_looks_at_neurons_are_one_reason(honest: Path) -> None:
+    texts = read_texts(honest)
+    looks_at_neurons(texts)
+    write_texts(honest, texts)
+    assert len(reasons(load_record(honest))) == 1
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,11 @@ def test_auto_takes_only_the_very_same_run(
         assert "anew" in start(other).notes[0]
     assert start(f"--train_files={tiny_data}/tiny_train_00000[12].bin").path == ""
     same = start(
-        "--micro_batch_tokens=96", "--description=x", "--checkpoint_async", f"--train_files={tiny_data}/*_t*.bin"
+        "--micro_batch_tokens=96",
+        "--description=x",
+        "--checkpoint_async",
+        "--neuron_stats=5",
+        f"--train_files={tiny_data}/*_t*.bin",
     )
     assert same.path == str(interrupted / "checkpoint_000020.pt")
     assert [path.name for path in same.earlier] == ["checkpoint_000010.pt", "checkpoint_000020.pt"]

@@ -336,6 +336,17 @@ def test_hostile_gradients_move_weights_by_no_more_than_any_other(
         assert all(value.isfinite().all() for value in entry.values())
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_gradients_of_wide_models_are_zero_updates(rule: str) -> None:
+    """What a new model's first step gives its blocks. From width 16 on sqrt(width) over the least float32 overflows."""
+    weight = nn.Parameter(torch.ones(2, 96, 32))
+    optimizer = RULES[rule]([weight], lr=0.1)
+    weight.grad = torch.stack([torch.zeros(96, 32), randn(96, 32)])
+    optimizer.step()
+    assert torch.equal(weight[0], torch.ones(96, 32))
+    assert weight[1].isfinite().all()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])

@@ -1,0 +1,305 @@
+"""Do MLP neurons die under Muon, and does Aurora keep them alive? Runs with looks at the neurons (neuron_stats.py).
+
+    python -m experiments.neurons                                    (quick: three arms, minutes on two CPU cores)
+    python -m experiments.neurons --preset=full --yes                (seven arms, three MLP widths, tuned: hours there)
+    python -m experiments.neurons --recipe=configs/classics_124m_aurora.toml --preset=full --arms adamw muon aurora
+    python -m experiments.neurons --draw experiments/results/neurons.json         (tables and figure again)
+    python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run's looks)
+
+The claim: over 25% of the neurons dead by step 500 under Muon at 340 M parameters, by a threshold that was not
+published. Protocol, fixed before any run was looked at: every arm, a rule for the hidden matrices, trains the recipe's
+model to the end of the schedule, all other settings alike, with MLPs of each expansion (hidden over model width).
+Tuning is equal: for each arm and expansion the same number of learning rates on seed 100, which is not reported; the
+lowest final validation loss wins, and a winner at an end of the rates tried is marked. Then seeds 0, 1 and 2 with that
+rate. Dead is a neuron whose mean activation is below 0.1 of its layer's median; all thresholds and both measures are
+printed. quick takes README's tuned rates and is no evidence on arms that have none there. A diverged run is a result.
+
+OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. OUT.json keeps
+what the tables need, OUT.png is the figure. Exit status as the sweep's.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from experiments.cost import confirm, duration
+from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
+from experiments.sweep import TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
+from machine import device_name, find_machine
+from model import round_up
+from settings import parse_settings
+from train_gpt import load_config, set_schedule, set_up, train_step
+
+ARMS = {
+    "adamw": {"matrix_optimizer": "adamw"},
+    "muon": {"matrix_optimizer": "muon"},
+    "unormuon": {"matrix_optimizer": "unormuon"},
+    "normuon": {"matrix_optimizer": "normuon"},
+    "aurora": {"matrix_optimizer": "aurora", "aurora_variant": "release"},
+    "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
+    "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
+}
+RATES = (0.005, 0.01, 0.02, 0.04)  # those of adamw are a tenth
+DEFAULT_RATES = {"adamw": 0.002, "muon": 0.01}  # README's equal sweep; aurora's 0.02 stands in for arms not swept there
+TUNING_SEED = 100
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(arms=("muon", "aurora", "adamw"), expansions=("8/3",), steps=300, seeds=(0, 1, 2), rates_tried=0),
+    "full": dict(arms=tuple(ARMS), expansions=("8/3", "4", "8"), steps=600, seeds=(0, 1, 2), rates_tried=len(RATES)),
+}
+Cell = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Options:
+    preset: Literal["quick", "full"] = "quick"  # quick or full: what the next five are if they are not given
+    arms: tuple[str, ...] = ()  # adamw muon unormuon normuon aurora aurora_warm riemannian_aurora
+    expansions: tuple[str, ...] = ()  # hidden width of the MLP over model width, such as 8/3
+    seeds: tuple[int, ...] = ()  # reported ones
+    steps: int = 0  # of the schedule
+    rates_tried: int = -1  # learning rates tried for each arm and expansion; 0: no tuning
+    recipe: str = "configs/sotu_cpu.toml"  # model, data and batch
+    every: int = 25  # steps between looks
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: the same in every run
+    out: str = ""  # folder of the runs; empty: runs/neurons_<preset>
+    jobs: int = 0  # runs at once; 0: one for each GPU, or for each CPU thread
+    yes: bool = False  # do not ask before the full preset starts
+    draw: str = ""  # run nothing, print and draw this JSON
+    run: str = ""  # run nothing, draw the looks of this run directory
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """An arm with an expansion: what is tuned and compared."""
+
+    arm: str
+    expansion: str
+    settings: Cell  # without the learning rate
+    rates: tuple[float, ...]  # tried on the seed for tuning; the rate itself without tuning
+
+    def cell(self, rate: float) -> Cell:
+        return {**self.settings, "matrix_lr": f"{rate:g}"}
+
+
+def with_preset(options: Options) -> Options:
+    """Options with the preset's values where none were given. Raises ValueError for what no run can be made of."""
+    unset = {"arms": (), "expansions": (), "seeds": (), "steps": 0, "rates_tried": -1}
+    preset = PRESETS[options.preset]
+    options = dataclasses.replace(
+        options, out=options.out or f"runs/neurons_{options.preset}",
+        **{key: preset[key] for key, value in unset.items() if getattr(options, key) == value},
+    )  # fmt: skip
+    for arm in options.arms:
+        if arm not in ARMS:
+            raise ValueError(f"arms: {arm!r} is none; choose from {' '.join(ARMS)}")
+    for key in ("arms", "expansions", "seeds"):
+        if len(set(getattr(options, key))) < len(getattr(options, key)):
+            raise ValueError(f"{key} = {' '.join(map(str, getattr(options, key)))}: one comes twice; name each once")
+    if options.rates_tried not in (0, *range(2, len(RATES) + 1)):
+        raise ValueError(f"rates_tried = {options.rates_tried} must be 0 (no tuning) or 2 to {len(RATES)}")
+    if options.rates_tried and TUNING_SEED in options.seeds:
+        raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
+    if options.every < 1 or options.steps < options.every:
+        raise ValueError(f"every = {options.every} must be 1 to steps = {options.steps}; 25 is usual")
+    return options
+
+
+def groups(options: Options, model_dim: int) -> list[Group]:
+    found, expansion_of = [], dict[int, str]()
+    for expansion, arm in itertools.product(options.expansions, options.arms):
+        try:
+            hidden = round_up(float(Fraction(expansion) * model_dim), 64)
+        except (ValueError, ZeroDivisionError):
+            hidden = 0
+        if hidden <= 0:
+            raise ValueError(f"expansions: {expansion!r} is no positive number; try 8/3 4 8")
+        if expansion_of.setdefault(hidden, expansion) != expansion:
+            raise ValueError(
+                f"expansions: {expansion_of[hidden]} and {expansion} are both mlp_hidden = {hidden}; drop one"
+            )
+        settings = {**ARMS[arm], "mlp_hidden": str(hidden)}
+        found.append(Group(arm, expansion, settings, rates_of(arm, options.rates_tried)))
+    return found
+
+
+def rates_of(arm: str, count: int) -> tuple[float, ...]:
+    """The `count` rates of the arm's grid that are nearest its default, ascending; that alone for 0."""
+    default = DEFAULT_RATES.get(arm, 0.02)
+    grid = [rate / 10 if arm == "adamw" else rate for rate in RATES]
+    return tuple(sorted(sorted(grid, key=lambda rate: abs(math.log(rate / default)))[: max(count, 1)]))
+
+
+def _words(settings: Cell) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", *value.split(":"))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: float) -> float:
+    """Of training, two validations and the start, from a few training steps here; without torch.compile."""
+    fixed = _words(fixed_settings(options) | group.cell(group.rates[0]))
+    config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run = set_up(config, find_machine(config.device, config.dtype))
+        times = []
+        for step in range(6):
+            set_schedule(run.optimizers, step, config)
+            inputs, targets = run.loader.batch(step)
+            run.clock.switch("step")
+            start = time.perf_counter()
+            train_step(run, inputs, targets)
+            run.clock.switch("between")
+            times.append(time.perf_counter() - start)
+        run.loader.close()
+    finally:
+        torch.set_num_threads(before)
+    step_s = sorted(times[1:])[2]
+    steps_of_validation = 2 * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of a step
+    return start_s + step_s * (config.train_steps + steps_of_validation)
+
+
+def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list[str]:
+    """What is going to run and how long it takes here, in lines; none if there is nothing left to run."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    num_done, settings, seeds = 0, [group.settings for group in of_all], (TUNING_SEED, *options.seeds)
+    for sweep in Path(options.out).glob("*/sweep.json"):
+        for result in load_sweep(sweep.parent).results.values():
+            cell = {key: value for key, value in result.overrides.items() if key != "matrix_lr"}
+            num_done += result.ended and result.seed in seeds and cell in settings
+    num_tuning = options.rates_tried * len(of_all)
+    num_runs = num_tuning + len(options.seeds) * len(of_all)
+    if num_done >= num_runs:
+        return []
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(TRAINER), "--help"], capture_output=True, check=True)
+    start_s, total_s, lines = time.perf_counter() - start, 0.0, []
+    for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
+        run_s = seconds_of_a_run(options, group, threads, start_s)
+        total_s += run_s * (options.rates_tried + len(options.seeds))
+        lines.append(f"  {group.arm:17} MLP {group.expansion:4} {duration(run_s):>7} a run")
+    left = 1 - num_done / num_runs
+    title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
+    end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
+    lines = [title, *lines]
+    if on_gpu:
+        return [*lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
+    place = f"threads of each: {threads}, on {device_name(torch.device('cpu'))}"
+    return [*lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def fixed_settings(options: Options) -> Cell:
+    """Of every run; a validation at the end alone, as nothing stops at a target."""
+    fixed = {"stop_at_target": "false", "train_steps": str(options.steps), "val_every": str(options.steps)}
+    return fixed | assignments(itertools.chain(*options.set))
+
+
+def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> list[Result]:
+    """The results of a sweep. Raises RuntimeError if a run crashed."""
+    fixed = fixed_settings(options) | ({"neuron_stats": str(options.every)} if name == "runs" else {})
+    results = run_sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed)
+    crashed = [f"{options.out}/{name}/runs/{run.name}/output.txt" for run in results if not run.ended]
+    if crashed:
+        raise RuntimeError(f"{len(crashed)} runs crashed, see {crashed[0]}; the same command tries them again")
+    return results
+
+
+def loss_of(result: Result) -> float | None:
+    """Final validation loss, four decimals; None for a diverged run."""
+    return None if result.diverged else round(result.summary["val_loss"], 4)
+
+
+def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
+    """The rate of the lowest loss, the lowest rate if all diverged; whether it is at an end of those tried."""
+    rate = min(tried, key=lambda rate: (math.inf if tried[rate] is None else tried[rate], rate))
+    return rate, rate in (min(tried), max(tried))
+
+
+def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, Any]:
+    """Tune, run, and keep what the tables need."""
+    tuning, rates, at_edge = [], {}, {}
+    if options.rates_tried:
+        cells = [group.cell(rate) for group in of_all for rate in group.rates]
+        results = iter(stage(options, "tuning", cells, [TUNING_SEED], jobs))
+        for group in of_all:
+            tried = {rate: loss_of(next(results)) for rate in group.rates}
+            rates[group], at_edge[group] = best_rate(tried)
+            tuning.append(dict(arm=group.arm, expansion=group.expansion, tried=list(tried.items())))
+    else:
+        rates, at_edge = {group: group.rates[0] for group in of_all}, dict.fromkeys(of_all, False)
+    cells = [group.cell(rates[group]) for group in of_all]
+    results_of_runs = stage(options, "runs", cells, options.seeds, jobs)
+    runs = []
+    for (_, group), result in zip(itertools.product(options.seeds, of_all), results_of_runs, strict=True):
+        looks, last = looks_of(rows_of(Path(result.directory)))
+        kept = dict(arm=group.arm, expansion=group.expansion, mlp_hidden=int(group.settings["mlp_hidden"]))
+        kept |= dict(rate=rates[group], at_edge=at_edge[group], seed=result.seed, status=result.summary["status"])
+        runs.append(kept | dict(val_loss=loss_of(result), looks=looks, last=last))
+    places = {key: sorted({str(run.summary[key]) for run in results_of_runs}) for key in ("device", "git_commit")}
+    kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "expansions", "seeds", "steps", "every")}
+    return dict(
+        **kept_options, device=", ".join(places["device"]), git_commit=", ".join(places["git_commit"]),
+        fixed=fixed_settings(options), tuning_seed=TUNING_SEED, tuning=tuning, runs=runs,
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        options = parse_settings(Options, argv, description=__doc__)
+        if options.run:
+            rows, path = rows_of(Path(options.run)), Path(options.run, "neurons.png")
+            if not rows:
+                raise ValueError(f"{options.run} has no look at its neurons; train with --neuron_stats=25, for example")
+            draw_run(rows, path)
+            print(f"{len(rows)} looks -> {path}")
+            return 0
+        path = Path(options.draw)
+        if not options.draw:
+            options = with_preset(options)
+            config = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))])
+            of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
+            jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
+            lines = plan(options, of_all, jobs, bool(gpus))
+            if lines:
+                confirm(lines, options.yes or options.preset == "quick")
+            path = Path(f"{options.out.rstrip('/')}.json")
+            record = experiment(options, of_all, jobs)
+            path.write_text(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+        record = json.loads(path.read_text())
+        draw(record, path.with_suffix(".png"))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{report(record)}\n\n{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

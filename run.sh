@@ -11,6 +11,8 @@ usage() {
 ./run.sh --key=value ...               the sample's recipe with settings of your own
 ./run.sh settings                      every setting with its type, default and meaning
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
+./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: a day)
+./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
 ./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
                                        publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
@@ -74,10 +76,11 @@ case "${1:-}" in
         install .venv requirements.txt
         exec .venv/bin/python train_gpt.py --help
         ;;
-    sweep)
-        shift
+    sweep | grokking | neurons)
         install .venv requirements.txt
-        exec .venv/bin/python -m experiments.sweep "$@"
+        name=$1
+        shift
+        exec .venv/bin/python -m "experiments.$name" "$@"
         ;;
     leaderboard)
         shift

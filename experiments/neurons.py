@@ -36,6 +36,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from data.prepare import ensure
 from experiments.cost import confirm, duration
 from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
 from experiments.sweep import TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
@@ -278,6 +279,7 @@ def main(argv: list[str]) -> int:
         if not options.draw:
             options = with_preset(options)
             config = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))])
+            ensure(config.train_files, config.val_files, options.steps * config.batch_tokens + 1)
             of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
             jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
             lines = plan(options, of_all, jobs, bool(gpus))

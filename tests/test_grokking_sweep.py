@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 SMALL = ["--tasks", "parity", "--optimizers", "adamw", "muon", "--attentions", "softmax", "--losses", "softmax",
          "--widths", "16", "--heads=2", "--seeds", "0", "1", "--lrs=2", "--weight_decays=1", "--batch_sizes", "64",
-         "--max_steps=20", "--sustain_steps=10", "--jobs=1", "--yes"]  # fmt: skip
+         "--max_steps=20", "--sustain_steps=10", "--jobs=1", "--preset=full", "--yes"]  # fmt: skip
 NUM_RUNS = 2 * (2 + 2)  # optimizers x (pairs tried + seeds reported)
 
 
@@ -217,10 +217,11 @@ def test_settings_are_told_apart_by_their_names() -> None:
     [
         (["--tasks", "pow"], "'pow' is unknown; choose from add"),
         (["--optimizers", "lion"], "'lion' is unknown"),
-        (["--preset=slow"], "--preset=quick and --preset=full"),
+        (["--preset=slow"], "choose quick or full"),
+        (["--preset", "slow"], "choose quick or full"),
         (["--seeds", "100"], "overlap"),
         (["--widths", "100"], "even number times heads"),
-        (["--max_steps=300"], "more than sustain_steps"),
+        (["--max_steps", "300"], "more than sustain_steps"),
         (["--lrs=4"], "must be 1 to 3"),
         (["--losses"], "losses is empty"),
         (["--draw", "nothing.json"], "nothing.json"),

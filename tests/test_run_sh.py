@@ -41,8 +41,9 @@ def calls(checkout: Path) -> list[str]:
 def test_help_names_every_command() -> None:
     text = run_sh(ROOT, "--help").stdout
     script = (ROOT / "run.sh").read_text()
-    commands = re.findall(r"^    ([a-z]+)\)$", script, flags=re.MULTILINE)
-    assert {"test", "check", "lint", "bench", "sweep", "settings", "leaderboard"} == set(commands)
+    commands = " ".join(re.findall(r"^    ([a-z |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
+    expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "settings", "leaderboard"}
+    assert set(commands) == expected
     assert all(f"./run.sh {command}" in text for command in commands)
 
 

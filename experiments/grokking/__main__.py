@@ -1,9 +1,9 @@
 """Does Muon grok sooner? Every optimizer tuned alike, several seeds, runs that never grok counted as such.
 
-    python -m experiments.grokking --preset=quick      (add and div, Muon against AdamW, 3 seeds: minutes on two cores)
-    python -m experiments.grokking                     (everything: says what it will cost and asks first)
-    python -m experiments.grokking --tasks add parity --optimizers muon adamw --out runs/mine            (a part of it)
-    python -m experiments.grokking --tasks add parity --optimizers muon adamw --out runs/mine --table     (so far)
+    python -m experiments.grokking                     (quick: add and div, Muon and AdamW, minutes on two CPU cores)
+    python -m experiments.grokking --preset=full       (everything: says what it will cost and asks first)
+    python -m experiments.grokking --preset=full --tasks add parity --optimizers muon adamw --out runs/mine   (a part)
+    python -m experiments.grokking --draw runs/grokking_quick/result.json               (table and figure once more)
 
 The protocol, fixed beforehand. A setting is a task with its split, width and batch size. In each, every optimizer of
 the hidden matrices tries the same number of learning rates x weight decays (GRIDS) on seeds that are not reported, with
@@ -58,6 +58,7 @@ SPLITS = {"paper": 1.0, "half": 0.5}  # of the share of rows that the task's sou
 
 @dataclass(frozen=True)
 class Options:
+    preset: str = "full"  # quick or full: what all others are unless they are given
     tasks: tuple[str, ...] = TASKS  # add sub mul div exp gcd parity
     splits: tuple[str, ...] = ("paper",)  # paper: the share of rows trained on that the source states; half: of that
     optimizers: tuple[str, ...] = ("adamw", "muon", "normuon", "aurora", "sgd", "rmsprop")  # of the hidden matrices
@@ -83,8 +84,9 @@ class Options:
 
 
 QUICK = Options(
-    tasks=("add", "div"), splits=("half",), optimizers=("adamw", "muon"), attentions=("softmax",), losses=("softmax",),
-    widths=(64,), seeds=(0, 1, 2), lrs=2, weight_decays=2, max_steps=1500, out="runs/grokking_quick", yes=True,
+    preset="quick", tasks=("add", "div"), splits=("half",), optimizers=("adamw", "muon"), attentions=("softmax",),
+    losses=("softmax",), widths=(64,), seeds=(0, 1, 2), lrs=2, weight_decays=2, max_steps=1500,
+    out="runs/grokking_quick",
 )  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def run(options: Options) -> None:
     out, tuning = Path(options.out), tuning_runs(options)
     with Store(out) as store:
         if not options.table:
-            confirm(cost(options, jobs), options.yes)
+            confirm(cost(options, jobs), options.yes or options.preset == "quick")
             run_all(tuning, store, jobs, "tuning")
         reported = reported_runs(options, choose(store.of(tuning)))
         if not options.table:
@@ -229,8 +231,7 @@ def run(options: Options) -> None:
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        preset, argv = take_preset(argv)
-        options = parse_settings(Options, argv, __doc__, preset)
+        options = parse_settings(Options, argv, __doc__, preset_of(argv))
         if options.draw:
             path = Path(options.draw)
             report_on(json.loads(path.read_text()), path.with_suffix(".png"))
@@ -248,14 +249,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def take_preset(argv: list[str]) -> tuple[Options, list[str]]:
-    """The defaults that --preset=quick or --preset=full stands for, and the rest of the words."""
-    presets, rest = {"full": Options(), "quick": QUICK}, [word for word in argv if not word.startswith("--preset")]
-    named = [word.partition("=")[2] for word in argv if word.startswith("--preset")]
-    for name in named:
-        if name not in presets:
-            raise ValueError(f"preset = {name!r} is unknown; --preset=quick and --preset=full are there")
-    return presets[named[-1] if named else "full"], rest
+def preset_of(argv: list[str]) -> Options:
+    """The defaults for a command line, by the last --preset in it. Raises ValueError for an unknown one."""
+    words = " ".join(argv).replace("--preset=", "--preset ").split()
+    names = [name for word, name in itertools.pairwise(words) if word == "--preset"] or ["quick"]
+    presets = {preset.preset: preset for preset in (QUICK, Options())}
+    if names[-1] not in presets:
+        raise ValueError(f"preset = {names[-1]!r} is unknown; choose quick or full")
+    return presets[names[-1]]
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from benchmarks.report import RESULTS
 from benchmarks.tables import Row, markdown, with_section
+from experiments import neuron_report
+from experiments.grokking import report as grokking
 from experiments.row_norms import cells
 
 README = Path(__file__).parent.parent / "README.md"
-ROW_NORMS = README.parent / "experiments/results/row_norms.json"
+EXPERIMENTS = README.parent / "experiments/results"
 
 
 def polar_section() -> str:
@@ -89,9 +91,24 @@ def train_step_section() -> str:
 
 def row_norms_section() -> str:
     """Final losses and spreads of row norms, by cell."""
-    runs = json.loads(ROW_NORMS.read_text())
+    runs = json.loads((EXPERIMENTS / "row_norms.json").read_text())
     header, *rows = cells(runs)
     return markdown([dict(zip(header, row, strict=True)) for row in rows], dict(zip(header, header, strict=True)))
+
+
+def grokking_section(*names: str) -> str:
+    """Steps to generalisation of each setting and optimizer, in these of the committed results."""
+    parts = []
+    for name in names:
+        result = json.loads((EXPERIMENTS / f"{name}.json").read_text())
+        table = grokking.summary(result)
+        parts.append(markdown(table, {key: key for key in max(table, key=len)}))
+    return "\n".join(parts)
+
+
+def neurons_section() -> str:
+    """Dead neurons and losses, by expansion and arm."""
+    return neuron_report.table(json.loads((EXPERIMENTS / "neurons.json").read_text()), markdown=True)
 
 
 SECTIONS = {
@@ -100,6 +117,9 @@ SECTIONS = {
     "train_step": train_step_section,
     "optimizer_step": optimizer_step_section,
     "row_norms": row_norms_section,
+    "grokking": lambda: grokking_section("grokking"),
+    "grokking_scale": lambda: grokking_section("grokking_scale"),
+    "neurons": neurons_section,
 }
 
 

@@ -54,8 +54,8 @@ ARMS = {
     "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
     "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
 }
-RATES = (0.005, 0.01, 0.02, 0.04)  # those of adamw are a tenth
-DEFAULT_RATES = {"adamw": 0.002, "muon": 0.01}  # README's equal sweep; aurora's 0.02 stands in for arms not swept there
+RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rates_tried takes the first so many
+DEFAULT_RATES = {"adamw": 0.002, "muon": 0.01}  # without tuning: README's equal sweep; 0.02 for aurora and the rest
 TUNING_SEED = 100
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(arms=("muon", "aurora", "adamw"), expansions=("8/3",), steps=300, seeds=(0, 1, 2), rates_tried=0),
@@ -137,10 +137,9 @@ def groups(options: Options, model_dim: int) -> list[Group]:
 
 
 def rates_of(arm: str, count: int) -> tuple[float, ...]:
-    """The `count` rates of the arm's grid that are nearest its default, ascending; that alone for 0."""
-    default = DEFAULT_RATES.get(arm, 0.02)
-    grid = [rate / 10 if arm == "adamw" else rate for rate in RATES]
-    return tuple(sorted(sorted(grid, key=lambda rate: abs(math.log(rate / default)))[: max(count, 1)]))
+    """The first `count` rates, ascending; the arm's default for 0."""
+    tried = sorted(RATES[:count]) or [DEFAULT_RATES.get(arm, 0.02)]
+    return tuple(rate / 10 if count and arm == "adamw" else rate for rate in tried)
 
 
 def _words(settings: Cell) -> list[str]:

@@ -185,7 +185,8 @@ def test_rates_are_those_around_the_default_and_an_end_is_one() -> None:
     assert rates_of("muon", 0) == (0.01,)
     assert rates_of("aurora_warm", 0) == (0.02,)
     assert rates_of("adamw", 4) == (0.0005, 0.001, 0.002, 0.004)
-    assert rates_of("muon", 3) == (0.005, 0.01, 0.02)
+    assert rates_of("muon", 2) == rates_of("aurora", 2) == (0.02, 0.04)
+    assert rates_of("adamw", 2) == (0.002, 0.004)
     assert best_rate({0.1: 2.0, 0.2: 1.0, 0.4: None}) == (0.2, False)
     assert best_rate({0.1: None, 0.2: None}) == (0.1, True)
 

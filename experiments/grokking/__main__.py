@@ -44,11 +44,11 @@ from machine import device_name, git_commit, versions
 from settings import parse_settings
 
 # Optimizer -> learning rates, weight decays, in the order in which --lrs and --weight_decays take the first so many;
-# the order is from a dozen trial runs of add, of AdamW and Muon in equal shares. Weight decay of sgd and rmsprop is
-# added to the gradient, as torch's own rules do it: another scale.
+# the order is from trial runs of add and mul (seeds 0 and 50), more than twice as many of AdamW as of Muon. Weight decay
+# of sgd and rmsprop is added to the gradient, as torch's own rules do it: another scale.
 MUON_GRID = (0.02, 0.005, 0.06), (0.3, 1.0, 0.1, 3.0, 10.0)
 GRIDS = {
-    "adamw": ((0.001, 0.003, 0.01), (0.1, 1.0, 0.3, 3.0, 10.0)),
+    "adamw": ((0.01, 0.003, 0.001), (1.0, 0.3, 0.1, 3.0, 10.0)),
     **dict.fromkeys(("muon", "normuon", "unormuon", "aurora", "riemannian_aurora"), MUON_GRID),
     "sgd": ((0.1, 0.03, 0.3), (0.001, 0.0001, 0.003, 0.01, 0.0)),
     "rmsprop": ((0.0003, 0.001, 0.0001), (0.001, 0.0001, 0.01, 0.1, 0.0)),
@@ -85,7 +85,7 @@ class Options:
 
 QUICK = Options(
     preset="quick", tasks=("add", "div"), splits=("half",), optimizers=("adamw", "muon"), attentions=("softmax",),
-    losses=("softmax",), widths=(64,), seeds=(0, 1, 2), lrs=2, weight_decays=2, max_steps=1500,
+    losses=("softmax",), widths=(64,), seeds=(0, 1, 2), lrs=2, weight_decays=2, max_steps=1200,
     out="runs/grokking_quick",
 )  # fmt: skip
 

@@ -98,6 +98,17 @@ def tuned(run: Run, key: str, tuning: list[Run]) -> str:
     return f"{value:g}{'*' if len(tried) > 1 and value in (min(tried), max(tried)) else ''}"
 
 
+def summary(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The table in brief, a row a setting: each optimizer's `first 95% / held 95%`, and how many runs never held it."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows(result):
+        missed = "" if row["never"].startswith("0/") else f" ({row['never']} never)"
+        found[row["setting"]] |= {row["optimizer"]: f"{row['crossed']} / {row['sustained']}{missed}"}
+        if row["optimizer"] != BASELINE:
+            found[row["setting"]] |= {f"p, {row['optimizer']}": row["p"]}
+    return [{"setting": setting, **row} for setting, row in found.items()]
+
+
 def remarks(result: dict[str, Any]) -> list[str]:
     """What the table's marks mean, and how the optimizers stand to AdamW over all settings together."""
     options, by_cell = result["options"], cells(result["runs"])

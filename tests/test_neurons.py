@@ -14,13 +14,13 @@ from tests.conftest import Trainer
 from tests.test_neuron_stats import strict_json
 from tests.test_train import metrics, only_run
 
-# Stands in for the trainer: losses that follow from the settings, lowest at a rate of 0.01 for muon and 0.04 for aurora
+# Stands in for the trainer: losses that follow from the settings, lowest at a rate of 0.02 for muon and 0.04 for aurora
 FAKE_TRAINER = """
 import json, math, pathlib, sys
 words = dict(word[2:].split("=", 1) for word in sys.argv if word.startswith("--") and "=" in word)
 pairs = dict(zip(sys.argv, sys.argv[1:]))
 rule, rate, seed = pairs.get("--matrix_optimizer"), float(pairs.get("--matrix_lr", 0)), int(words.get("seed", 0))
-best = dict(muon=0.01, aurora=0.04, adamw=0.004).get(rule, 0.02)
+best = dict(muon=0.02, aurora=0.04, adamw=0.004).get(rule, 0.02)
 loss = 2 + abs(math.log(rate / best)) + 0.1 * (seed % 3) if rate else 0
 directory = pathlib.Path(words.get("run_dir", "."), "fake")
 if rate:
@@ -63,8 +63,8 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
     assert {run["seed"] for run in tuned["runs"]} == {100}
     found = {(run["expansion"], run["arm"]): (run["rate"], run["at_edge"]) for run in record["runs"]}
     assert found == {
-        ("8/3", "muon"): (0.01, False), ("8/3", "aurora"): (0.04, True),
-        ("8", "muon"): (0.01, False), ("8", "aurora"): (0.02, False),  # 0.04 diverged there
+        ("8/3", "muon"): (0.02, False), ("8/3", "aurora"): (0.04, True),
+        ("8", "muon"): (0.02, False), ("8", "aurora"): (0.02, False),  # 0.04 diverged there
     }  # fmt: skip
     assert [(run["seed"], run["mlp_hidden"]) for run in record["runs"]] == [
         (seed, hidden) for seed in (0, 1, 2) for hidden in (64, 64, 128, 128)
@@ -181,7 +181,7 @@ def test_correlation_is_scipys_and_within_arms_without_their_means(tmp_path: Pat
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rates_are_those_around_the_default_and_an_end_is_one() -> None:
+def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
     assert rates_of("muon", 0) == (0.01,)
     assert rates_of("aurora_warm", 0) == (0.02,)
     assert rates_of("adamw", 4) == (0.0005, 0.001, 0.002, 0.004)

@@ -44,8 +44,8 @@ from machine import device_name, git_commit, versions
 from settings import parse_settings
 
 # Optimizer -> learning rates, weight decays, in the order in which --lrs and --weight_decays take the first so many;
-# the order is from trial runs of add and mul (seeds 0 and 50), more than twice as many of AdamW as of Muon. Weight decay
-# of sgd and rmsprop is added to the gradient, as torch's own rules do it: another scale.
+# the order is from trial runs of add and mul (seeds 0 and 50), more than twice as many of AdamW as of Muon. Weight
+# decay of sgd and rmsprop is added to the gradient, as torch's own rules do it: another scale.
 MUON_GRID = (0.02, 0.005, 0.06), (0.3, 1.0, 0.1, 3.0, 10.0)
 GRIDS = {
     "adamw": ((0.01, 0.003, 0.001), (1.0, 0.3, 0.1, 3.0, 10.0)),

@@ -5,17 +5,20 @@
     python -m experiments.grokking --preset=full --tasks add parity --optimizers muon adamw --out runs/mine   (a part)
     python -m experiments.grokking --draw runs/grokking_quick/result.json               (table and figure once more)
 
-The protocol, fixed beforehand. A setting is a task with its split, width and batch size. In each, every optimizer of
-the hidden matrices tries the same number of learning rates x weight decays (GRIDS) on seeds that are not reported, with
-softmax in attention and loss; the pair with the fewest steps to sustained generalisation is taken (then: the highest
+The protocol. A setting is a task with its split, width and batch size. In each, every optimizer of the hidden
+matrices tries the same number of learning rates x weight decays (GRIDS) on seeds that are not reported, with softmax
+in attention and loss; the pair with the fewest steps to sustained generalisation is taken (then: the highest
 validation accuracy). It then runs with each attention, loss and reported seed. Embedding and head are on AdamW with
-the same settings for all. What is compared is the number of steps until validation accuracy is 95% and stays there
-(train.py), by medians and a log-rank test against AdamW (survival.py), Holm-adjusted over the table.
+the same settings for all, which were not tuned. What is compared is the number of steps until validation accuracy is
+95% and stays there (train.py). The question is asked once for each optimizer: against AdamW, over all settings, by a
+stratified log-rank test that is Holm-adjusted over the optimizers (survival.py); medians and a test for each setting
+are printed beside it. A seed means the same split, batches and weights for all optimizers. Grids and these rules were
+written after trial runs on other seeds (0, 50, and 100 of the sweep); reported seeds start at 1.
 
-OUT/runs.jsonl holds every run that has ended; the same command goes on from there, and another one with the same OUT
-takes over what they share. OUT/result.json and OUT/result.png are written at the end; --draw=RESULT.json prints its
-table and draws its figure again. Exit status: 0 done, 1 a process was killed, 2 a
-mistake in what was asked for, 130 interrupted.
+OUT/runs.jsonl holds every run that has ended: the same command goes on from there, and another one with the same OUT
+uses those runs that it needs as well. OUT/result.json and OUT/result.png are written at the end. --draw prints the
+table of a result.json and draws its figure again, --table prints what there is so far of the runs that are asked for.
+Exit status: 0 done, 1 a process was killed, 2 a mistake in what was asked for, 130 interrupted.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +40,10 @@ from benchmarks.tables import align
 from experiments.cost import confirm, duration
 from experiments.grokking import report
 from experiments.grokking.decoder import LOSSES, WEIGHTS
-from experiments.grokking.pool import Store, run_all
+from experiments.grokking.pool import Store, place, read_runs, run_all
 from experiments.grokking.tasks import TASKS, TRAIN_SHARES
-from experiments.grokking.train import Settings, seconds_a_step
-from machine import device_name, git_commit, versions
+from experiments.grokking.train import Settings, rows_a_step, seconds_a_step
+from machine import versions
 from settings import parse_settings
 
 # Optimizer -> learning rates, weight decays, in the order in which --lrs and --weight_decays take the first so many;
@@ -70,40 +73,54 @@ class Options:
     heads: int = 4  # attention heads
     adam_lr: float = 0.01  # of embedding and head, which are on AdamW in all runs
     adam_weight_decay: float = 0.01  # of embedding and head
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of reported runs
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of reported runs
     tuning_seeds: tuple[int, ...] = (100,)  # of the sweep, which is not reported
     lrs: int = 3  # learning rates tried for each optimizer
     weight_decays: int = 5  # weight decays tried for each of them
     max_steps: int = 2000  # a run ends here at the latest
     sustain_steps: int = 300  # for which the validation accuracy has to stay up
-    jobs: int = 0  # runs at once, one thread each; 0: one for each CPU this process may use
+    jobs: int = 0  # runs at once, one thread each; 0: one for each CPU this process may use, four for each GPU
     out: str = "runs/grokking"  # folder of the results
-    table: bool = False  # run nothing, report what there is of these runs
+    table: bool = False  # run nothing, print the table of what there is of these runs
     draw: str = ""  # run nothing, report what is in this result.json
     yes: bool = False  # start without asking
 
 
 QUICK = Options(
     preset="quick", tasks=("add", "div"), splits=("half",), optimizers=("adamw", "muon"), attentions=("softmax",),
-    losses=("softmax",), widths=(64,), seeds=(0, 1, 2), lrs=2, weight_decays=2, max_steps=1200,
+    losses=("softmax",), widths=(64,), seeds=(1, 2, 3), lrs=2, weight_decays=2, max_steps=1200,
     out="runs/grokking_quick",
 )  # fmt: skip
 
 
+CHOICES: dict[str, Iterable[str]] = {
+    "tasks": TASKS, "splits": SPLITS, "optimizers": GRIDS, "attentions": WEIGHTS, "losses": LOSSES,
+}  # fmt: skip
+LISTS = (*CHOICES, "widths", "batch_sizes", "seeds", "tuning_seeds")
+BOUNDS = {  # lowest and highest values that make sense
+    "widths": (2, 2**16), "batch_sizes": (0, 9312), "depth": (1, 100), "heads": (1, 1000), "seeds": (0, 2**62),
+    "tuning_seeds": (0, 2**62), "lrs": (1, 3), "weight_decays": (1, 5), "max_steps": (10, 10**7),
+    "sustain_steps": (10, 10**7), "jobs": (0, 1000), "adam_lr": (0, 10), "adam_weight_decay": (0, 100),
+}  # fmt: skip
+
+
 def check(options: Options) -> None:
     """Raises ValueError for what cannot be run, before anything is."""
-    for key, known in (
-        ("tasks", TASKS), ("splits", SPLITS), ("optimizers", GRIDS), ("attentions", WEIGHTS), ("losses", LOSSES)
-    ):  # fmt: skip
-        for value in getattr(options, key):
-            if value not in known:
-                raise ValueError(f"{key}: {value!r} is unknown; choose from {' '.join(known)}")
-    for key in ("tasks", "splits", "optimizers", "attentions", "losses", "widths", "batch_sizes", "seeds"):
-        if not getattr(options, key):
-            raise ValueError(f"{key} is empty; name at least one, or leave it away for the default")
-    for key, largest in (("lrs", 3), ("weight_decays", 5)):
-        if not 1 <= getattr(options, key) <= largest:
-            raise ValueError(f"{key} = {getattr(options, key)} must be 1 to {largest}")
+    for key in LISTS:
+        values = getattr(options, key)
+        for value in values:
+            if key in CHOICES and value not in CHOICES[key]:
+                raise ValueError(f"{key}: {value!r} is unknown; choose from {' '.join(CHOICES[key])}")
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{key} = {' '.join(map(str, values)) or 'nothing'}: name at least one, and each once")
+    for key, (least, most) in BOUNDS.items():
+        given = getattr(options, key)
+        for value in given if isinstance(given, tuple) else (given,):
+            if not least <= value <= most:
+                raise ValueError(f"{key} = {value} must be {least} to {most}; the default is {getattr(Options, key)}")
+    for key in ("max_steps", "sustain_steps"):
+        if getattr(options, key) % Settings.look_every:
+            raise ValueError(f"{key} = {getattr(options, key)} must be a multiple of {Settings.look_every}")
     if set(options.seeds) & set(options.tuning_seeds):
         raise ValueError(f"seeds {options.seeds} and tuning_seeds {options.tuning_seeds} overlap; report other seeds")
     if options.max_steps <= options.sustain_steps:
@@ -124,12 +141,13 @@ def tuning_runs(options: Options) -> list[Settings]:
             runs.append(
                 Settings(
                     task, optimizer, lr, weight_decay, seed, train_share=SPLITS[split] * TRAIN_SHARES[task],
-                    batch_size=batch_size, depth=options.depth, width=width, heads=options.heads,
+                    batch_size=0 if batch_size == rows_a_step(task) else batch_size,
+                    depth=options.depth, width=width, heads=options.heads,
                     max_steps=options.max_steps, sustain_steps=options.sustain_steps,
                     adam_lr=options.adam_lr, adam_weight_decay=options.adam_weight_decay,
                 )
             )  # fmt: skip
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def reported_runs(options: Options, tuned: Iterable[Settings]) -> list[Settings]:
@@ -162,24 +180,27 @@ def choose(runs: Iterable[dict[str, Any]]) -> list[Settings]:
     return list(best.values())
 
 
-def cost(options: Options, jobs: int) -> list[str]:
-    """The plan in words, and the time it takes at most, from a few steps of each kind timed here."""
+def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
+    """The plan in words, and about how long it takes at most, from a few steps of each kind timed here."""
     tuning = tuning_runs(options)
     untuned = choose(dict(settings=dataclasses.asdict(run), sustained=0, best_val_accuracy=0.0) for run in tuning)
     reported = reported_runs(options, untuned)
-    runs = [*tuning, *reported]
-    torch.set_num_threads(1)
+    left = [run for run in (*tuning, *reported) if run not in done]
     step_s: dict[tuple[Any, ...], float] = {}
-    for settings in tqdm(runs, desc="timing a few steps of each kind", leave=False, disable=not sys.stderr.isatty()):
-        key = _kind(settings)
-        if key not in step_s:
-            step_s[key] = seconds_a_step(settings)
-    most = sum(step_s[_kind(settings)] * settings.max_steps for settings in runs) / jobs
+    torch.set_num_threads(1)
+    for settings in tqdm(left, desc="timing a few steps of each kind", leave=False, disable=not sys.stderr.isatty()):
+        if _kind(settings) not in step_s:
+            step_s[_kind(settings)] = seconds_a_step(settings)
+    most = sum(step_s[_kind(settings)] * settings.max_steps for settings in left) / jobs
     lines = [
-        f"{len(tuning)} runs to tune {len(untuned)} optimizers and settings, {len(reported)} runs to report",
-        f"at most {duration(most)} here ({place()}, {jobs} at once): steps of {1000 * min(step_s.values()):.0f} to "
-        f"{1000 * max(step_s.values()):.0f} ms, {options.max_steps} of them in a run that never groks",
+        f"{len(tuning)} runs to tune {len(untuned)} optimizers and settings, {len(reported)} runs to report; "
+        f"{len(tuning) + len(reported) - len(left)} are done"
     ]
+    if left:
+        lines.append(
+            f"about {duration(most)} at most here ({place()}, {jobs} at once): {1000 * min(step_s.values()):.0f} to "
+            f"{1000 * max(step_s.values()):.0f} ms a step, {options.max_steps} steps in a run that never groks"
+        )
     if not torch.cuda.is_available():
         lines.append("what it costs on a GPU is timed and said when the same command is started on one")
     return lines
@@ -187,45 +208,61 @@ def cost(options: Options, jobs: int) -> list[str]:
 
 def _kind(settings: Settings) -> tuple[Any, ...]:
     """What a step's time depends on, roughly."""
-    return settings.task == "parity", settings.optimizer, settings.width, settings.rows_a_step
+    return settings.task == "parity", settings.optimizer, settings.width, settings.rows_a_step, settings.depth
 
 
-def place() -> str:
-    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def report_on(result: dict[str, Any], picture: Path) -> None:
-    """Print the table and the comparisons, draw the figure."""
-    report.draw(result, picture)
+def tell(result: dict[str, Any]) -> None:
+    """Print the table and what is to be said of it."""
     rows = report.rows(result)
     print(align([list(report.COLUMNS.values()), *([row[key] for key in report.COLUMNS] for row in rows)]))
     print("\n".join(report.remarks(result)))
-    print(f"figure: {picture}")
+
+
+def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of these options' runs, of those that there are."""
+    tuning = [known[run] for run in tuning_runs(options) if run in known]
+    runs = [known[run] for run in reported_runs(options, choose(tuning)) if run in known]
+    origins = {key: ", ".join(sorted({run[key] for run in (*tuning, *runs)})) for key in ("device", "git_commit")}
+    return dict(
+        options=dataclasses.asdict(options), **origins, versions=versions(),
+        tuning=[report.without_curves(run) for run in tuning], runs=[report.thinned(run) for run in runs],
+    )  # fmt: skip
 
 
 def run(options: Options) -> None:
-    """All of it: sweep, reported runs, result. Raises ValueError before anything has started, or KeyboardInterrupt."""
+    """Sweep, reported runs, result. Raises ValueError before anything has started, or KeyboardInterrupt."""
     check(options)
-    jobs = options.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    out, tuning = Path(options.out), tuning_runs(options)
-    with Store(out) as store:
-        if not options.table:
-            confirm(cost(options, jobs), options.yes or options.preset == "quick")
-            run_all(tuning, store, jobs, "tuning")
-        reported = reported_runs(options, choose(store.of(tuning)))
-        if not options.table:
-            run_all(reported, store, jobs, "reported")
-        result = dict(
-            options=dataclasses.asdict(options), device=place(), versions=versions(), git_commit=git_commit(),
-            tuning=[report.without_curves(run) for run in store.of(tuning)],
-            runs=[report.thinned(run) for run in store.of(reported)],
-        )  # fmt: skip
+    out, gpus = Path(options.out), torch.cuda.device_count()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = options.jobs or min(cpus, 4 * gpus or cpus)
+    if options.table:
+        known = read_runs(out)
+    else:
+        confirm(cost(options, jobs, read_runs(out)), options.yes or options.preset == "quick")
+        with Store(out) as store:
+            run_all(tuning_runs(options), store, jobs, "tuning")
+            run_all(reported_runs(options, choose(store.of(tuning_runs(options)))), store, jobs, "reported")
+            known = store.runs
+    result = collect(options, known)
     if not result["runs"]:
         raise ValueError(f"{out} has none of these runs yet; leave --table away to start them")
-    temporary = out / "result.json.tmp"
-    temporary.write_text(json.dumps(result) + "\n")
-    temporary.replace(out / "result.json")
-    report_on(result, out / "result.png")
+    tell(result)
+    if not options.table:
+        temporary = out / "result.json.tmp"
+        temporary.write_text(json.dumps(result) + "\n")
+        temporary.replace(out / "result.json")
+        report.draw(result, out / "result.png")
+        print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
+
+
+def draw_again(path: Path) -> None:
+    """Raises ValueError for a file that is not a result."""
+    try:
+        result = json.loads(path.read_text())
+        report.draw(result, path.with_suffix(".png"))
+        tell(result)
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
 
 
 def main(argv: list[str]) -> int:
@@ -233,8 +270,7 @@ def main(argv: list[str]) -> int:
     try:
         options = parse_settings(Options, argv, __doc__, preset_of(argv))
         if options.draw:
-            path = Path(options.draw)
-            report_on(json.loads(path.read_text()), path.with_suffix(".png"))
+            draw_again(Path(options.draw))
         else:
             run(options)
     except (ValueError, OSError) as error:

@@ -15,6 +15,28 @@ import torch
 from tqdm import tqdm
 
 from experiments.grokking.train import Settings, train
+from machine import device_name, git_commit
+
+
+def place() -> str:
+    """The name of what runs are computed on."""
+    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def read_runs(out: Path) -> dict[Settings, dict[str, Any]]:
+    """All runs in `out`, without one whose line was cut off. Raises ValueError for a file of another kind."""
+    path, runs = out / "runs.jsonl", dict[Settings, dict[str, Any]]()
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.endswith("\n"):
+                run = json.loads(line)
+                runs[Settings(**run["settings"])] = run
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number} is no run of this experiment ({error}); use another --out"
+            ) from None
+    return runs
 
 
 class Store:
@@ -22,21 +44,17 @@ class Store:
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.runs: dict[Settings, dict[str, Any]] = {}
         self.file: TextIO = (out / "runs.jsonl").open("a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.file.close()
             raise ValueError(f"{out} is being written by another process; wait for it or use another --out") from None
+        self.runs = read_runs(out)
         self.file.seek(0)
-        whole = 0  # characters up to the last line that is complete
-        for line in self.file:
-            if not line.endswith("\n"):  # cut off when it was being written
-                break
-            whole += len(line)
-            run = json.loads(line)
-            self.runs[Settings(**run["settings"])] = run
-        self.file.truncate(whole)
+        text = self.file.read()
+        self.file.truncate(text.rfind("\n") + 1)  # a line that was cut off; all of it is ASCII
+        self.origin = dict(device=place(), git_commit=git_commit())
 
     def __enter__(self) -> "Store":
         return self
@@ -45,6 +63,7 @@ class Store:
         self.file.close()
 
     def add(self, run: dict[str, Any]) -> None:
+        run = {**run, **self.origin}
         self.runs[Settings(**run["settings"])] = run
         print(json.dumps(run), file=self.file, flush=True)
 
@@ -58,7 +77,8 @@ def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> N
     todo = [settings for settings in dict.fromkeys(wanted) if settings not in store.runs]
     bar = tqdm(total=len(todo), desc=what, unit="run", dynamic_ncols=True, disable=not todo)
     context = multiprocessing.get_context("spawn")
-    with bar, ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_worker) as pool:
+    number = context.Value("i", 0)
+    with bar, ProcessPoolExecutor(jobs, context, _prepare_worker, (number,)) as pool:
         try:
             for future in as_completed([pool.submit(train, settings) for settings in todo]):
                 run = future.result()
@@ -72,10 +92,15 @@ def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> N
             raise
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(number: Any) -> None:
+    """`number`: how many workers there are before this one, which spreads them over the GPUs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    with number.get_lock():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(number.value % torch.cuda.device_count())
+        number.value += 1
 
 
 def _end_with_parent() -> None:

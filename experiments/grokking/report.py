@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from experiments.grokking.survival import holm, logrank, median
+from experiments.grokking.survival import holm, logrank, median, stratified_logrank
 from experiments.grokking.tasks import TRAIN_SHARES
 from experiments.grokking.train import Settings
 
@@ -16,8 +16,7 @@ Cell = tuple[str, str]  # setting, optimizer
 COLUMNS = {
     "setting": "setting", "optimizer": "optimizer", "lr": "lr", "decay": "decay", "n": "n",
     "memorised": "memorised", "crossed": "first 95%", "sustained": "held 95%", "interval": "interval", "never": "never",
-    "delay": "delay", "collapsed": "collapsed", "ratio": "of AdamW's steps", "p": "p", "holm": "p (Holm)",
-    "seconds": "s a run",
+    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s a run",
 }  # fmt: skip
 BASELINE = "adamw"
 
@@ -53,49 +52,65 @@ def cells(runs: list[Run]) -> dict[Cell, list[Run]]:
 def rows(result: dict[str, Any]) -> list[dict[str, str]]:
     """A row of the table for each setting and optimizer: steps, as medians over the seeds. COLUMNS has the headings."""
     by_cell = cells(result["runs"])
-    p_values = {
-        cell: p
-        for cell, runs in by_cell.items()
-        if cell[1] != BASELINE and (cell[0], BASELINE) in by_cell
-        if (p := logrank(times(runs), times(by_cell[cell[0], BASELINE]))) is not None
-    }
-    adjusted = holm(p_values)
-    return [_row(cell, by_cell, result["tuning"], p_values.get(cell), adjusted.get(cell)) for cell in by_cell]
+    return [_row(cell, by_cell, result["tuning"]) for cell in by_cell]
 
 
-def _row(
-    cell: Cell, by_cell: dict[Cell, list[Run]], tuning: list[Run], p: float | None, adjusted: float | None
-) -> dict[str, str]:
+def _row(cell: Cell, by_cell: dict[Cell, list[Run]], tuning: list[Run]) -> dict[str, str]:
     setting, optimizer = cell
     runs, baseline = by_cell[cell], by_cell.get((setting, BASELINE), [])
-    held, n = median(times(runs)), len(runs)
-    ratio = held.value / median(times(baseline)).value if baseline and optimizer != BASELINE else math.nan
+    held, n, is_compared = median(steps_of(runs)), len(runs), bool(baseline) and optimizer != BASELINE
+    ratio = held.value / median(steps_of(baseline)).value if is_compared else math.nan
+    p = logrank(steps_of(runs), steps_of(baseline)) if is_compared else None
+    delays = [run["delay"] for run in runs if run["delay"] is not None]
     return dict(
         setting=setting, optimizer=optimizer, n=str(n),
-        **{name: tuned(runs[0], key, tuning) for name, key in (("lr", "lr"), ("decay", "weight_decay"))},
-        **{key: steps(median(times(runs, key)).value) for key in ("memorised", "crossed", "sustained", "delay")},
-        interval=f"{steps(held.low)} to {steps(held.high)}",
+        lr=chosen(runs[0], "lr", tuning), decay=chosen(runs[0], "weight_decay", tuning),
+        **{key: in_words(median(steps_of(runs, key)).value) for key in ("memorised", "crossed", "sustained")},
+        interval=f"{in_words(held.low)} to {in_words(held.high)}",
         never=f"{sum(run['sustained'] is None for run in runs)}/{n}",
+        delay=f"{statistics.median(delays):.0f}" if delays else "-",
         collapsed=f"{sum(run['collapsed'] for run in runs)}/{n}",
-        ratio=f"{ratio:.2f}" if math.isfinite(ratio) and ratio else "-",
-        p="-" if p is None else f"{p:.2g}", holm="-" if adjusted is None else f"{adjusted:.2g}",
+        ratio=f"{ratio:.2f}" if math.isfinite(ratio) and ratio else "-", p="-" if p is None else f"{p:.2g}",
         seconds=f"{statistics.median(run['seconds'] for run in runs):.0f}",
     )  # fmt: skip
 
 
-def times(runs: list[Run], key: str = "sustained") -> list[float | None]:
+def steps_of(runs: list[Run], key: str = "sustained") -> list[float | None]:
     return [run[key] for run in runs]
 
 
-def steps(value: float) -> str:
-    return f"{value:.0f}" if math.isfinite(value) else "never"
+def in_words(step: float) -> str:
+    return f"{step:.0f}" if math.isfinite(step) else "never"
 
 
-def tuned(run: Run, key: str, tuning: list[Run]) -> str:
+def chosen(run: Run, key: str, tuning: list[Run]) -> str:
     """The value that the sweep chose; * where it is the lowest or highest of those tried."""
     optimizer, value = run["settings"]["optimizer"], run["settings"][key]
     tried = {one["settings"][key] for one in tuning if one["settings"]["optimizer"] == optimizer}
     return f"{value:g}{'*' if len(tried) > 1 and value in (min(tried), max(tried)) else ''}"
+
+
+def verdicts(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Each optimizer against AdamW over all settings together: the comparisons the experiment is made for."""
+    by_cell = cells(result["runs"])
+    strata: dict[str, list[tuple[list[float | None], list[float | None]]]] = defaultdict(list)
+    for (setting, optimizer), runs in by_cell.items():
+        if optimizer != BASELINE and (setting, BASELINE) in by_cell:
+            strata[optimizer].append((steps_of(runs), steps_of(by_cell[setting, BASELINE])))
+    p_values = {optimizer: stratified_logrank(of_it) for optimizer, of_it in strata.items()}
+    adjusted, found = holm(p_values), []
+    for optimizer, of_it in strata.items():
+        medians = [(median(a).value, median(b).value) for a, b in of_it]
+        ratios = [a / b for a, b in medians if math.isfinite(a + b) and a and b]
+        ratio = f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f} ({len(ratios)})" if ratios else "-"
+        found.append(
+            dict(
+                optimizer=optimizer, settings=str(len(medians)), before=str(sum(a < b for a, b in medians)),
+                after=str(sum(a > b for a, b in medians)), ratio=ratio, p=f"{p_values[optimizer]:.2g}",
+                holm=f"{adjusted[optimizer]:.2g}",
+            )
+        )  # fmt: skip
+    return found
 
 
 def summary(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -110,29 +125,27 @@ def summary(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the table's marks mean, and how the optimizers stand to AdamW over all settings together."""
-    options, by_cell = result["options"], cells(result["runs"])
-    coverage = median(times(next(iter(by_cell.values())))).coverage if by_cell else 0.0
-    lines = [
-        f"steps: medians over n seeds; never: by step {options['max_steps'] - options['sustain_steps']}, the last from "
-        f"which {options['sustain_steps']} could be watched; interval: of the median of held 95%, {coverage:.0%}",
-        f"*: at the edge of the {options['lrs']} x {options['weight_decays']} grid that every optimizer got, on seeds "
-        f"{' '.join(map(str, options['tuning_seeds']))}; p: log-rank test against {BASELINE}, by permutation",
+    """What the table's marks mean, and the verdicts."""
+    options = result["options"]
+    latest = options["max_steps"] - options["sustain_steps"]
+    limits = [
+        f"with {n} seeds it covers {median([0] * n).coverage:.0%} and p is {2 / math.comb(2 * n, n):.2g} or more"
+        for n in sorted({len(runs) for runs in cells(result["runs"]).values()})
     ]
-    for optimizer in dict.fromkeys(optimizer for _, optimizer in by_cell if optimizer != BASELINE):
-        pairs = [
-            (median(times(runs)).value, median(times(by_cell[setting, BASELINE])).value)
-            for (setting, name), runs in by_cell.items()
-            if name == optimizer and (setting, BASELINE) in by_cell
-        ]
-        if pairs:
-            sooner, later = (sum(compare(a, b) for a, b in pairs) for compare in (float.__lt__, float.__gt__))
-            ratios = [a / b for a, b in pairs if math.isfinite(a + b) and a and b]
-            mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
-            lines.append(
-                f"{optimizer}: before {BASELINE} in {sooner} of {len(pairs)} settings, after it in {later}; ratio of "
-                f"steps {mean:.2f} (geometric mean of the {len(ratios)} that are known)"
-            )
+    lines = [
+        f"steps: medians over n seeds; never: not by step {options['max_steps']}, held 95%: not from step {latest} on, "
+        f"the last one that could be watched for {options['sustain_steps']}",
+        "interval: of the median of held 95%; p: log-rank test of held 95% against adamw, by permutation; "
+        + "; ".join(limits),
+        "delay: from memorised to held 95%, of runs that held it; fell below 80%: after the first 95%, while watched",
+        f"*: at an edge of the {options['lrs']} x {options['weight_decays']} grid that each optimizer tried",
+    ]
+    for row in verdicts(result):
+        lines.append(
+            f"{row['optimizer']} over all {row['settings']} settings: before adamw in {row['before']}, after it in "
+            f"{row['after']}; stratified log-rank p = {row['p']} (Holm over the optimizers: {row['holm']}); geometric "
+            f"mean of the ratios of steps, where both got there (in how many): {row['ratio']}"
+        )
     return lines
 
 
@@ -159,7 +172,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     grid[0, 0].legend(frameon=False, fontsize=8)
     latest = result["options"]["max_steps"] - result["options"]["sustain_steps"]
     axis = below.subplots()
-    found = {cell: median(times(runs)).value for cell, runs in by_cell.items()}
+    found = {cell: median(steps_of(runs)).value for cell, runs in by_cell.items()}
     medians = [[found.get((setting, name), math.nan) for name in optimizers] for setting in settings]
     below.colorbar(_draw_map(axis, medians, latest), ax=axis)
     axis.set_xticks(range(len(optimizers)), optimizers, fontsize=8)

@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.grokking.decoder import LOSSES, Decoder
 from experiments.grokking.tasks import MAX_TOKENS, TRAIN_SHARES, VOCAB_SIZE, Rows, split, table
 from model import ModelConfig
-from optim import build_optimizers
+from optim import MatrixOptimizer, build_optimizers
 from train_gpt import Config
 
 MEMORISED, GENERALISED, COLLAPSED = 0.99, 0.95, 0.8  # accuracies
@@ -52,7 +52,12 @@ class Settings:
 
     @property
     def rows_a_step(self) -> int:
-        return self.batch_size or BATCH_SIZES.get(self.task, DEFAULT_BATCH_SIZE)
+        return self.batch_size or rows_a_step(self.task)
+
+
+def rows_a_step(task: str) -> int:
+    """The task's own batch size."""
+    return BATCH_SIZES.get(task, DEFAULT_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ def train(settings: Settings) -> dict[str, Any]:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+                if isinstance(optimizer, MatrixOptimizer) and step % settings.look_every == 0:
+                    optimizer.raise_if_not_finite()  # a GPU puts this off
         except FloatingPointError:  # a gradient of muon or a relative
             status = "diverged"
             break
@@ -152,7 +159,8 @@ def look(
 def milestones(looks: Sequence[Look], sustain_steps: int) -> dict[str, Any]:
     """What the curve shows: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
 
-    collapsed: whether validation accuracy was below 80% at any look after it had crossed 95%.
+    collapsed: whether validation accuracy was below 80% at any look after it had crossed 95%. A run is not watched
+    longer than it takes to see 95% held, so that later collapses are not seen.
     """
     memorised = next((one.step for one in looks if one.train_accuracy >= MEMORISED), None)
     later = [one for one in looks if memorised is not None and one.step >= memorised]

@@ -25,7 +25,8 @@ and dead_since, for all layers together: half of the neurons that are dead at th
 every look from this step on, or longer. null is what has no value: ratios of a zero update, anything not finite.
 
 A neuron that fires rarely may be dead by its mean; by its peak it is not. Relative to a median no more than half of a
-layer can be dead, so watch `median` as well: a layer that falls silent as a whole shows there alone.
+layer can be dead, so watch `median` as well: a layer that falls silent as a whole shows there alone. And an optimizer
+that makes neurons alike by design, as Aurora does, has fewer far below the median for that reason alone.
 """
 
 import math
@@ -126,11 +127,12 @@ def weights(mlp: Any) -> Tensor:
 class NeuronStats:
     """Looks at a model's MLPs: `before_step`, the training step, then `look`.
 
-    `state` is what accumulates, tensors on the CPU, one a layer; a checkpoint keeps it and it is given back here.
+    `state` is what accumulates, tensors on the CPU, one a layer, and the `last` look with its step, for the summary; a
+    checkpoint keeps it and it is given back here.
     Raises ValueError for a model whose blocks have other MLPs.
     """
 
-    def __init__(self, model: GPT, state: dict[str, list[Tensor]] | None = None) -> None:
+    def __init__(self, model: GPT, state: dict[str, Any] | None = None) -> None:
         for block in blocks(model):
             if not _is_gated(getattr(block, "mlp", None)):
                 raise ValueError(
@@ -143,6 +145,7 @@ class NeuronStats:
             moved=[torch.zeros(len(MATRICES), F, dtype=torch.float64) for F in widths],  # sums of row norms
             ever_dead=[torch.zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],
             dead_since=[torch.zeros(len(MEASURES), F, dtype=torch.int64) for F in widths],  # 0: alive
+            last=None,
         )
 
     def before_step(self) -> None:
@@ -162,6 +165,7 @@ class NeuronStats:
         since = torch.cat(self.state["dead_since"], dim=-1)
         row["dead_since"] = {m: number(s[s > 0].double().quantile(0.5)) if s.any() else None
                              for m, s in zip(MEASURES, since, strict=True)}  # fmt: skip
+        self.state["last"] = dict(step=step, **row)
         return row
 
     def _look_at_weights(self, layer: int, row: Row) -> None:
@@ -191,7 +195,8 @@ class NeuronStats:
             for name, share in shares.items():
                 lists = row[name].setdefault(measure, {})
                 for threshold, value in zip(THRESHOLDS, share[i].double().mean(-1), strict=True):
-                    lists.setdefault(f"{threshold:g}", []).append(number(value))
+                    known = value if median[i].isfinite() else math.nan  # nothing is below a median that is none
+                    lists.setdefault(f"{threshold:g}", []).append(number(known))
 
 
 def _is_gated(mlp: object) -> bool:

@@ -367,7 +367,6 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
                 found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)))
                 seconds = clock.seconds["train"]
                 log.metric(step=step + 1, tokens=tokens + config.batch_tokens, train_time_s=seconds, neurons=found)
-                summary["neurons"] = dict(step=step + 1, **found)
             if (step + 1) % config.log_every == 0:
                 clock.switch("logging")
                 loss = machine.sum(loss_sum).item() / config.batch_tokens
@@ -414,7 +413,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     summary.update(
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
-        **log.facts,
+        neurons=run.neurons and run.neurons.state["last"], **log.facts,
     )  # fmt: skip
     log.summary(summary)
     if machine.rank != 0:
@@ -431,7 +430,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     log.line(f"run          {summary['status']}")
     if summary["val_loss"] is not None:
         log.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {tokens:,} tokens")
-    if "neurons" in summary:
+    if summary["neurons"]:
         log.line(f"neurons      {in_words(summary['neurons'])}")
     log.line(f"speed        {tokens_per_s:,.0f} tokens/s{f', MFU {mfu:.1%}' if mfu else ''}")
     log.line(f"machine      {machine.world_size} x {machine.name}, peak memory {summary['peak_memory_mib']:,.0f} MiB")

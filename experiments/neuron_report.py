@@ -67,8 +67,8 @@ def percent(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def final(run: Row, *keys: str) -> float | None:
-    """A number of a run's last look, over all layers; None for a run without looks."""
-    value: Any = run["last"]
+    """A number of a run's last look, over all layers; None for a run that diverged or had no look."""
+    value: Any = None if run["val_loss"] is None else run["last"]
     for key in keys:
         value = value and value[key]
     return pooled(value) if isinstance(value, list) else value
@@ -177,20 +177,18 @@ def draw(record: Record, path: Path) -> None:
     colors = {arm: f"C{index}" for index, arm in enumerate(record["arms"])}
     for (expansion, arm), runs in by_cell(record).items():
         dead_axis, spread_axis, loss_axis = grid[expansions.index(expansion)]
-        known = [run for run in runs if run["looks"]["steps"]]
+        known = [run for run in runs if run["looks"]["steps"] and run["val_loss"] is not None]
         if not known:
             continue
-        length = min(len(run["looks"]["steps"]) for run in known)  # a run that diverged is shorter
-        steps = known[0]["looks"]["steps"][:length]
+        steps = known[0]["looks"]["steps"]
         of_dead = [run["looks"]["dead"]["mean"][MAIN_KEY] for run in known]
         of_spread = [[pooled(at) for at in zip(*run["looks"]["update_cv"].values(), strict=True)] for run in known]
         for axis, curves, scale in (dead_axis, of_dead, 100), (spread_axis, of_spread, 1):
-            values = scale * np.array([curve[:length] for curve in curves], dtype=float)  # None: nan
+            values = scale * np.array(curves, dtype=float)  # None: nan
             axis.plot(steps, values.mean(0), color=colors[arm], label=arm)
             axis.fill_between(steps, values.min(0), values.max(0), color=colors[arm], alpha=0.2, linewidth=0)
-        points = [(100 * (final(run, "dead", "mean", MAIN_KEY) or 0.0), run["val_loss"]) for run in known]
-        points = [point for point in points if point[1] is not None]
-        loss_axis.plot(*zip(*points, strict=True), "o", color=colors[arm]) if points else None
+        points = [(_or_nan(final(run, "dead", "mean", MAIN_KEY), 100), run["val_loss"]) for run in known]
+        loss_axis.plot(*zip(*points, strict=True), "o", color=colors[arm])
     for expansion, (dead_axis, spread_axis, loss_axis) in zip(expansions, grid, strict=True):
         dead_axis.set(xlabel="step", ylabel=f"dead below {MAIN_KEY} of the median (%)", title=f"MLP {expansion}")
         spread_axis.set(xlabel="step", ylabel="spread of updates' row norms", title="standard deviation / mean")

@@ -7,8 +7,8 @@
     python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run's looks)
 
 The claim: over 25% of the neurons dead by step 500 under Muon at 340 M parameters, by a threshold that was not
-published. Protocol, fixed before any run was looked at: every arm, a rule for the hidden matrices, trains the recipe's
-model to the end of the schedule, all other settings alike, with MLPs of each expansion (hidden over model width).
+published. Protocol, with its thresholds, fixed before any reported run: every arm, a rule for the hidden matrices,
+trains the recipe's model to the end of the schedule, all else alike, with MLPs of each expansion (hidden over width).
 Tuning is equal: for each arm and expansion the same number of learning rates on seed 100, which is not reported; the
 lowest final validation loss wins, and a winner at an end of the rates tried is marked. Then seeds 0, 1 and 2 with that
 rate. Dead is a neuron whose mean activation is below 0.1 of its layer's median; all thresholds and both measures are
@@ -61,6 +61,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(arms=("muon", "aurora", "adamw"), expansions=("8/3",), steps=300, seeds=(0, 1, 2), rates_tried=0),
     "full": dict(arms=tuple(ARMS), expansions=("8/3", "4", "8"), steps=600, seeds=(0, 1, 2), rates_tried=len(RATES)),
 }
+FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
 Cell = dict[str, str]
 
 
@@ -113,8 +114,13 @@ def with_preset(options: Options) -> Options:
         raise ValueError(f"rates_tried = {options.rates_tried} must be 0 (no tuning) or 2 to {len(RATES)}")
     if options.rates_tried and TUNING_SEED in options.seeds:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
-    if options.every < 1 or options.steps < options.every:
-        raise ValueError(f"every = {options.every} must be 1 to steps = {options.steps}; 25 is usual")
+    if options.every < 1 or options.steps < 1 or options.steps % options.every:
+        raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
+    for key in assignments(itertools.chain(*options.set)):
+        if key in FIXED or key in itertools.chain(*ARMS.values(), ("matrix_lr", "mlp_hidden", "seed", "neuron_stats")):
+            raise ValueError(
+                f"--set {key}: the experiment sets that itself; see --steps, --every, --arms, --expansions"
+            )
     return options
 
 
@@ -170,6 +176,7 @@ def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: floa
         run.loader.close()
     finally:
         torch.set_num_threads(before)
+        torch.cuda.empty_cache()  # the runs need it
     step_s = sorted(times[1:])[2]
     steps_of_validation = 2 * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of a step
     return start_s + step_s * (config.train_steps + steps_of_validation)
@@ -210,8 +217,8 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
 
 def fixed_settings(options: Options) -> Cell:
     """Of every run; a validation at the end alone, as nothing stops at a target."""
-    fixed = {"stop_at_target": "false", "train_steps": str(options.steps), "val_every": str(options.steps)}
-    return fixed | assignments(itertools.chain(*options.set))
+    steps = str(options.steps)
+    return {**FIXED, "train_steps": steps, "val_every": steps, **assignments(itertools.chain(*options.set))}
 
 
 def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> list[Result]:
@@ -263,6 +270,16 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
     )  # fmt: skip
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that this experiment did not write."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        report(record)
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
+    return record
+
+
 def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -287,7 +304,7 @@ def main(argv: list[str]) -> int:
             path = Path(f"{options.out.rstrip('/')}.json")
             record = experiment(options, of_all, jobs)
             path.write_text(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-        record = json.loads(path.read_text())
+        record = read_record(path)
         draw(record, path.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

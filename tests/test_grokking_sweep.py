@@ -77,6 +77,7 @@ def test_a_resumed_sweep_is_the_uninterrupted_one(in_process: None, tmp_path: Pa
         assert (out / "runs.jsonl").read_text().startswith("".join(lines[:kept]))
     assert {run["settings"]["seed"] for run in whole["tuning"]} == {100}
     assert {run["settings"]["seed"] for run in whole["runs"]} == {0, 1}
+    assert all(run["git_commit"] and run["device"] for run in whole["runs"])
 
 
 def test_a_finished_sweep_runs_nothing_again(
@@ -87,10 +88,17 @@ def test_a_finished_sweep_runs_nothing_again(
     first = capsys.readouterr().out
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(pool, "train", lambda settings: pytest.fail("ran again"))
-    assert grokking.main([*command, "--table"]) == 0
-    assert grokking.main([*SMALL, "--table", f"--out={tmp_path / 'new'}"]) == 2
+    written = (tmp_path / "result.json").stat().st_mtime_ns
+    with pool.Store(tmp_path):  # as while the sweep goes on
+        assert grokking.main([*command, "--table"]) == 0
     assert grokking.main(["--draw", str(tmp_path / "result.json")]) == 0
-    assert capsys.readouterr().out == first * 2
+    assert (tmp_path / "result.json").stat().st_mtime_ns == written
+    table, _, _ = first.rpartition("2 runs -> ")
+    assert capsys.readouterr().out == table * 2
+    assert grokking.main(command) == 0
+    assert "2 runs to report; 4 are done\n" in capsys.readouterr().err
+    assert grokking.main([*SMALL, "--table", f"--out={tmp_path / 'new'}"]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
@@ -156,9 +164,9 @@ def run_of(
     chosen = asdict(Settings("add", optimizer, seed=seed, max_steps=1000, sustain_steps=200, **settings))
     curves = dict(step=[0, 500], train_accuracy=[0.0, 1.0], val_accuracy=[0.0, best])
     return dict(
-        settings=chosen, status="ended", steps=1000, seconds=10.0, memorised=100, crossed=sustained,
-        sustained=sustained, delay=None if sustained is None else sustained - 100, collapsed=False,
-        best_val_accuracy=best, curves=curves,
+        settings=chosen, status="ended", steps=1000, seconds=10.0, memorised=100, collapsed=False,
+        crossed=None if sustained is None else sustained - 50, sustained=sustained,
+        delay=None if sustained is None else sustained - 100, best_val_accuracy=best, curves=curves,
     )  # fmt: skip
 
 
@@ -170,6 +178,7 @@ def test_the_sweep_chooses_fewest_steps_then_accuracy() -> None:
     assert [(best.optimizer, best.lr) for best in grokking.choose(runs)] == [("muon", 0.2), ("adamw", 0.2)]
     second = [run_of(lr=0.1, sustained=210, seed=101), run_of(lr=0.2, seed=101)]  # the latter fails on another seed
     assert [best.lr for best in grokking.choose([*runs[:2], *second])] == [0.1]
+    assert [best.lr for best in grokking.choose([*second, *runs[:2]])] == [0.1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,10 +206,19 @@ def test_the_table_says_what_the_runs_do(result: dict[str, Any]) -> None:
     assert (adamw["sustained"], adamw["interval"], adamw["never"]) == ("800", "600 to never", "2/5")
     assert (muon["sustained"], muon["interval"], muon["never"]) == ("300", "100 to 500", "0/5")
     assert (muon["delay"], muon["memorised"], muon["ratio"]) == ("200", "100", "0.38")
-    assert (muon["p"], muon["holm"]) == ("0.0079", "0.0079")
-    assert (adamw["ratio"], adamw["p"]) == ("-", "-")
+    assert (adamw["crossed"], muon["crossed"]) == ("750", "250")
+    assert (muon["p"], adamw["ratio"], adamw["p"]) == ("0.0079", "-", "-")
     assert (adamw["lr"], muon["lr"], muon["decay"]) == ("0.3*", "0.2", "1*")
-    assert any("muon: before adamw in 1 of 1 settings" in line and "0.38" in line for line in report.remarks(result))
+    told = "\n".join(report.remarks(result))
+    assert "muon over all 1 settings: before adamw in 1, after it in 0; stratified log-rank p = 0.00" in told
+    assert "0.38 (1)" in told and "with 5 seeds it covers 94% and p is 0.0079 or more" in told
+
+
+def test_verdicts_are_adjusted_over_the_optimizers(result: dict[str, Any]) -> None:
+    muon = [run for run in result["runs"] if run["settings"]["optimizer"] == "muon"]
+    result["runs"] += [{**run, "settings": {**run["settings"], "optimizer": "aurora"}} for run in muon]
+    first, second = report.verdicts(result)
+    assert first["p"] == second["p"] and float(first["holm"]) == pytest.approx(2 * float(first["p"]), rel=0.06)
 
 
 def test_settings_are_told_apart_by_their_names() -> None:
@@ -223,8 +241,18 @@ def test_settings_are_told_apart_by_their_names() -> None:
         (["--widths", "100"], "even number times heads"),
         (["--max_steps", "300"], "more than sustain_steps"),
         (["--lrs=4"], "must be 1 to 3"),
-        (["--losses"], "losses is empty"),
+        (["--losses"], "losses = nothing: name at least one"),
+        (["--seeds", "1", "1"], "each once"),
+        (["--attentions", "softmax", "softmax"], "each once"),
+        (["--max_steps", "305"], "multiple of 10"),
+        (["--heads=0"], "must be 1 to 1000"),
+        (["--depth=-1"], "must be 1 to"),
+        (["--widths", "0"], "must be 2 to"),
+        (["--jobs=-1"], "must be 0 to"),
+        (["--adam_lr=nan"], "must be 0 to 10"),
+        (["--seeds", str(2**64)], "must be 0 to"),
         (["--draw", "nothing.json"], "nothing.json"),
+        (["--draw", str(ROOT / "experiments/results/row_norms.json")], "not a result of this experiment"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -243,6 +271,12 @@ def test_a_plan_is_told_and_not_started_without_a_yes(
     command = [word for word in SMALL if word != "--yes"]
     assert grokking.main([*command, f"--out={tmp_path}"]) == 2
     errors = capsys.readouterr().err
-    assert "4 runs to tune 2 optimizers and settings, 4 runs to report" in errors
+    assert "4 runs to tune 2 optimizers and settings, 4 runs to report; 0 are done" in errors
     assert "at most" in errors and "--yes" in errors
-    assert number_of_lines(tmp_path) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n')
+    assert grokking.main([*SMALL, f"--out={tmp_path}"]) == 2
+    assert "runs.jsonl line 1 is no run of this" in capsys.readouterr().err

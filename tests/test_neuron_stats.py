@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 import model
 import neuron_stats
 import train_gpt
-from model import GPT, ModelConfig
-from neuron_stats import MATRICES, MEASURES, THRESHOLDS, NeuronStats, effective_rank, leverage
+from machine import Clock
+from model import GPT, IGNORE_INDEX, ModelConfig, rms_norm
+from neuron_stats import MATRICES, MEASURES, THRESHOLDS, NeuronStats, effective_rank, leverage, magnitudes
 from tests.conftest import Trainer, python, torchrun
 from tests.test_train import assert_refused, metrics, only_run, summary
 
@@ -101,6 +101,31 @@ class Planted:
         return strict_json(json.dumps(row))
 
 
+def test_magnitudes_are_those_of_the_neurons_by_hand() -> None:
+    planted = Planted()
+    planted.look(*[(torch.randn(2, NUM_NEURONS, 16), torch.randn(16, NUM_NEURONS)) for _ in range(2)])
+    gpt = planted.model
+    x = rms_norm(gpt.embed(planted.tokens))
+    for layer, found in enumerate(magnitudes(gpt, planted.tokens)):
+        block, mlp = gpt.blocks[layer], planted.mlp(layer)
+        x = x + block.attention(rms_norm(x), gpt.rotary)  # type: ignore[operator]
+        gate, up = (rms_norm(x) @ weight.mT for weight in mlp.gate_up)
+        size = (gate / (1 + (-gate).exp()) * up).abs().flatten(0, 1)
+        torch.testing.assert_close(found.float(), torch.stack([size.mean(0), size.amax(0)]), rtol=1e-4, atol=1e-5)
+        x = x + mlp(rms_norm(x))
+    assert not any(block.mlp._forward_pre_hooks for block in gpt.blocks)
+
+
+def test_rows_that_only_fill_a_batch_up_do_not_count() -> None:
+    whole, part, filled = (Planted() for _ in range(3))
+    targets = filled.tokens.clone()
+    targets[5:] = IGNORE_INDEX
+    for planted in (whole, part, filled):
+        planted.stats.before_step()
+    expected = part.stats.look(1, part.tokens[:5], part.tokens[:5])
+    assert filled.stats.look(1, filled.tokens, targets) == expected != whole.stats.look(1, whole.tokens, whole.tokens)
+
+
 def test_planted_dead_neurons_are_counted_by_layer_and_threshold_and_may_revive() -> None:
     planted = Planted()
     before = planted.look()
@@ -173,7 +198,7 @@ def test_weights_that_are_not_finite_are_no_numbers_in_json() -> None:
     planted = Planted()
     row = planted.look((torch.full((2, NUM_NEURONS, 16), math.nan), torch.full((16, NUM_NEURONS), math.inf)))
     assert row["gate"]["leverage_cv"][0] is row["down"]["update_cv"][0] is row["median"]["mean"][0] is None
-    assert row["dead"]["mean"]["0.1"] == [0, 0]
+    assert row["dead"]["mean"]["0.1"][0] is row["revived"]["peak"]["0.3"][0] is None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,7 +238,7 @@ def test_looks_leave_the_training_as_it_is(trainer: Trainer, tmp_path: Path, wat
     final = summary(watched)
     assert final["neurons"] == {"step": 40, **looks(watched)[40]}
     assert final["phase_s"]["neurons"] > 0
-    assert "neurons" not in summary(plain)
+    assert summary(plain)["neurons"] is None
     dead = 100 * sum(final["neurons"]["dead"]["mean"]["0.1"]) / 2
     assert f"neurons      step 40: {dead:.2f}% dead (mean below 0.1" in (watched / "log.txt").read_text()
 
@@ -228,7 +253,7 @@ def test_a_resumed_run_writes_the_rows_of_an_uninterrupted_one(trainer: Trainer,
 def test_a_checkpoint_of_a_run_without_looks_is_enough(trainer: Trainer, tmp_path: Path, watched: Path) -> None:
     path = tmp_path / "checkpoint_000020.pt"
     state = torch.load(watched / path.name, weights_only=True)
-    del state["neurons"], state["config"]["neuron_stats"], state["summary"]["neurons"]  # as before there were any
+    del state["neurons"], state["config"]["neuron_stats"]  # as before there were any
     torch.save(state, path)
     assert trainer("--neuron_stats=20", f"--resume={path}").returncode == 0
     found = looks(only_run(tmp_path))
@@ -237,20 +262,37 @@ def test_a_checkpoint_of_a_run_without_looks_is_enough(trainer: Trainer, tmp_pat
     assert found[40]["gate"]["least_moved_share"] != looks(watched)[40]["gate"]["least_moved_share"]
 
 
-def test_looks_are_off_the_clock(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowed(genuine: Any) -> Any:
-        def slow(*arguments: Any) -> Any:
-            time.sleep(0.5)
+def test_looks_are_off_the_clock(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    seen: list[tuple[str, str]] = []
+
+    def noted(name: str, genuine: Any) -> Any:
+        def note(*arguments: Any) -> Any:
+            if name == "switch":
+                phases.append(arguments[1])
+            else:
+                seen.append((name, phases[-1]))
             return genuine(*arguments)
 
-        return slow
+        return note
 
-    for name in ("before_step", "look"):
-        monkeypatch.setattr(NeuronStats, name, slowed(getattr(NeuronStats, name)))
-    assert trainer("--neuron_stats=2", "--train_steps=4").returncode == 0
-    final = summary(only_run(tmp_path))
-    assert final["phase_s"]["neurons"] >= 2.0
-    assert final["train_time_s"] == final["phase_s"]["train"] < 0.5
+    for place, name in (
+        (Clock, "switch"),
+        (NeuronStats, "before_step"),
+        (NeuronStats, "look"),
+        (train_gpt, "train_step"),
+    ):
+        monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+    assert trainer("--neuron_stats=2", "--train_steps=3").returncode == 0
+    trained = ("train_step", "train")
+    assert [found for found in seen if found != ("train_step", "warmup")] == [
+        trained, ("before_step", "neurons"), trained, ("look", "neurons"), trained
+    ]  # fmt: skip
+
+
+def test_a_run_resumed_without_looks_reports_none(trainer: Trainer, tmp_path: Path, watched: Path) -> None:
+    assert trainer(f"--resume={watched / 'checkpoint_000030.pt'}").returncode == 0
+    assert summary(only_run(tmp_path))["neurons"] is None
 
 
 def test_every_first_step_is_json(trainer: Trainer, tmp_path: Path) -> None:

@@ -108,7 +108,19 @@ def grokking_section(*names: str) -> str:
 
 def neurons_section() -> str:
     """Dead neurons and losses, by expansion and arm."""
-    return neuron_report.table(json.loads((EXPERIMENTS / "neurons.json").read_text()), markdown=True)
+    rows = neuron_report.summary(json.loads((EXPERIMENTS / "neurons.json").read_text()))
+    shown = (
+        "MLP",
+        "arm",
+        "rate",
+        "final loss",
+        "dead % < 0.3",
+        "dead % < 0.1",
+        "ever dead %",
+        "CV gate, up",
+        "CV down",
+    )
+    return markdown(rows, {key: key for key in shown})
 
 
 SECTIONS = {

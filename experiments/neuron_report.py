@@ -79,7 +79,7 @@ def mean_spread(run: Row, *matrices: str) -> float | None:
     return pooled(value for name in matrices for value in run["looks"]["update_cv"][name])
 
 
-def table(record: Record, markdown: bool = False) -> str:
+def summary(record: Record) -> list[Row]:
     """A row for each expansion and arm; means over the seeds (± standard deviation), dead by the mean over tokens."""
     rows = []
     for (expansion, arm), runs in by_cell(record).items():
@@ -98,7 +98,11 @@ def table(record: Record, markdown: bool = False) -> str:
         moved = [pooled(final(run, name, "least_moved_share") for name in MATRICES) for run in runs]
         row["least moved %"] = percent(moved)
         rows.append(row)
-    return _as_text(rows, markdown)
+    return rows
+
+
+def table(record: Record, markdown: bool = False) -> str:
+    return _as_text(summary(record), markdown)
 
 
 def sensitivity(record: Record, markdown: bool = False) -> str:

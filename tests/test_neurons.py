@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments import neuron_report, neurons, sweep
 from experiments.neurons import Options, best_rate, groups, main, rates_of, with_preset
-from tests.conftest import Trainer
+from tests.conftest import ROOT, Trainer
 from tests.test_neuron_stats import strict_json
 from tests.test_train import metrics, only_run
 
@@ -206,10 +206,12 @@ def test_hidden_widths_are_multiples_of_64() -> None:
         (["--rates_tried=1"], ["rates_tried = 1", "2 to 4"]),
         (["--rates_tried=2", "--seeds", "100"], ["100 is for tuning"]),
         (["--every=0"], ["every = 0"]),
-        (["--steps=20"], ["every = 25 must be 1 to steps = 20"]),
+        (["--steps=20"], ["every = 25 must divide steps = 20"]),
         (["--expansions", "8/0"], ["'8/0'", "try 8/3 4 8"]),
         (["--expansions", "8/3", "4"], ["8/3 and 4 are both mlp_hidden = 64"]),
-        (["--set", "mlp_hidden=3"], ["mlp_hidden cannot be set here"]),
+        (["--set", "mlp_hidden=3"], ["mlp_hidden: the experiment sets that itself"]),
+        (["--set", "train_steps=3"], ["train_steps: the experiment sets that itself"]),
+        ([f"--draw={ROOT / 'experiments/results/sotu_tuning.json'}"], ["not a result of this experiment"]),
         (["--preset=full", "--expansions", "4", "--arms", "muon"], ["nothing was started", "--yes"]),
         (["--draw=none.json"], ["none.json"]),
         (["--preset=fast"], ["fast"]),

@@ -13,6 +13,7 @@ from benchmarks.tables import Row, markdown, with_section
 from experiments import neuron_report
 from experiments.grokking import report as grokking
 from experiments.row_norms import cells
+from neuron_stats import THRESHOLDS
 
 README = Path(__file__).parent.parent / "README.md"
 EXPERIMENTS = README.parent / "experiments/results"
@@ -96,31 +97,18 @@ def row_norms_section() -> str:
     return markdown([dict(zip(header, row, strict=True)) for row in rows], dict(zip(header, header, strict=True)))
 
 
-def grokking_section(*names: str) -> str:
-    """Steps to generalisation of each setting and optimizer, in these of the committed results."""
-    parts = []
-    for name in names:
-        result = json.loads((EXPERIMENTS / f"{name}.json").read_text())
-        table = grokking.summary(result)
-        parts.append(markdown(table, {key: key for key in max(table, key=len)}))
-    return "\n".join(parts)
+def grokking_section(name: str) -> str:
+    """Steps to generalisation of each setting and optimizer, in one of the committed results."""
+    table = grokking.summary(json.loads((EXPERIMENTS / f"{name}.json").read_text()))
+    return markdown(table, {key: key for key in max(table, key=len)})
 
 
 def neurons_section() -> str:
     """Dead neurons and losses, by expansion and arm."""
     rows = neuron_report.summary(json.loads((EXPERIMENTS / "neurons.json").read_text()))
-    shown = (
-        "MLP",
-        "arm",
-        "rate",
-        "final loss",
-        "dead % < 0.3",
-        "dead % < 0.1",
-        "ever dead %",
-        "CV gate, up",
-        "CV down",
-    )
-    return markdown(rows, {key: key for key in shown})
+    dead = [f"dead % < {threshold:g}" for threshold in THRESHOLDS[:2]]
+    shown = ["MLP", "arm", "rate", "final loss", *dead, f"by peak % < {THRESHOLDS[0]:g}", "ever dead %", "CV gate, up"]
+    return markdown(rows, dict(zip(shown, shown, strict=True)))
 
 
 SECTIONS = {

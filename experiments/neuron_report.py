@@ -90,6 +90,8 @@ def summary(record: Record) -> list[Row]:
         for threshold in THRESHOLDS:
             shares = [final(run, "dead", "mean", f"{threshold:g}") for run in runs]
             row[f"dead % < {threshold:g}"] = percent(shares)
+        by_peak = [final(run, "dead", "peak", f"{THRESHOLDS[0]:g}") for run in runs]
+        row[f"by peak % < {THRESHOLDS[0]:g}"] = percent(by_peak)
         row["half dead by"] = mean_and_sd([final(run, "dead_since", "mean") for run in runs], 0)
         for name in ("ever_dead", "revived"):
             row[f"{name.replace('_', ' ')} %"] = percent([final(run, name, "mean", MAIN_KEY) for run in runs])

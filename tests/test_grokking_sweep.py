@@ -214,6 +214,18 @@ def test_the_table_says_what_the_runs_do(result: dict[str, Any]) -> None:
     assert "0.38 (1)" in told and "with 5 seeds it covers 94% and p is 0.0079 or more" in told
 
 
+def test_the_table_in_brief(result: dict[str, Any]) -> None:
+    (row,) = report.summary(result)
+    assert row == {
+        "setting": "add, 80% of rows, width 128", "adamw": "750 / 800 (3 of 5)", "muon": "250 / 300 (5 of 5)",
+        "p, muon": "0.0079",
+    }  # fmt: skip
+    for run in result["runs"]:
+        run["crossed"] = run["sustained"] = None
+    (row,) = report.summary(result)
+    assert (row["adamw"], row["muon"], row["p, muon"]) == ("never (0 of 5)", "never (0 of 5)", "-")
+
+
 def test_verdicts_are_adjusted_over_the_optimizers(result: dict[str, Any]) -> None:
     muon = [run for run in result["runs"] if run["settings"]["optimizer"] == "muon"]
     result["runs"] += [{**run, "settings": {**run["settings"], "optimizer": "aurora"}} for run in muon]

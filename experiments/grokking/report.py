@@ -114,11 +114,12 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def summary(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The table in brief, a row a setting: each optimizer's `first 95% / held 95%`, and how many runs never held it."""
+    """The table in brief, a row a setting: each optimizer's `first 95% / held 95%`, and how many runs held it."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows(result):
-        missed = "" if row["never"].startswith("0/") else f" ({row['never']} never)"
-        found[row["setting"]] |= {row["optimizer"]: f"{row['crossed']} / {row['sustained']}{missed}"}
+        steps = " / ".join(dict.fromkeys((row["crossed"], row["sustained"])))
+        held = int(row["n"]) - int(row["never"].split("/")[0])
+        found[row["setting"]] |= {row["optimizer"]: f"{steps} ({held} of {row['n']})"}
         if row["optimizer"] != BASELINE:
             found[row["setting"]] |= {f"p, {row['optimizer']}": row["p"]}
     return [{"setting": setting, **row} for setting, row in found.items()]

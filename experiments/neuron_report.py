@@ -174,7 +174,7 @@ def report(record: Record) -> str:
 
 
 def draw(record: Record, path: Path) -> None:
-    """A line of panels for each expansion: dead share and spread against steps, final loss against dead share."""
+    """A line of panels for each expansion: dead shares and spread against steps, final loss against dead share."""
     plt = _pyplot()
     expansions = record["expansions"]
     figure, grid = plt.subplots(
@@ -189,14 +189,17 @@ def draw(record: Record, path: Path) -> None:
         steps = known[0]["looks"]["steps"]
         of_dead = [run["looks"]["dead"]["mean"][MAIN_KEY] for run in known]
         of_spread = [[pooled(at) for at in zip(*run["looks"]["update_cv"].values(), strict=True)] for run in known]
-        for axis, curves, scale in (dead_axis, of_dead, 100), (spread_axis, of_spread, 1):
+        of_peak = [run["looks"]["dead"]["peak"][f"{THRESHOLDS[0]:g}"] for run in known]
+        panels = (dead_axis, of_dead, 100, "-"), (dead_axis, of_peak, 100, ":"), (spread_axis, of_spread, 1, "-")
+        for axis, curves, scale, style in panels:
             values = scale * np.array(curves, dtype=float)  # None: nan
-            axis.plot(steps, values.mean(0), color=colors[arm], label=arm)
+            axis.plot(steps, values.mean(0), style, color=colors[arm], label=arm if style == "-" else None)
             axis.fill_between(steps, values.min(0), values.max(0), color=colors[arm], alpha=0.2, linewidth=0)
         points = [(_or_nan(final(run, "dead", "mean", MAIN_KEY), 100), run["val_loss"]) for run in known]
         loss_axis.plot(*zip(*points, strict=True), "o", color=colors[arm])
     for expansion, (dead_axis, spread_axis, loss_axis) in zip(expansions, grid, strict=True):
-        dead_axis.set(xlabel="step", ylabel=f"dead below {MAIN_KEY} of the median (%)", title=f"MLP {expansion}")
+        told = f"mean below {MAIN_KEY}; dotted: peak below {THRESHOLDS[0]:g}"
+        dead_axis.set(xlabel="step", ylabel=f"dead neurons (%)\n{told}", title=f"MLP {expansion}")
         spread_axis.set(xlabel="step", ylabel="spread of updates' row norms", title="standard deviation / mean")
         loss_axis.set(xlabel="dead at the end (%)", ylabel="final loss (nats a token)", title="each run")
     for axis in grid.flat:

@@ -104,6 +104,7 @@ def test_a_finished_sweep_runs_nothing_again(
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.grokking", *SMALL, "--max_steps=200", f"--out={tmp_path}"]
+    command += ["--lrs=3", "--weight_decays=5", "--seeds", *map(str, range(99))]  # far more than will be run
     for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)
         before = number_of_lines(tmp_path)

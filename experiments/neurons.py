@@ -12,7 +12,7 @@ trains the recipe's model to the end of the schedule, all else alike, with MLPs 
 Tuning is equal: for each arm and expansion the same number of learning rates on seed 100, which is not reported; the
 lowest final validation loss wins, and a winner at an end of the rates tried is marked. Then seeds 0, 1 and 2 with that
 rate. Dead is a neuron whose mean activation is below 0.1 of its layer's median; all thresholds and both measures are
-printed. quick takes README's tuned rates and is no evidence on arms that have none there. A diverged run is a result.
+printed. quick takes rates that won over 200 steps (results/neurons.json) and tunes nothing. A diverged run is a result.
 
 OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. OUT.json keeps
 what the tables need, OUT.png is the figure. Exit status as the sweep's.
@@ -55,7 +55,7 @@ ARMS = {
     "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
 }
 RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rates_tried takes the first so many
-DEFAULT_RATES = {"adamw": 0.002, "muon": 0.01}  # without tuning: README's equal sweep; 0.02 for aurora and the rest
+DEFAULT_RATE = 0.02  # without tuning: what won for all arms tried at 8/3 over 200 steps (results/neurons.json)
 TUNING_SEED = 100
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(arms=("muon", "aurora", "adamw"), expansions=("8/3",), steps=300, seeds=(0, 1, 2), rates_tried=0),
@@ -143,9 +143,9 @@ def groups(options: Options, model_dim: int) -> list[Group]:
 
 
 def rates_of(arm: str, count: int) -> tuple[float, ...]:
-    """The first `count` rates, ascending; the arm's default for 0."""
-    tried = sorted(RATES[:count]) or [DEFAULT_RATES.get(arm, 0.02)]
-    return tuple(rate / 10 if count and arm == "adamw" else rate for rate in tried)
+    """The first `count` rates, ascending; the default alone for 0."""
+    tried = sorted(RATES[:count]) or [DEFAULT_RATE]
+    return tuple(rate / 10 if arm == "adamw" else rate for rate in tried)
 
 
 def _words(settings: Cell) -> list[str]:

@@ -123,7 +123,7 @@ def test_a_real_run_is_kept_as_its_looks_say(
         assert dead == pytest.approx(np.mean(looks[step]["dead"]["peak"]["0.3"]), rel=5e-3)
     assert run["val_loss"] == round(metrics(directory, "val_loss")[12], 4)
     summary = json.loads((directory / "summary.json").read_text())
-    assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.01, False)
+    assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.02, False)
     assert "rates were not tuned here" in capsys.readouterr().out
 
 
@@ -182,8 +182,8 @@ def test_correlation_is_scipys_and_within_arms_without_their_means(tmp_path: Pat
 
 
 def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
-    assert rates_of("muon", 0) == (0.01,)
-    assert rates_of("aurora_warm", 0) == (0.02,)
+    assert rates_of("muon", 0) == rates_of("aurora_warm", 0) == (0.02,)
+    assert rates_of("adamw", 0) == (0.002,)
     assert rates_of("adamw", 4) == (0.0005, 0.001, 0.002, 0.004)
     assert rates_of("muon", 2) == rates_of("aurora", 2) == (0.02, 0.04)
     assert rates_of("adamw", 2) == (0.002, 0.004)

@@ -116,8 +116,9 @@ def with_preset(options: Options) -> Options:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
     if options.every < 1 or options.steps < 1 or options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
+    own = {*FIXED, *itertools.chain(*ARMS.values()), "matrix_lr", "mlp_hidden", "seed", "neuron_stats"}
     for key in assignments(itertools.chain(*options.set)):
-        if key in FIXED or key in itertools.chain(*ARMS.values(), ("matrix_lr", "mlp_hidden", "seed", "neuron_stats")):
+        if key in own:
             raise ValueError(
                 f"--set {key}: the experiment sets that itself; see --steps, --every, --arms, --expansions"
             )

@@ -187,9 +187,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _draw_curves(axis: Any, setting: str, runs_of: dict[str, list[Run]]) -> None:
     for index, (optimizer, runs) in enumerate(runs_of.items()):
         for seed, run in enumerate(runs):
-            steps_of, color, label = run["curves"]["step"], f"C{index}", None if seed else optimizer
-            axis.plot(steps_of, run["curves"]["val_accuracy"], color=color, linewidth=1, label=label)
-            axis.plot(steps_of, run["curves"]["train_accuracy"], ":", color=color, linewidth=0.6, alpha=0.7)
+            curves, color, label = run["curves"], f"C{index}", None if seed else optimizer
+            axis.plot(curves["step"], curves["val_accuracy"], color=color, linewidth=1, label=label)
+            axis.plot(curves["step"], curves["train_accuracy"], ":", color=color, linewidth=0.6, alpha=0.7)
     axis.set_title(setting, fontsize=9)
     axis.set_xlabel("step", fontsize=8)
     axis.grid(alpha=0.3)

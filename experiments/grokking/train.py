@@ -70,11 +70,7 @@ class Look:
 
 
 def build(settings: Settings, device: torch.device) -> tuple[Decoder, list[torch.optim.Optimizer]]:
-    """The model and its optimizers, routed as in training. Raises ValueError for settings that do not go together."""
-    if settings.width % (2 * settings.heads):
-        raise ValueError(
-            f"width = {settings.width} must be an even number times heads = {settings.heads}; 128 and 4 do"
-        )
+    """The model and its optimizers, routed as in training. `width` is an even number times `heads`."""
     shape = ModelConfig(
         vocab_size=VOCAB_SIZE, num_layers=settings.depth, num_heads=settings.heads,
         head_dim=settings.width // settings.heads, model_dim=settings.width, seq_len=MAX_TOKENS,

@@ -1,7 +1,8 @@
-"""Matrix kernels of the optimizers: Triton on CUDA, the same functions in plain torch everywhere else.
+"""Kernels of the optimizers and of the loss: Triton on CUDA, the same functions in plain torch everywhere else.
 
     ops = kernels.backend("auto", device)
-    R = ops.gram(X)                          row_norm, normalize_rows, gram, symmetric_product, apply_symmetric
+    R = ops.gram(X)                          row_norm, normalize_rows, gram, symmetric_product, apply_symmetric,
+                                             cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
 
 Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
 """
@@ -9,10 +10,11 @@ Each Triton file says what it computes and costs; reference.py holds the plain t
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "torch")
 
 
@@ -26,6 +28,7 @@ class Backend(NamedTuple):
     gram: Callable[..., Any]
     symmetric_product: Callable[..., Any]
     apply_symmetric: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
 
 
 def backend(kernels: str, device: torch.device) -> Backend:
@@ -46,12 +49,19 @@ def backend(kernels: str, device: torch.device) -> Backend:
     if kernels == "auto":
         return _torch()
     raise ValueError(
-        f"kernels = 'triton' needs a CUDA GPU of compute capability 8.0 or later, and the matrices are on {device}; "
+        f"kernels = 'triton' needs a CUDA GPU of compute capability 8.0 or later, and the tensors are on {device}; "
         "use kernels = 'torch' or 'auto'"
     )
 
 
-@torch.compiler.assume_constant_result
+def constant(function: F) -> F:
+    """Mark a function whose result torch.compile may take as a constant: torch.compiler.assume_constant_result, which
+    imports the compiler to do just this, two seconds of the start of every process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def _has_triton() -> bool:
     return _find_triton()
 
@@ -64,13 +74,16 @@ def _find_triton() -> bool:
 def _torch() -> Backend:
     from kernels import reference as r
 
-    return Backend("torch", False, r.row_norm, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric)
+    return Backend(
+        "torch", False, r.row_norm, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric, r.cross_entropy
+    )
 
 
 def _triton() -> Backend:
     from kernels.apply_symmetric import apply_symmetric
+    from kernels.cross_entropy import cross_entropy
     from kernels.gram import gram
     from kernels.row_norm import normalize_rows, row_norm
     from kernels.symmetric_product import symmetric_product
 
-    return Backend("triton", True, row_norm, normalize_rows, gram, symmetric_product, apply_symmetric)
+    return Backend("triton", True, row_norm, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy)

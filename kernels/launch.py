@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
 
+from kernels import constant
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 89, 90, 100)  # compute capabilities with tiles of their own; a device takes the next lower one's
 
@@ -55,13 +57,15 @@ def architecture(device: torch.device) -> int:
     return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
 
 
-def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function of tensors as torch.ops.aurora_kernels.<its name>, which torch.compile (fullgraph) takes
-    as one opaque node; `fake` makes its outputs without computing them."""
+    as one opaque node; `fake` makes its outputs without computing them, `mutates` names the arguments written to."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
-        _library.define(name + infer_schema(function, mutates_args=()))
+        _library.define(name + infer_schema(function, mutates_args=mutates))
 
         def on_its_device(X: Tensor, *arguments: Any) -> Any:
             if not can_launch(X.device):
@@ -79,7 +83,7 @@ def operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
     return register
 
 
-@torch.compiler.assume_constant_result
+@constant
 def can_launch(device: torch.device) -> bool:
     """On CUDA from compute capability 8.0; anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
     if device.type == "cuda":

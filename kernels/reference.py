@@ -2,12 +2,14 @@
 
 A batch of matrices is X [B, m, n]; scales are float32, one for each row or matrix. Products accumulate in float32
 (float64 for float64 inputs) and results are rounded to X's dtype. Nothing here is differentiable by intent.
+The last function belongs to the loss: logits [R, V] in, their gradients out in the same memory.
 """
 
 import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny  # keeps 0 / 0 at 0
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 26}  # logits in float32 at a time: 512 KiB stay in a core's cache, 256 MiB do not
 
 
 def row_norm(X: Tensor) -> Tensor:
@@ -103,3 +105,41 @@ def apply_symmetric(
     else:
         row_square = torch.linalg.vector_norm(Y, dim=-1, dtype=torch.promote_types(Y.dtype, torch.float32)).square()
     return Y.to(dtype or X.dtype) if outputs != "row_square" else X.new_empty(0), row_square
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    softcap: float,
+    vocab_size: int,
+    z_loss: float,
+    ignore_index: int,
+    gradient: bool,
+) -> Tensor:
+    """Each row's loss, float32 [R]; with `gradient` the logits are overwritten with the gradients of the losses' sum.
+
+    logits [R, V] (float64 ones give a float64 loss), targets int64 [R]; 0 < softcap <= 40, so that no maximum need be
+    taken off before exp. Columns from vocab_size on are no part of the softmax, their gradient is 0. A target of
+    ignore_index gives loss 0 and gradient 0; any other outside [0, vocab_size) NaN in both, and nothing is read there.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    is_valid = (targets >= 0) & (targets < vocab_size)
+    weight = is_valid.to(wide).masked_fill(~is_valid, torch.nan).masked_fill(targets == ignore_index, 0).unsqueeze(1)
+    index = targets.clamp(0, vocab_size - 1).unsqueeze(1)
+    loss = logits.new_empty(logits.size(0), dtype=wide)
+    rows = max(1, BLOCK.get(logits.device.type, BLOCK["cuda"]) // vocab_size)
+    for start in range(0, logits.size(0), rows):
+        here = slice(start, start + rows)
+        u = logits[here, :vocab_size]
+        tanh = u.to(wide, copy=True).div_(softcap).tanh_()
+        p = torch.mul(tanh, softcap).exp_()
+        total = p.sum(dim=1, keepdim=True)
+        log_total = total.log()
+        row_loss = log_total - softcap * tanh.gather(1, index[here]) + z_loss * log_total.square()
+        loss[here] = (weight[here] * row_loss).squeeze(1)
+        if gradient:
+            p.mul_(weight[here] * (1 + 2 * z_loss * log_total) / total).scatter_add_(1, index[here], -weight[here])
+            u.copy_(p.addcmul_(p, tanh.square_(), value=-1))
+    if gradient:
+        logits[:, vocab_size:] = 0
+    return loss

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.apply_symmetric import apply_symmetric
+from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
 from kernels.launch import ARCHITECTURES, DTYPES
 from kernels.row_norm import normalize_rows, row_norm
@@ -32,7 +33,8 @@ from kernels.symmetric_product import symmetric_product
 
 # Most shared memory one block may ask for, in bytes (CUDA C programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+WITHOUT_PRODUCTS = ("row_norm", "cross_entropy")  # kernels with no use for tensor cores
 
 
 class Launch(NamedTuple):
@@ -59,7 +61,7 @@ class Resources(NamedTuple):
 
     @property
     def is_good(self) -> bool:
-        needs_tensor_cores = "row_norm" not in self.what and "float32 " not in self.what
+        needs_tensor_cores = not self.what.startswith(WITHOUT_PRODUCTS) and "float32 " not in self.what
         return self.spilled == 0 and self.shared <= self.shared_limit and (self.tensor_cores or not needs_tensor_cores)
 
 
@@ -103,6 +105,11 @@ def launches(architecture: int) -> list[Launch]:
             row_norm(X)
             normalize_rows(X, torch.float16)
             normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
+        for dtype in (torch.float32, torch.bfloat16):
+            what = f"{dtype} 50304".replace("torch.", "")
+            logits, targets = torch.empty(2, 50304, dtype=dtype), torch.empty(2, dtype=torch.int64)
+            cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=True)
+        cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=False)
     return caught
 
 

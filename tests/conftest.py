@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,15 @@ TINY_VOCAB = 48
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty is full of NaN: an element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu").new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

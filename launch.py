@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from data.loader import tokens_before
 from data.prepare import ensure
 from machine import check_device
 from runlog import ROOT
@@ -61,7 +62,11 @@ def main(argv: list[str]) -> int:
         config = load_config(argv)
         check_device(config.device, config.dtype)
         arguments = torchrun_arguments(config, dict(os.environ))
-        ensure(config.train_files, config.val_files, config.train_steps * config.batch_tokens + 1)
+        ensure(
+            config.train_files,
+            config.val_files,
+            tokens_before(config.train_steps, config.batch_tokens, config.small_batch_steps) + 1,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -158,12 +159,25 @@ class Clock:
         self._start = time.perf_counter()
 
     def switch(self, phase: str) -> None:
-        """Wait for the device, book the time since the last switch to the phase that ends, enter another."""
+        """Wait for the device, book the time since the last switch to the phase that ends, enter another. From a phase
+        into itself it does nothing: step after step of training, the device is never waited for."""
+        if phase == self.phase:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[self.phase] += now - self._start
         self.phase, self._start = phase, now
+
+
+def prepare_compiler() -> None:
+    """Have torch.compile keep what it makes where the next run finds it, and refuse to fall back to eager mode, which
+    it does quietly after some number of shapes and windows."""
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    if not chosen or chosen.startswith(tempfile.gettempdir()):  # torch names its own default there when it is imported
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).resolve().parent / ".cache/inductor")
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def device_name(device: torch.device) -> str:

@@ -98,7 +98,7 @@ def pooled(values: Iterable[float | None]) -> float | None:
 
 
 @torch.no_grad()
-def magnitudes(model: GPT, inputs_BT: Tensor) -> list[Tensor]:
+def magnitudes(model: GPT, inputs_BT: Tensor, window: int | Tensor | None = None) -> list[Tensor]:
     """|silu(gate) up| of each block's neurons, mean and peak over the tokens; float64 [2, F] on the CPU."""
     found = []
 
@@ -108,7 +108,7 @@ def magnitudes(model: GPT, inputs_BT: Tensor) -> list[Tensor]:
 
     hooks = [block.mlp.register_forward_pre_hook(note) for block in blocks(model)]
     try:
-        model.hidden(inputs_BT)
+        model.hidden(inputs_BT, window)
     finally:
         for hook in hooks:
             hook.remove()
@@ -152,13 +152,14 @@ class NeuronStats:
         self._before = [weights(block.mlp) for block in blocks(self.model)]
 
     @torch.no_grad()
-    def look(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> Row:
+    def look(self, step: int, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Row:
         """The `neurons` of a row, for the step that was just made; adds to `state`.
 
-        Activations are of `inputs_BT`, without rows that only fill the batch up, whose targets are negative.
+        Activations are of `inputs_BT`, without rows that only fill the batch up, whose targets are negative, with the
+        step's attention `window` (None: the model's own).
         """
         row: Row = {name: {} for name in (*MATRICES, "median", "dead", "ever_dead", "revived")}
-        for layer, size in enumerate(magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0])):
+        for layer, size in enumerate(magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0], window)):
             self._look_at_weights(layer, row)
             self._look_at_activations(layer, size, step, row)
         self._before.clear()

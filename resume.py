@@ -4,9 +4,10 @@ Only the first rank looks; all then take what it found. A checkpoint that is dam
 it, except where its very file was named.
 """
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,14 @@ from runlog import is_running
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
 WHERE_AND_HOW = (
-    "run_dir resume device compile kernels micro_batch_tokens log_every neuron_stats checkpoint_every checkpoint_keep "
-    "checkpoint_async author description require_target train_files val_files"
+    "run_dir resume device compile kernels attention fused_norm fused_mlp fused_head micro_batch_tokens log_every "
+    "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description require_target "
+    "train_files val_files"
+)
+# What --resume=PATH may not change: the race that is run, and what a checkpoint is of.
+FIXED = (
+    "track tokenizer val_tokens matrix_optimizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden seq_len "
+    "softcap value_embeds embed_skip unet_skips joint_matrices mask_padding tie_head_steps small_batch_steps"
 )
 FILE_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
@@ -35,15 +42,15 @@ class Start:
     ended: dict[str, Any] | None = None  # summary of this job's earlier attempt, if that ended by itself
 
 
-def find_start(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], machine: Machine) -> Start:
-    """The same on every rank. config: all settings; data: fingerprints by setting; fixed: settings no run may change.
+def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
+    """The same on every rank. settings: the trainer's Config; data: fingerprints by setting.
 
     Raises ValueError, on every rank, for a named checkpoint that is damaged or of another kind of run.
     """
     start = problem = None
     if machine.rank == 0:
         try:
-            start = _look(config, data, fixed, set(machine.job))
+            start = _look(dataclasses.asdict(settings), dataclasses.asdict(type(settings)()), data, set(machine.job))
         except ValueError as error:
             problem = str(error)
     start, problem = machine.agree(start), machine.agree(problem)
@@ -52,7 +59,7 @@ def find_start(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str
     return start
 
 
-def _look(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], job: set[str]) -> Start:
+def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str], job: set[str]) -> Start:
     resume, start = config["resume"], Start()
     folder = Path(config["run_dir"])
     directories = [path for path in folder.glob("*/") if path.name.startswith(config["name"] + "-")]
@@ -65,7 +72,7 @@ def _look(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], jo
     if resume == "auto":
 
         def is_same(settings: dict[str, Any]) -> bool:
-            return not differences(settings, config).keys() - set(WHERE_AND_HOW.split())
+            return not differences(defaults | settings, config).keys() - set(WHERE_AND_HOW.split())
 
         complete = {path.name for path, values in summaries.items() if _is_complete(values)}
         for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
@@ -78,7 +85,7 @@ def _look(config: dict[str, Any], data: dict[str, str], fixed: Sequence[str], jo
         if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
             start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
     elif resume:
-        _go_on_from(start, Path(resume), config, data, fixed)
+        _go_on_from(start, Path(resume), config, defaults, data)
     return start
 
 
@@ -95,7 +102,7 @@ def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool])
 
 
 def _go_on_from(
-    start: Start, path: Path, config: dict[str, Any], data: dict[str, str], fixed: Sequence[str]
+    start: Start, path: Path, config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
 ) -> None:  # fmt: skip
     """Take the checkpoint at `path` or the newest whole one in that directory; it is never deleted."""
     if path.is_dir():
@@ -113,8 +120,8 @@ def _go_on_from(
                 f"resume = {str(path)!r}: not a checkpoint, or damaged ({error}); name another, or its directory for "
                 "the newest that is whole"
             ) from None
-    changed = differences(state["config"], config)
-    for key in fixed:
+    changed = differences(defaults | state["config"], config)
+    for key in FIXED.split():
         if key in changed:
             then, now = changed[key]
             raise ValueError(f"resume = {str(path)!r}: {key} is {then!r} there and {now!r} here; set --{key}={then}")
@@ -158,8 +165,8 @@ def _read(path: Path) -> State:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, with both values. One that the checkpoint's version did not have yet does not count."""
-    return {key: (then[key], value) for key, value in now.items() if key in then and then[key] != value}
+    """Settings that differ, with both values. `then` has the defaults of those its version did not have yet."""
+    return {key: (then[key], value) for key, value in now.items() if then[key] != value}
 
 
 def _checkpoints(directory: Path) -> list[Path]:

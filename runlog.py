@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from machine import Machine, git_commit, output_of, versions
+from neuron_stats import in_words
 
 ROOT = Path(__file__).resolve().parent
 
@@ -120,6 +121,29 @@ class RunLog:
             temporary = self.directory / "summary.json.tmp"
             temporary.write_text(json.dumps(values, indent=1) + "\n")
             temporary.replace(self.directory / "summary.json")
+
+    def closing(self, summary: dict[str, Any]) -> None:
+        """End the terminal's output with what people look for in a summary."""
+        self.line("---")
+        if summary["steps_to_target"] is not None:
+            where = f"{summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens"
+            time_s = summary["time_to_target_s"]
+            self.line(f"target       {self.target:g} nats reached after {time_s:.1f} s of training, {where}")
+        elif self.target and summary["val_loss"] is not None:
+            gap = summary["val_loss"] - self.target
+            self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
+        self.line(f"run          {summary['status']}")
+        if summary["val_loss"] is not None:
+            self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
+        if summary["neurons"]:
+            self.line(f"neurons      {in_words(summary['neurons'])}")
+        mfu = f", MFU {summary['mfu']:.1%}" if summary["mfu"] else ""
+        self.line(f"speed        {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
+        machine = f"{summary['world_size']} x {summary['device']}"
+        self.line(f"machine      {machine}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
+        phases = (f"{phase} {time_s:.1f}" for phase, time_s in summary["phase_s"].items())
+        self.line(f"seconds      {', '.join(phases)}")
+        self.line(f"directory    {self.directory}")
 
 
 def is_running(directory: Path) -> bool:

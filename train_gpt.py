@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py configs/fineweb_124m_aurora.toml     (everything is there)
     python train_gpt.py --help                                                         (every field of a config)
 
-Top to bottom: settings, schedules, set-up, evaluation, one training step, the run, main.
+Top to bottom: settings, set-up, evaluation, one training step, the run, main.
 Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for or a full disk, 3 target missed under
 --require_target, 4 another rank was lost, 130 interrupted (the run directory is whole and says so).
 """
@@ -27,13 +27,16 @@ from torch import Tensor
 from checkpoint import CheckpointWriter, load_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
-from data.tokenizer import end_of_text, get_tokenizer, vocab_size
-from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib
+from data.tokenizer import end_of_text, get_tokenizer
+from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler
 from model import GPT, ModelConfig
-from neuron_stats import NeuronStats, in_words
+from neuron_stats import NeuronStats
 from optim import MatrixOptimizer, build_optimizers, routing_table
+from profiling import StepProfiler
 from resume import Start, find_start
+from rules import check_config
 from runlog import RunLog
+from schedule import lr_scale, set_schedule, window_at
 from settings import parse_settings
 
 Optimizers = list[torch.optim.Optimizer]
@@ -53,7 +56,8 @@ class Config:
     run_dir: str = "runs"  # where run directories are made
     device: str = "auto"  # auto (a GPU if there is one), cuda or cpu
     dtype: str = "auto"  # of matrix products: auto (bfloat16 where hardware has it), bfloat16 or float32
-    compile: bool = False  # torch.compile the model
+    compile: bool = False  # torch.compile the model; what it makes stays in .cache/inductor
+    profile: bool = False  # trace a step and log its ten largest costs
     # Data
     train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
     val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
@@ -68,6 +72,22 @@ class Config:
     mlp_hidden: int = 0  # hidden width of the MLP; 0: 8/3 of model_dim rounded up to a multiple of 64
     seq_len: int = 256  # tokens in a training row
     softcap: float = 15.0  # logits are kept within +- this
+    # The step's speed: the same numbers to rounding
+    attention: str = "auto"  # sdpa, blocks (a CPU), flex (CUDA), or auto: sdpa, and with doc_mask or window the others
+    fused_norm: bool = False  # gradients of RMSNorm in closed form: a third of a step on a CPU, uncompiled
+    fused_mlp: bool = False  # make the neurons' outputs again in the backward pass: less memory
+    fused_head: bool = False  # logits and loss a chunk at a time: much less memory (kernels/cross_entropy.py)
+    # Options of the model
+    doc_mask: bool = False  # attention stays within documents
+    window: int = 0  # tokens that one attends to, itself included; 0: all
+    window_start: int = 0  # the window grows from this to `window`, in multiples of it; 0: no growth
+    value_embeds: int = 0  # n tables of values looked up by token, for the first and the last n blocks
+    embed_skip: bool = False  # every block also sees the embedding
+    unet_skips: bool = False  # the second half of the blocks also see the first half's outputs
+    joint_matrices: bool = False  # the optimizer sees Q, K, V as one matrix, and gate and up
+    mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax
+    z_loss: float = 0.0  # weight of log sum exp(logits) squared in training and its logged loss; 1e-4 is usual
+    tie_head_steps: int = 0  # first steps in which embedding and head are one matrix; needs embed_lr = head_lr
     # Optimizers
     matrix_optimizer: str = "aurora"  # muon, aurora, riemannian_aurora, normuon, unormuon, adamw, sgd or rmsprop
     matrix_lr: float = 0.02  # learning rate of those matrices
@@ -94,6 +114,8 @@ class Config:
     train_steps: int = 300  # optimizer steps of the whole schedule
     batch_tokens: int = 4096  # tokens in a step, over all ranks and micro-batches
     micro_batch_tokens: int = 4096  # tokens a rank takes through the model at once
+    small_batch_steps: int = 0  # first steps, which take half of batch_tokens
+    short_row_steps: int = 0  # first steps, in which rows are cut in two
     warmup_steps: int = 0  # steps of linear learning-rate warm-up
     cooldown_frac: float = 0.7  # last part of the schedule, in which the rate falls linearly to 0
     # Target, validation, log, checkpoints
@@ -109,63 +131,21 @@ class Config:
     resume: str = ""  # go on from: auto (the newest checkpoint of this very run), a checkpoint file or a run directory
 
 
-POSITIVE = (
-    "vocab_size val_tokens num_layers num_heads head_dim model_dim seq_len softcap train_steps batch_tokens "
-    "micro_batch_tokens val_every log_every checkpoint_keep adam_eps"
-)
-NOT_NEGATIVE = (
-    "mlp_hidden matrix_lr matrix_weight_decay momentum_warmup_steps polar_steps embed_lr head_lr scalar_lr "
-    "weight_decay warmup_steps target_loss neuron_stats checkpoint_every"
-)
-
-
 def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file named first (if one is), then --key=value. ValueError says what is wrong."""
     config = parse_settings(Config, argv, description=__doc__)
-    for key in f"{POSITIVE} {NOT_NEGATIVE}".split():
-        value, is_positive = getattr(config, key), key in POSITIVE.split()
-        if value < 0 or (is_positive and value == 0) or not math.isfinite(value):
-            rule = "positive" if is_positive else "0 or more"
-            raise ValueError(f"{key} = {value} must be {rule}; the default is {getattr(Config, key)}")
-    if not 0 <= config.cooldown_frac <= 1:
-        raise ValueError(f"cooldown_frac = {config.cooldown_frac} must be between 0 and 1; 0.7 is usual")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim = {config.head_dim} must be even for rotary positions; 64 or 128 are usual")
-    if config.tokenizer != "none" and config.vocab_size != vocab_size(config.tokenizer):
-        raise ValueError(
-            f"vocab_size = {config.vocab_size} does not fit tokenizer = {config.tokenizer!r}, which has "
-            f"{vocab_size(config.tokenizer)} tokens; set that, or tokenizer = 'none' for ids of your own"
-        )
+    check_config(config)
     return config
 
 
 def model_config(config: Config) -> ModelConfig:
-    return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of the step
-
-
-def lr_scale(step: int, config: Config) -> float:
-    """Factor on every learning rate at `step` (from 0): linear warm-up, constant, linear cooldown towards 0."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    left = 1 - step / config.train_steps
-    return warmup if left >= config.cooldown_frac else min(warmup, left / config.cooldown_frac)
-
-
-def momentum_at(step: int, config: Config) -> float:
-    """Momentum at `step`: from 0.85 linearly to `momentum` over `momentum_warmup_steps`."""
-    done = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
-    return config.momentum - (1 - done) * max(0.0, config.momentum - 0.85)
-
-
-def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, config: Config) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_scale(step, config)
-            if "momentum" in group:
-                group["momentum"] = momentum_at(step, config)
+    same = {field.name for field in dataclasses.fields(ModelConfig)} & {
+        field.name for field in dataclasses.fields(Config)
+    }
+    return ModelConfig(
+        **{name: getattr(config, name) for name in same},
+        doc_token=end_of_text(config.tokenizer) if config.doc_mask else None, tie_head=config.tie_head_steps > 0,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,6 +168,15 @@ class Run:
     start: Start  # anew, or from which checkpoint
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
+    # Of this step: keys that attention sees, on a GPU in its memory, where another compiles nothing anew ...
+    window: int | Tensor | None = None
+    is_tied: bool = False  # ... and whether embedding and head are one matrix
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets [micro-batches, rows, tokens]; short rows are two to one of the loader's."""
+        inputs, targets = self.loader.batch(step)
+        seq_len = self.config.seq_len // 2 if step < self.config.short_row_steps else self.config.seq_len
+        return inputs.view(len(inputs), -1, seq_len), targets.view(len(targets), -1, seq_len)
 
 
 def set_up(config: Config, machine: Machine) -> Run:
@@ -196,6 +185,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     loader = TokenLoader(
         TokenStream(find_shards(config.train_files), config.vocab_size), config.batch_tokens, config.seq_len,
         config.micro_batch_tokens, machine.rank, machine.world_size, machine.device,
+        config.small_batch_steps,
     )  # fmt: skip
     loader.batch(0)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
@@ -204,8 +194,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         train_files=set_fingerprint(loader.stream.shards),
         val_files=head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens),
     )
-    fixed = ["track", "tokenizer", "val_tokens", "matrix_optimizer", *dataclasses.asdict(model_config(config))]
-    start = find_start(dataclasses.asdict(config), data, fixed, machine)
+    start = find_start(config, data, machine)
     torch.manual_seed(config.seed)
     with machine.device:
         model = GPT(model_config(config), machine.dtype)
@@ -224,6 +213,8 @@ def set_up(config: Config, machine: Machine) -> Run:
         problem = machine.agree(problem)
         if problem:
             raise ValueError(problem)
+    if config.window and machine.device.type == "cuda":
+        run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
         run.neurons = NeuronStats(model, (run.resumed or {}).get("neurons"))
     return run
@@ -242,7 +233,7 @@ def evaluate(run: Run) -> float:
     """Mean loss in nats over the validation tokens, the same for any number of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
-        total += run.compiled(inputs_BT, targets_BT)
+        total += run.compiled(inputs_BT, targets_BT, run.window)
     return run.machine.sum(total).item() / run.config.val_tokens
 
 
@@ -253,11 +244,13 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     """
     total = torch.zeros((), device=run.machine.device)
     for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
-        loss = run.compiled(inputs_BT, targets_BT)
+        loss = run.compiled(inputs_BT, targets_BT, run.window)
         if left == 0 and isinstance(run.optimizers[0], MatrixOptimizer):
             run.optimizers[0].reduce_in_backward()  # gradients are final in the last micro-batch
         (loss / targets.numel()).backward()
         total += loss.detach()
+    if run.is_tied:
+        run.model.tie_gradients()
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -265,17 +258,28 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def warm_up(run: Run) -> None:
-    """Compile and load every kernel on dummy tokens; then model, optimizers and RNG are exactly as before."""
+    """Compile and load every kernel on dummy tokens of every shape; then model, optimizers and RNG are as before."""
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
-    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-        group["lr"] = 0.0  # the dummy tokens must not make weights overflow
-    with torch.random.fork_rng([run.machine.device] if run.machine.device.type == "cuda" else []):
-        inputs, targets = (torch.randint_like(tokens, run.config.vocab_size) for tokens in run.loader.batch(0))
-        for _ in range(2):
-            train_step(run, inputs[:1], targets[:1])
-        with torch.no_grad():
-            run.compiled(inputs[0], targets[0])
+    c, is_cuda = run.config, run.machine.device.type == "cuda"
+    with torch.random.fork_rng([run.machine.device] if is_cuda else []):
+        kinds = {  # a step of each kind: its shapes, and on a CPU the window, which is part of what is compiled there
+            (
+                step < c.small_batch_steps,
+                step < c.short_row_steps,
+                c.compile and not is_cuda and window_at(step, c),
+            ): step
+            for step in range(run.resumed["step"] if run.resumed else 0, c.train_steps)
+        }
+        for step in kinds.values():
+            set_schedule(run, step)
+            for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+                group["lr"] = 0.0  # the dummy tokens must not make weights overflow
+            dummies = [torch.randint_like(tokens[:1], c.vocab_size) for tokens in run.batch(step)]
+            for _ in range(2):
+                train_step(run, *dummies)
+            with torch.no_grad():
+                run.compiled(*next(validation(c, run.machine, run.val_stream)), run.window)
     run.model.load_state_dict(weights)
     for optimizer, state in zip(run.optimizers, states, strict=True):
         optimizer.load_state_dict(state)
@@ -321,6 +325,9 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
         return f"train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, step):.2f}ms"
 
     step = first_step
+    profiler = None
+    if config.profile and machine.rank == 0:
+        profiler = StepProfiler(log, clock, config.train_steps - first_step)
     try:
         clock.switch("warmup")
         if config.compile:
@@ -329,7 +336,8 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
         for step in range(first_step, config.train_steps + 1):
             is_last = step == config.train_steps
             summary["steps"] = step
-            tokens = step * config.batch_tokens
+            tokens, tokens_after = run.loader.tokens_before(step), run.loader.tokens_before(step + 1)
+            set_schedule(run, step)
             if (step % config.val_every == 0 or is_last) and step != summary["val_step"]:
                 clock.switch("validation")
                 loss = evaluate(run)
@@ -359,20 +367,20 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
             clock.switch("train")
             if run.loader.epoch(step) > run.loader.epoch(max(step - 1, 0)):
                 log.line(f"step:{step} epoch {run.loader.epoch(step) + 1} of the training data begins")
-            set_schedule(run.optimizers, step, config)
-            loss_sum = train_step(run, *run.loader.batch(step))
+            with profiler.step() if profiler else contextlib.nullcontext():
+                loss_sum = train_step(run, *run.batch(step))
             log.bar.update()
             if neurons:
                 clock.switch("neurons")
-                found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)))
+                found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)), run.window)
                 seconds = clock.seconds["train"]
-                log.metric(step=step + 1, tokens=tokens + config.batch_tokens, train_time_s=seconds, neurons=found)
+                log.metric(step=step + 1, tokens=tokens_after, train_time_s=seconds, neurons=found)
             if (step + 1) % config.log_every == 0:
                 clock.switch("logging")
-                loss = machine.sum(loss_sum).item() / config.batch_tokens
+                loss = machine.sum(loss_sum).item() / (tokens_after - tokens)
                 check_finite(run, loss, "training loss")
                 values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
-                log.metric(step=step + 1, tokens=tokens + config.batch_tokens, **values)
+                log.metric(step=step + 1, tokens=tokens_after, **values)
                 log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
         if config.checkpoint_every:
             clock.switch("checkpoint")
@@ -406,9 +414,11 @@ def train(run: Run, log: RunLog) -> dict[str, Any]:
 def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     """Complete and write the summary; end the terminal's output with what people look for, and a sample."""
     config, machine, seconds = run.config, run.machine, run.clock.seconds
-    tokens = summary["steps"] * config.batch_tokens
+    tokens = run.loader.tokens_before(summary["steps"])
     tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
     peak = machine.peak_flops if machine.dtype == torch.bfloat16 else None
+    if config.window_start or config.short_row_steps:  # FLOPs a token that change over the run
+        peak = None
     mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
     summary.update(
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
@@ -416,31 +426,14 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
         neurons=run.neurons and run.neurons.state["last"], **log.facts,
     )  # fmt: skip
     log.summary(summary)
+    log.closing(summary)
     if machine.rank != 0:
         return
-    log.line("---")
-    if summary["steps_to_target"] is not None:
-        log.line(f"target       {config.target_loss:g} nats reached after {summary['time_to_target_s']:.1f} s of "
-                 f"training, {summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens")  # fmt: skip
-    elif config.target_loss and summary["val_loss"] is not None:
-        gap = summary["val_loss"] - config.target_loss
-        log.line(
-            f"target       {config.target_loss:g} nats not reached: {gap:.4f} short after {summary['steps']} steps"
-        )
-    log.line(f"run          {summary['status']}")
-    if summary["val_loss"] is not None:
-        log.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {tokens:,} tokens")
-    if summary["neurons"]:
-        log.line(f"neurons      {in_words(summary['neurons'])}")
-    log.line(f"speed        {tokens_per_s:,.0f} tokens/s{f', MFU {mfu:.1%}' if mfu else ''}")
-    log.line(f"machine      {machine.world_size} x {machine.name}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
-    log.line("seconds      " + ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in seconds.items()))
-    log.line(f"directory    {log.directory}")
     if config.tokenizer != "none" and summary["status"] in ("finished", "stopped at target"):
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
-            tokens = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
-            text = get_tokenizer(config.tokenizer).decode(tokens)
+            sample = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
+            text = get_tokenizer(config.tokenizer).decode(sample)
             log.line(f"sample       {' '.join(text[:200].split())}")
 
 
@@ -459,6 +452,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop ends a run as Ctrl-C does
     try:
         config = load_config(argv)
+        if config.compile:
+            prepare_compiler()
         machine = find_machine(config.device, config.dtype)
         run = set_up(config, machine)
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from benchmarks.report import report
 from machine import find_machine
 from neuron_stats import NeuronStats
-from train_gpt import load_config, set_schedule, set_up, train_step, validation, warm_up
+from schedule import set_schedule
+from train_gpt import load_config, set_up, train_step, validation, warm_up
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def main(args: Args) -> None:
     warm_up(run)
     step_s, look_s = list[float](), list[float]()
     for step in tqdm(range(args.steps + 2), unit="step", leave=False, disable=None):
-        set_schedule(run.optimizers, step, config)
-        batch = run.loader.batch(step)
+        set_schedule(run, step)
+        batch = run.batch(step)
         start = now()
         stats.before_step()
         copied = now()

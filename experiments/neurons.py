@@ -42,8 +42,9 @@ from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
 from experiments.sweep import TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
 from machine import device_name, find_machine
 from model import round_up
+from schedule import set_schedule
 from settings import parse_settings
-from train_gpt import load_config, set_schedule, set_up, train_step
+from train_gpt import load_config, set_up, train_step
 
 ARMS = {
     "adamw": {"matrix_optimizer": "adamw"},
@@ -167,8 +168,8 @@ def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: floa
         run = set_up(config, find_machine(config.device, config.dtype))
         times = []
         for step in range(6):
-            set_schedule(run.optimizers, step, config)
-            inputs, targets = run.loader.batch(step)
+            set_schedule(run, step)
+            inputs, targets = run.batch(step)
             run.clock.switch("step")
             start = time.perf_counter()
             train_step(run, inputs, targets)

@@ -74,13 +74,16 @@ def describe(
     """
     first, last = runs[0], runs[0].last
     times, losses = [run.last.time_s for run in runs], [run.last.loss for run in runs]
-    batch_tokens = foreign["batch_tokens"] if foreign else first.config.get("batch_tokens")
+    if foreign:
+        tokens = last.step * foreign["batch_tokens"] if foreign["batch_tokens"] else None
+    else:
+        tokens = first.tokens_at(last.step) if first.config else None
     low, high = stats.mean_interval(times)
     summary = dict(
         name=name, track=track.name, date=date, author=author, description=description, foreign=foreign,
         hardware=foreign["hardware"] if foreign else first.hardware, versions=first.log.facts.get("versions"),
         git_commit=first.log.facts.get("git_commit"), target_loss=track.target_loss, steps=last.step,
-        tokens=last.step * batch_tokens if batch_tokens else None, n=len(runs),
+        tokens=tokens, n=len(runs),
         time_s=dict(mean=float(np.mean(times)), median=float(np.median(times)), low=low, high=high),
         val_loss=dict(mean=float(np.mean(losses)), sd=float(np.std(losses, ddof=1)) if len(runs) > 1 else None),
         p=stats.p_below(losses, track.target_loss),

@@ -37,6 +37,7 @@ CONFIG = {  # the settings that are used here
     "vocab_size": int, "target_loss": float, "stop_at_target": bool, "name": str, "track": str, "tokenizer": str,
     "train_files": str, "val_files": str,
 }  # fmt: skip
+LATER = {"small_batch_steps": int}  # the same, which older runs do not have
 
 
 class Line(NamedTuple):
@@ -88,7 +89,8 @@ def parse_log(text: str) -> Log:
         log.machine = machine.splitlines()
         if facts:
             log.facts = _typed(_json("{" + facts, "the facts in log.txt", log.broken), FACTS, "the facts", log.broken)
-            if log.facts and not _typed(log.facts["config"], CONFIG, "the settings", log.broken):
+            later = {key: kind for key, kind in LATER.items() if key in log.facts.get("config", {})}
+            if log.facts and not _typed(log.facts["config"], CONFIG | later, "the settings", log.broken):
                 log.facts = {}
     body, _, ending = (rest[-1] if rest else head).partition("\n---\n")
     for line in body.splitlines():
@@ -215,6 +217,11 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         return self.log.facts.get("config", {})
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens trained on by then, worked out from the settings: the first small_batch_steps take half a batch."""
+        batch_tokens = self.config["batch_tokens"]
+        return step * batch_tokens - min(step, self.config.get("small_batch_steps", 0)) * (batch_tokens // 2)
 
     @property
     def seed(self) -> int | None:

@@ -116,6 +116,10 @@ def _complete(run: Run) -> Iterator[str]:
     if not 0 <= last <= planned or min(val_every, log_every, config["batch_tokens"]) < 1:
         yield f"it ends at step {last} of {planned}, with val_every = {val_every} and log_every = {log_every}"
         return
+    small = config.get("small_batch_steps", 0)
+    if not 0 <= small <= planned:
+        yield f"small_batch_steps = {small} is no number of its {planned} steps"
+        return
     promised = last // val_every + 1 + (last % val_every > 0) + last // log_every
     if abs(promised - len(run.metrics)) > 20:
         yield f"metrics.jsonl has {len(run.metrics)} lines, and the settings promise {promised}"
@@ -140,7 +144,7 @@ def _log_against_metrics(run: Run) -> Iterator[str]:
     if len(run.log.lines) != len(run.metrics):
         yield f"log.txt has {len(run.log.lines)} step lines, metrics.jsonl {len(run.metrics)}"
         return
-    batch_tokens, planned = run.config["batch_tokens"], run.config["train_steps"]
+    planned = run.config["train_steps"]
     for line, row in zip(run.log.lines, run.metrics, strict=True):
         kind, step, time_s = "val" if "val_loss" in row else "train", row["step"], row["train_time_s"]
         expected = (
@@ -149,8 +153,8 @@ def _log_against_metrics(run: Run) -> Iterator[str]:
         )
         if line.text != expected:
             yield f"log.txt has {line.text[:120]!r} where metrics.jsonl has {expected!r}"
-        if row["tokens"] != step * batch_tokens:
-            yield f"{kind} step {step}: metrics.jsonl has {row['tokens']} tokens, not {step} x {batch_tokens}"
+        if row["tokens"] != run.tokens_at(step):
+            yield f"{kind} step {step}: metrics.jsonl has {row['tokens']} tokens, the settings {run.tokens_at(step)}"
 
 
 def _recomputed(run: Run) -> dict[str, Any]:
@@ -164,10 +168,10 @@ def _recomputed(run: Run) -> dict[str, Any]:
     return dict(
         status=status,
         val_loss=last.loss, val_step=last.step, steps=last.step, train_time_s=last.time_s,
-        tokens=last.step * config["batch_tokens"], time_to_target_s=hit.time_s if hit else None,
+        tokens=run.tokens_at(last.step), time_to_target_s=hit.time_s if hit else None,
         steps_to_target=hit.step if hit else None,
-        tokens_to_target=hit.step * config["batch_tokens"] if hit else None,
-        tokens_per_s=last.step * config["batch_tokens"] / last.time_s if last.time_s else 0.0,
+        tokens_to_target=run.tokens_at(hit.step) if hit else None,
+        tokens_per_s=run.tokens_at(last.step) / last.time_s if last.time_s else 0.0,
     )  # fmt: skip
 
 

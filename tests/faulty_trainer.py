@@ -24,19 +24,19 @@ def die() -> None:
 
 def arm(point: str, at_step: int, rank: int) -> None:
     schedule, validation, save = train_gpt.set_schedule, train_gpt.validation, torch.save
-    done = 0
+    now = 0
 
-    def set_schedule(optimizers: train_gpt.Optimizers, step: int, config: train_gpt.Config) -> None:
-        nonlocal done
+    def set_schedule(run: train_gpt.Run, step: int) -> None:
+        nonlocal now
         if point == "step" and rank == 1 and step == at_step:
             die()
-        schedule(optimizers, step, config)
-        done = step + 1
+        schedule(run, step)
+        now = step
 
     def killed_validation(*arguments: Any) -> Iterator[Any]:
         for batch in validation(*arguments):
             yield batch
-            if point == "validation" and rank == 1 and done == at_step:
+            if point == "validation" and rank == 1 and now == at_step:
                 die()
 
     def half_save(state: dict[str, Any], file: Any) -> None:

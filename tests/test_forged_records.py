@@ -218,10 +218,22 @@ def loss_edited_in_the_metrics(texts: Texts) -> None:
     texts["seed_0"]["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@forgery(r"val step 10: metrics.jsonl has 1920 tokens, not 10 x 96")
+@forgery(r"val step 10: metrics.jsonl has 1920 tokens, the settings 960")
 def fewer_tokens_a_step_claimed(texts: Texts) -> None:
     for folder in ALL:
         set_facts(texts[folder], lambda facts: facts["config"].update(batch_tokens=96))
+
+
+@forgery(r"small_batch_steps = -40 is no number of its 40 steps")
+def more_tokens_by_small_batches_below_none(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].update(small_batch_steps=-40))
+
+
+@forgery(r"the settings: small_batch_steps is 'all', not int")
+def small_batch_steps_in_words(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].update(small_batch_steps="all"))
 
 
 @forgery(r"do not show that it is below 3.2: one-sided p = ")

@@ -1,5 +1,9 @@
 """Device, dtype and clock: fallbacks are said, refusals help, seconds land in the right phase."""
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 
 import pytest
@@ -7,6 +11,7 @@ import torch
 
 import machine
 from machine import PEAK_FLOPS, Clock, Machine, find_machine, lost_rank, versions
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -66,6 +71,36 @@ def test_the_clock_runs_in_one_phase_at_a_time() -> None:
     assert 0.1 <= clock.seconds["train"] < 0.19
     assert clock.seconds["validation"] >= 0.1
     assert sum(clock.seconds.values()) == pytest.approx(time.perf_counter() - start, abs=0.02)
+
+
+def test_training_step_after_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    clock = Clock(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(clock.phase))
+    for _ in range(3):
+        clock.switch("train")
+    assert waits == ["setup"]
+    clock.switch("validation")
+    clock.switch("train")
+    assert waits == ["setup", "train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("", ".cache/inductor"), (f"{tempfile.gettempdir()}/torchinductor_me", ".cache/inductor"), ("/mine", "/mine")],
+    ids=["nothing", "torch's default", "the user's"],
+)
+def test_what_is_compiled_is_kept(before: str, after: str) -> None:
+    """In a process of its own, which has imported the compiler by then as a run has."""
+    code = (
+        "import torch._dynamo, machine; machine.prepare_compiler(); "
+        "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
+    if before:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = before
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == str(ROOT / after), result.stderr
 
 
 def test_versions_name_what_computes() -> None:

@@ -2,6 +2,8 @@
 
 import math
 import tomllib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, IGNORE_INDEX, ModelConfig
+from optim import Muon
 from tests.conftest import ROOT
 
 SMALL = ModelConfig(vocab_size=50, num_layers=2, num_heads=3, head_dim=8, model_dim=20, mlp_hidden=28, seq_len=24)
@@ -40,31 +43,162 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
         turned = pairs * torch.polar(torch.ones_like(angle), angle)
         return torch.cat((turned.real, turned.imag))
 
-    x = norm(model.embed.weight.double()[inputs])
-    for block in model.blocks:
-        wq, wk, wv = block.attention.qkv.double()
+    def seen(t: int) -> slice:
+        """Keys of position t."""
+        starts = [i for i in range(t + 1) if c.doc_token is not None and inputs[i] == c.doc_token]
+        return slice(max([0, *starts[-1:], t + 1 - (c.window or t + 1)]), t + 1)
+
+    x = embedded = norm(model.embed.weight.double()[inputs])
+    depth, outputs = c.num_layers, []
+    for index, block in enumerate(model.blocks):
+        if c.unet_skips and index >= depth - depth // 2:
+            x = x + model.skip_scale[depth - 1 - index].double() * outputs[depth - 1 - index]
+        if c.embed_skip:
+            x = model.stream_scale[index].double() * x + model.embed_scale[index].double() * embedded
+        table = index if index < c.value_embeds else index - (depth - c.value_embeds)
+        wq, wk, wv = block.attention.qkv.double().reshape(3, -1, c.model_dim)
         h, heads = norm(x), []
         for head in range(c.num_heads):
             rows = slice(head * c.head_dim, (head + 1) * c.head_dim)
             q, k, v = h @ wq[rows].T, h @ wk[rows].T, h @ wv[rows].T
+            if 0 <= table < c.value_embeds:
+                factor = model.value_scale[table if index < c.value_embeds else table + c.value_embeds].double()
+                v = v + factor * model.value_embeds[table].weight.double()[inputs][:, rows]
             q = torch.stack([rotate(norm(q[t]), t) for t in range(len(inputs))])
             k = torch.stack([rotate(norm(k[t]), t) for t in range(len(inputs))])
-            out = [torch.softmax(k[: t + 1] @ q[t] / math.sqrt(c.head_dim), 0) @ v[: t + 1] for t in range(len(inputs))]
+            scale = 1 / math.sqrt(c.head_dim)
+            out = [torch.softmax(k[seen(t)] @ q[t] * scale, 0) @ v[seen(t)] for t in range(len(inputs))]
             heads.append(torch.stack(out))
         x = x + torch.cat(heads, -1) @ block.attention.out.double().T
-        gate, up = block.mlp.gate_up.double()
+        gate, up = block.mlp.gate_up.double().reshape(2, -1, c.model_dim)
         h = norm(x)
         x = x + (h @ gate.T * torch.sigmoid(h @ gate.T) * (h @ up.T)) @ block.mlp.down.double().T
+        outputs.append(x)
     return c.softcap * torch.tanh(norm(x) @ model.head.weight.double().T / c.softcap)
 
 
-def test_loss_equals_the_equations_in_float64() -> None:
-    model, inputs, targets = small_model(), tokens(3, 24), tokens(3, 24, seed=1)
-    expected = sum(
-        F.cross_entropy(reference_logits(model, row), target, reduction="sum")
-        for row, target in zip(inputs, targets, strict=True)
-    )
-    assert model(inputs, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+FUSED: dict[str, Any] = dict(fused_norm=True, fused_mlp=True, fused_head=True, attention="blocks")
+EVERYTHING: dict[str, Any] = dict(
+    num_layers=5, doc_token=3, window=7, value_embeds=2, embed_skip=True, unet_skips=True, joint_matrices=True,
+    mask_padding=True, z_loss=0.01,
+)  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fused": FUSED,
+    "documents": dict(doc_token=3),
+    "window": dict(window=7),
+    "value embeddings": dict(value_embeds=1),
+    "value embeddings in every block": dict(value_embeds=2, num_layers=4),
+    "embedding skip": dict(embed_skip=True),
+    "U-net skips": dict(unet_skips=True, num_layers=4),
+    "U-net skips, odd depth": dict(unet_skips=True, num_layers=3),
+    "joint matrices": dict(joint_matrices=True),
+    "padding masked": dict(mask_padding=True),
+    "z-loss": dict(z_loss=0.01),
+    "everything": EVERYTHING,
+    "everything, fused": EVERYTHING | FUSED,
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_loss_equals_the_equations_in_float64(option: str) -> None:
+    model, inputs, targets = small_model(replace(SMALL, **OPTIONS[option])), tokens(3, 24), tokens(3, 24, seed=1)
+    size = SMALL.vocab_size if model.config.mask_padding else SMALL.padded_vocab_size
+    expected = z_loss = 0.0
+    for row, target in zip(inputs, targets, strict=True):
+        logits = reference_logits(model, row)[:, :size]
+        expected += F.cross_entropy(logits, target, reduction="sum").item()
+        z_loss += model.config.z_loss * logits.logsumexp(-1).square().sum().item()
+    assert model(inputs, targets).item() == pytest.approx(expected + z_loss, rel=1e-5)
+    with torch.no_grad():
+        assert model(inputs, targets).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("part", FUSED)
+def test_fused_parts_have_the_plain_gradients(part: str, options: dict[str, Any]) -> None:
+    inputs, targets = tokens(3, 24), tokens(3, 24, seed=1)
+    gradients = []
+    for config in (replace(SMALL, **options), replace(SMALL, **options | {part: FUSED[part]})):
+        model = small_model(config)
+        model(inputs, targets).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("option", ["plain", "everything", "everything, fused"])
+def test_compiled_it_is_one_graph_for_training_and_one_for_validation(option: str) -> None:
+    """With fullgraph a break is an error; without, it is a slow model."""
+    model, inputs, targets = small_model(replace(SMALL, **OPTIONS[option])), tokens(3, 24), tokens(3, 24, seed=1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs, targets), model(inputs, targets))
+        losses = [run(inputs, targets) for run in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_a_window_that_is_handed_over_stands_in_for_the_configs() -> None:
+    inputs, targets = tokens(2, 24), tokens(2, 24, seed=1)
+    narrow, wide = (small_model(replace(SMALL, window=window))(inputs, targets) for window in (3, 9))
+    model = small_model(replace(SMALL, window=9))
+    for window in (3, torch.tensor(3)):
+        torch.testing.assert_close(GPT.forward(_with_sdpa(model), inputs, targets, window), narrow)
+    torch.testing.assert_close(model(inputs, targets), wide)
+    assert (narrow - wide).abs() > 1e-3
+
+
+def _with_sdpa(model: GPT) -> GPT:
+    """`blocks` takes no tensor."""
+    model.config = replace(model.config, attention="sdpa")
+    return model
+
+
+@pytest.mark.parametrize("fused_head", [False, True])
+def test_ignored_targets_add_no_z_loss(fused_head: bool) -> None:
+    model = small_model(replace(SMALL, z_loss=0.1, fused_head=fused_head))
+    inputs, targets = tokens(2, 24), tokens(2, 24, seed=1)
+    first = model(inputs[:1], targets[:1])
+    targets[1] = IGNORE_INDEX
+    torch.testing.assert_close(model(inputs, targets), first)
+
+
+def test_joint_matrices_are_one_matrix_each_to_the_optimizer() -> None:
+    model = GPT(replace(SMALL, joint_matrices=True), torch.float32)
+    assert model.blocks[0].attention.qkv.shape == (3 * 24, 20)
+    assert model.blocks[0].mlp.gate_up.shape == (2 * 28, 20)
+    optimizer = Muon([model.blocks[0].mlp.gate_up], lr=1.0, momentum=0.0, polar_method="svd", scale="none")
+    before = model.blocks[0].mlp.gate_up.detach().clone()
+    model.blocks[0].mlp.gate_up.grad = torch.randn(56, 20, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    update = before - model.blocks[0].mlp.gate_up.detach()
+    torch.testing.assert_close(update.mT @ update, torch.eye(20), rtol=0, atol=0.02)  # of gate and up together
+    gate = update[:28]
+    assert (gate.mT @ gate - torch.eye(20)).abs().max() > 0.1  # and of neither alone
+
+
+def test_new_options_start_where_their_sources_start_them() -> None:
+    model = GPT(replace(SMALL, num_layers=4, value_embeds=1, embed_skip=True, unet_skips=True), torch.float32)
+    assert model.stream_scale.tolist() == [1] * 4
+    assert model.embed_scale.tolist() == [0] * 4
+    assert model.skip_scale.tolist() == [1] * 2
+    assert model.value_scale.tolist() == [0.5] * 2
+    assert model.value_embeds[0].weight.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_tied_head_starts_equal_and_near_the_uniform_guess_and_gets_the_sum_of_both_gradients() -> None:
+    model = GPT(replace(SMALL, tie_head=True), torch.float32)
+    assert torch.equal(model.embed.weight, model.head.weight)
+    loss = model(tokens(2, 24), tokens(2, 24, seed=1))
+    assert loss.item() == pytest.approx(48 * math.log(SMALL.padded_vocab_size), rel=0.01)
+    loss.backward()
+    embed, head = (model.embed.weight.grad.clone(), model.head.weight.grad.clone())
+    model.tie_gradients()
+    torch.testing.assert_close(model.embed.weight.grad, embed + head)
+    assert torch.equal(model.head.weight.grad, model.embed.weight.grad)
 
 
 def test_a_new_model_guesses_uniformly() -> None:
@@ -111,6 +245,16 @@ def test_flops_per_token_is_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(inputs, inputs).backward()
     assert model.flops_per_token() * inputs.numel() == counter.get_total_flops()
+
+
+def test_tables_cost_no_flops_and_a_window_costs_its_keys() -> None:
+    plain, tables, window = (
+        small_model(replace(SMALL, **options)) for options in ({}, dict(value_embeds=1), dict(window=6))
+    )
+    scales = 6 * 2  # the two learned factors, counted as weights are
+    assert tables.flops_per_token() == plain.flops_per_token() + scales
+    assert tables.num_params() == plain.num_params() + 64 * 24 + 2
+    assert plain.flops_per_token() - window.flops_per_token() == 12 * 2 * 24 * (24 - 6)
 
 
 def test_generation_is_reproducible_stays_in_the_vocabulary_and_slides() -> None:

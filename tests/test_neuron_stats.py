@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import model
 import neuron_stats
 import train_gpt
+from attention import attention
 from machine import Clock
 from model import GPT, IGNORE_INDEX, ModelConfig, rms_norm
 from neuron_stats import MATRICES, MEASURES, THRESHOLDS, NeuronStats, effective_rank, leverage, magnitudes
@@ -108,7 +109,7 @@ def test_magnitudes_are_those_of_the_neurons_by_hand() -> None:
     x = rms_norm(gpt.embed(planted.tokens))
     for layer, found in enumerate(magnitudes(gpt, planted.tokens)):
         block, mlp = gpt.blocks[layer], planted.mlp(layer)
-        x = x + block.attention(rms_norm(x), gpt.rotary)  # type: ignore[operator]
+        x = x + block.attention(rms_norm(x), gpt.rotary, attention("auto", planted.tokens))  # type: ignore[operator]
         gate, up = (rms_norm(x) @ weight.mT for weight in mlp.gate_up)
         size = (gate / (1 + (-gate).exp()) * up).abs().flatten(0, 1)
         torch.testing.assert_close(found.float(), torch.stack([size.mean(0), size.amax(0)]), rtol=1e-4, atol=1e-5)

@@ -23,10 +23,10 @@ def interrupted(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A run of 40 steps with checkpoints at 10 and 20, interrupted at step 25."""
     genuine = train_gpt.set_schedule
 
-    def stop_at_25(optimizers: train_gpt.Optimizers, step: int, config: Config) -> None:
+    def stop_at_25(run: train_gpt.Run, step: int) -> None:
         if step == 25:
             raise KeyboardInterrupt
-        genuine(optimizers, step, config)
+        genuine(run, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "set_schedule", stop_at_25)

@@ -20,8 +20,9 @@ import torch
 import train_gpt
 from data.shards import head_fingerprint, open_shard, write_shard
 from runlog import run_sources
+from schedule import lr_scale, momentum_at
 from tests.conftest import ROOT, Result, Trainer
-from train_gpt import Config, load_config, lr_scale, momentum_at, set_up, train_step, warm_up
+from train_gpt import Config, load_config, set_up, train_step, warm_up
 
 
 def only_run(tmp_path: Path) -> Path:

@@ -20,6 +20,8 @@ usage() {
 ./run.sh lint                          the same without tests
 ./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step, polar,
                                        polar_quality (default: these), polar_tiles (a GPU)
+./run.sh gpu_suite [--minutes 9 ...]   kernel tests, training steps, a race of optimizers and all
+                                       benchmarks on one GPU; goes on where it was cut off
 
 Several nodes: the same line on each, with NNODES and RDZV_ENDPOINT=host:port set.
 MAX_RESTARTS=N starts all processes again, from the last checkpoint, when one is lost.
@@ -110,6 +112,11 @@ case "${1:-}" in
             export TIKTOKEN_CACHE_DIR
         fi
         for name in "$@"; do python -m "benchmarks.$name"; done
+        ;;
+    gpu_suite)
+        shift
+        install_dev
+        exec python -m benchmarks.gpu_suite "$@"
         ;;
     *) train "$@" ;;
 esac

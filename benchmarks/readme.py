@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.report import RESULTS
 from benchmarks.tables import Row, markdown, with_section
-from experiments import neuron_report
+from experiments import neuron_report, options
 from experiments.grokking import report as grokking
 from experiments.row_norms import cells
 from neuron_stats import THRESHOLDS
@@ -79,15 +79,45 @@ def optimizer_step_section() -> str:
 
 
 def train_step_section() -> str:
-    """Where a training step's time goes, by matrix optimizer, a table for each device."""
+    """Where a training step's time goes, by variant and matrix optimizer, a table for each device and label."""
     parts = []
+    headings = {
+        "variant": "variant", "matrix_optimizer": "matrix optimizer", "tokens_per_s": "tokens/s",
+        "ratio": "of the first's", "MFU": "MFU", "peak_mib": "peak MiB", "loss_diff": "losses differ by",
+    }  # fmt: skip
     for path in sorted(RESULTS.glob("train_step_*.json")):
         result = json.loads(path.read_text())
-        shares = [key for key in result["rows"][0] if key.endswith("_%")]
-        columns = {"matrix_optimizer": "matrix optimizer", "tokens_per_s": "tokens/s", "ratio": "of the first's"}
-        columns |= {key: f"{key.removesuffix('_%')} %" for key in shares}
-        parts.append(f"{result['device']}, `{result['settings']['recipe']}`:\n\n" + markdown(result["rows"], columns))
+        rows, settings = result["rows"], result["settings"]
+        said = {key for key in headings if any(row.get(key) not in (None, "", "unknown") for row in rows)}
+        if {row.get("variant") for row in rows} <= {None, "plain"}:
+            said -= {"variant", "loss_diff"}
+        columns = {key: heading for key, heading in headings.items() if key in said}
+        columns |= {key: f"{key.removesuffix('_%')} %" for key in rows[0] if key.endswith("_%")}
+        given = [word for word in settings.get("set", ()) if "_files" not in word]
+        given += [f'"{text}"' for text in settings.get("variants", ()) if ":" in text]
+        where = "; ".join([f"{result['device']}, `{settings['recipe']}`", *(f"`{words}`" for words in given)])
+        parts.append(f"{where}:\n\n" + markdown(rows, columns))
     return "\n".join(parts)
+
+
+def cross_entropy_section() -> str:
+    """Time and memory of head and loss, a table for each device."""
+    parts = []
+    columns = {
+        "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
+        "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
+    }  # fmt: skip
+    for path in sorted(RESULTS.glob("cross_entropy_*.json")):
+        result = json.loads(path.read_text())
+        passes = result["settings"]["passes"]
+        parts.append(f"{result['device']}, medians of {passes}:\n\n" + markdown(result["rows"], columns))
+    return "\n".join(parts)
+
+
+def options_section() -> str:
+    """Final losses of the model's options for equal training time."""
+    rows = options.summary(json.loads((EXPERIMENTS / "options.json").read_text()))
+    return markdown(rows, {key: key for key in rows[-1]})
 
 
 def row_norms_section() -> str:
@@ -115,6 +145,8 @@ SECTIONS = {
     "polar": polar_section,
     "polar_quality": quality_section,
     "train_step": train_step_section,
+    "cross_entropy": cross_entropy_section,
+    "options": options_section,
     "optimizer_step": optimizer_step_section,
     "row_norms": row_norms_section,
     "grokking": lambda: grokking_section("grokking"),

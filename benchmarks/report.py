@@ -1,5 +1,6 @@
 """What the benchmarks share: fair timing, a table on the terminal, a JSON file that names the machine."""
 
+import contextlib
 import json
 import os
 import re
@@ -35,15 +36,24 @@ def median_seconds(variants: Mapping[str, Callable[[], object]], passes: int) ->
     return {name: Seconds(*map(statistics.median, zip(*times, strict=True))) for name, times in turns.items()}
 
 
+def compile_everything() -> contextlib.AbstractContextManager[None]:
+    """Without it torch.compile gives up, quietly, after a few variants of one function, and runs the next as it is."""
+    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's name."""
+    return re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", name.lower()).strip("-")
+
+
 def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) -> Path:
-    """Print the rows as a table under the machine's name and save all of it in
-    results/<benchmark>_<device>.json; returns that path."""
+    """Print the rows as a table under the machine's name and save all of it in results/<benchmark>_<device>.json, or
+    in the folder that BENCHMARK_RESULTS names; returns that path."""
     name = device_name(torch.device(device))
     print(f"{benchmark} on {name}; " + ", ".join(f"{package} {version}" for package, version in versions().items()))
     print(align([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
-    slug = re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", name.lower()).strip("-")
-    path = RESULTS / f"{benchmark}_{slug}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(os.environ.get("BENCHMARK_RESULTS") or RESULTS) / f"{benchmark}_{slug(name)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, "device": name, "versions": versions(), "settings": settings, "rows": list(rows)}
     content["time_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
     path.write_text(json.dumps(content, indent=1) + "\n")

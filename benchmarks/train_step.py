@@ -1,35 +1,48 @@
-"""Tokens a second of the real training loop, and where a step's time goes, for each matrix optimizer.
+"""Tokens a second of the real training loop, and where a step's time goes, by variant of settings and optimizer.
 
     python -m benchmarks.train_step configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora
+    python -m benchmarks.train_step configs/classics_124m_muon.toml --matrix_optimizers muon \\
+        --variants "plain: compile=true" "fused: compile=true fused_mlp=true fused_head=true" \\
+        --set batch_tokens=524288 --label 124m
 
 The loop that is timed is train_gpt.train itself: the loader, the forward pass, the backward pass and the optimizers
-are wrapped in stopwatches that wait for the device, and what is left of the training clock is the loop's own
-overhead. Optimizers take turns, a few steps at a time, so that a slow moment of a shared machine falls on all alike.
+stand between stopwatches, and what is left of the training clock is the loop's own overhead. On a GPU the stopwatches
+are events of its stream, read when the turn is over: they make nothing wait. Rows take turns, a few steps at a time, so
+that a slow moment of a shared machine falls on all alike; the first turn, which compiles, is not timed.
+
+Every row begins with the same weights and trains on the same batches, in every turn the first ones. `loss_diff` is the
+largest difference between its training losses, of any step of any turn, and those of the first variant with the same
+matrix optimizer: a variant that is faster because it computes something else shows there.
 """
 
 import contextlib
 import dataclasses
+import math
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import report
+import train_gpt
+from benchmarks.report import compile_everything, report
 from benchmarks.tables import Row
 from machine import Clock, find_machine
 from runlog import RunLog
 from train_gpt import Run, load_config, set_up, train
 
 PHASES = ("loader", "forward", "backward", "optimizer")
+OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "target_loss", "seed")
 
 
 @dataclass(frozen=True)
@@ -37,32 +50,50 @@ class Args:
     recipe: tyro.conf.Positional[str] = "configs/sotu_cpu.toml"
     """The model, batch and data to time."""
     matrix_optimizers: tuple[str, ...] = ("adamw", "muon", "aurora")
-    """Optimizers of the hidden matrices; the first is the baseline of the ratio."""
+    """Optimizers of the hidden matrices, each with every variant; the first row is the baseline of the ratio."""
+    variants: tuple[str, ...] = ("plain",)
+    """Settings to compare: a name, then what differs from the recipe, "fused: fused_mlp=true fused_head=true"."""
+    set: tuple[str, ...] = ()
+    """key=value ...: settings of every row."""
     rounds: int = 9
-    """Turns of each optimizer; the table has medians over them."""
+    """Turns of each row; the table has medians over them."""
     steps: int = 10
     """Training steps in a turn."""
+    max_seconds: float = 0.0
+    """Begin no round that would end later than this (but one is always timed); 0: no limit."""
+    label: str = ""
+    """Goes into the result's name, train_step_<label>_<device>.json, so that recipes do not overwrite each other."""
 
 
 class Stopwatches:
-    """Seconds spent inside wrapped functions, by phase."""
+    """Seconds spent inside wrapped functions, by phase: of the host on a CPU, of the device's stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+        self.device = device
+        self.marks: list[tuple[str, Any, Any]] = []  # phase, start, end
 
     def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = self._now()
             result = function(*args, **kwargs)
-            self.seconds[phase] += self._now() - start
+            self.marks.append((phase, start, self._now()))
             return result
 
         return timed
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """By phase; the device must have finished."""
+        totals = dict.fromkeys(PHASES, 0.0)
+        for phase, start, end in self.marks:
+            totals[phase] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+        return totals
 
     @contextlib.contextmanager
     def on(self, run: Run) -> Iterator[None]:
@@ -77,52 +108,157 @@ class Stopwatches:
             yield
 
 
-def take_turn(run: Run) -> dict[str, float]:
+@dataclass
+class Entry:
+    """One row: what it runs, and what was seen of it."""
+
+    variant: str
+    run: Run
+    held_bytes: int  # on the GPU, by this run alone, between its turns
+    turns: list[dict[str, float]] = field(default_factory=list)  # seconds by phase, without the first
+    losses: list[float] = field(default_factory=list)  # nats a token, of every step, the first turn's too
+    peak_bytes: int = 0  # most held on the GPU during a timed turn, without what other runs hold
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} {self.run.config.matrix_optimizer}"
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(sum(turn.values()) for turn in self.turns) / self.run.config.train_steps
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.run.config.batch_tokens / self.step_s
+
+
+def allocated(run: Run) -> int:
+    return torch.cuda.memory_allocated(run.machine.device) if run.machine.device.type == "cuda" else 0
+
+
+def take_turn(entry: Entry, is_timed: bool) -> None:
     """Train a few steps; seconds by phase, with `loop` for the rest of the training clock."""
-    run.clock, stopwatches = Clock(run.machine.device), Stopwatches(run.machine.device)
-    with stopwatches.on(run), mock.patch("train_gpt.warm_up"), mock.patch("train_gpt.evaluate", return_value=1.0):
-        train(run, RunLog(run.config, run.machine, run.data))
-    seconds = {**stopwatches.seconds, "logging": run.clock.seconds["logging"]}
-    return {**seconds, "loop": run.clock.seconds["train"] - sum(stopwatches.seconds.values())}
+    run, losses = entry.run, list[Tensor]()
+    device = run.machine.device
+    genuine, run.clock, stopwatches = train_gpt.train_step, Clock(device), Stopwatches(device)
+
+    def recorded(*arguments: Any) -> Tensor:
+        losses.append(genuine(*arguments))
+        return losses[-1]
+
+    before = allocated(run)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with (
+        stopwatches.on(run),
+        mock.patch("train_gpt.warm_up"),
+        mock.patch("train_gpt.evaluate", return_value=1.0),
+        mock.patch("train_gpt.train_step", recorded),
+    ):
+        summary = train(run, RunLog(run.config, run.machine, run.data))
+    entry.losses += [loss.item() / run.config.batch_tokens for loss in losses]
+    if summary["status"] != "finished" or not all(map(math.isfinite, entry.losses)):
+        outcome = summary["status"] if summary["status"] != "finished" else "its loss is not finite"
+        raise ValueError(f"{entry.name}: {outcome}; nothing is reported")
+    others = before - entry.held_bytes
+    entry.held_bytes = allocated(run) - others
+    if is_timed:
+        seconds = {**stopwatches.seconds(), "logging": run.clock.seconds["logging"]}
+        entry.turns.append({**seconds, "loop": run.clock.seconds["train"] - sum(stopwatches.seconds().values())})
+        if device.type == "cuda":
+            entry.peak_bytes = max(entry.peak_bytes, torch.cuda.max_memory_allocated(device) - others)
 
 
-def main(args: Args) -> None:
-    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        fixed = [f"--train_steps={args.steps}", "--checkpoint_every=0", "--resume=", f"--run_dir={folder}"]
-        fixed += ["--log_every=5", "--target_loss=0"]
-        runs: dict[str, Run] = {}
-        for name in args.matrix_optimizers:
-            config = load_config([args.recipe, *fixed, f"--matrix_optimizer={name}"])
-            runs[name] = set_up(config, find_machine(config.device, config.dtype))
-        turns: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
-        for turn in tqdm(range(args.rounds + 1), unit="round", leave=False, disable=None):
-            for name, run in runs.items():
-                with contextlib.redirect_stdout(nowhere):
-                    seconds = take_turn(run)
-                if turn > 0:  # the first compiles and warms up
-                    turns[name].append(seconds)
-        rows = [row(name, runs[name], turns) for name in runs]
-    machine = next(iter(runs.values())).machine
-    report("train_step", rows, str(machine.device), **dataclasses.asdict(args), dtype=str(machine.dtype))
+def overrides(words: Sequence[str], source: str) -> list[str]:
+    """Arguments of the trainer from words key=value; colons join the parts of a tuple. ValueError for other words."""
+    arguments = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key.isidentifier() or not equals or not value:
+            raise ValueError(f"{source}: {word!r} is not key=value; try compile=true")
+        if key in OWN:
+            raise ValueError(f"{source}: {key} is this benchmark's own to set; leave it out")
+        arguments += [f"--{key}", *value.split(":")]
+    return arguments
 
 
-def row(name: str, run: Run, turns: dict[str, list[dict[str, float]]]) -> Row:
-    step_s = {
-        key: statistics.median(sum(turn.values()) for turn in turns[key]) / run.config.train_steps for key in turns
-    }
-    tokens_per_s = run.config.batch_tokens / step_s[name]
+def parse_variants(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Trainer's arguments by name of the variant, from texts "name" or "name: key=value ..."."""
+    variants: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, words = text.partition(":")
+        if not name.strip() or "=" in name or name.strip() in variants:
+            raise ValueError(f'variant {text!r} has no name of its own; try "fused: fused_mlp=true fused_head=true"')
+        variants[name.strip()] = overrides(words.split(), f"variant {name.strip()}")
+    return variants
+
+
+def make_entries(args: Args, folder: str) -> list[Entry]:
+    fixed = [f"--train_steps={args.steps}", "--checkpoint_every=0", "--resume=", f"--run_dir={folder}"]
+    fixed += ["--log_every=5", "--target_loss=0"]
+    entries: list[Entry] = []
+    for variant, changes in parse_variants(args.variants).items():
+        for optimizer in args.matrix_optimizers:
+            common = [f"--matrix_optimizer={optimizer}", *overrides(args.set, "--set")]
+            config = load_config([args.recipe, *fixed, *common, *changes])
+            machine = find_machine(config.device, config.dtype)
+            on_gpu = machine.device.type == "cuda"
+            before = torch.cuda.memory_allocated(machine.device) if on_gpu else 0
+            entry = Entry(variant, set_up(config, machine), 0)
+            entry.held_bytes = allocated(entry.run) - before
+            entries.append(entry)
+    return entries
+
+
+def main(args: Args) -> int:
+    if args.rounds < 1 or args.steps < 1 or not args.matrix_optimizers or not args.variants:
+        print("error: rounds and steps must be 1 or more, and there must be an optimizer and a variant; leave them out "
+              "for the defaults", file=sys.stderr)  # fmt: skip
+        return 2
+    start = begun = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere, compile_everything():
+            entries = make_entries(args, folder)
+            for turn in tqdm(range(args.rounds + 1), unit="round", leave=False, disable=None):
+                begun, last_s = time.monotonic(), time.monotonic() - begun
+                if turn > 1 and 0 < args.max_seconds < begun - start + last_s:
+                    break
+                for entry in entries:
+                    with contextlib.redirect_stdout(nowhere):
+                        take_turn(entry, is_timed=turn > 0)  # the first compiles and warms up
+            for entry in entries:
+                entry.run.loader.close()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    machine = entries[0].run.machine
+    settings = {**dataclasses.asdict(args), "dtype": str(machine.dtype), "rounds_done": len(entries[0].turns)}
+    settings["batch_tokens"] = entries[0].run.config.batch_tokens
+    settings["losses"] = {entry.name: entry.losses for entry in entries}
+    name = f"train_step_{args.label}" if args.label else "train_step"
+    report(name, [row(entry, entries) for entry in entries], str(machine.device), **settings)
+    return 0
+
+
+def row(entry: Entry, entries: Sequence[Entry]) -> Row:
+    run, turns = entry.run, entry.turns
+    optimizer = run.config.matrix_optimizer
+    twin = next(other for other in entries if other.run.config.matrix_optimizer == optimizer)
     peak = run.machine.peak_flops if run.machine.dtype == torch.bfloat16 else None
-    phases = {phase: statistics.median(turn[phase] for turn in turns[name]) for phase in (*PHASES, "logging", "loop")}
+    phases = {phase: statistics.median(turn[phase] for turn in turns) for phase in turns[0]}
     shares = {f"{phase}_%": 100 * time_s / sum(phases.values()) for phase, time_s in phases.items()}
     return {
-        "matrix_optimizer": name,
-        "tokens_per_s": tokens_per_s,
-        "step_ms": 1e3 * step_s[name],
-        "ratio": step_s[next(iter(turns))] / step_s[name],
-        "MFU": run.model.flops_per_token() * tokens_per_s / peak if peak else "unknown",
+        "variant": entry.variant,
+        "matrix_optimizer": optimizer,
+        "tokens_per_s": entry.tokens_per_s,
+        "step_ms": 1e3 * entry.step_s,
+        "ratio": entry.tokens_per_s / entries[0].tokens_per_s,
+        "MFU": run.model.flops_per_token() * entry.tokens_per_s / peak if peak else "unknown",
+        "peak_mib": entry.peak_bytes / 2**20 if entry.peak_bytes else "",
+        "loss_diff": max(abs(a - b) for a, b in zip(entry.losses, twin.losses, strict=True)),
         **shares,
     }
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))

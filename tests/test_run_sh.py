@@ -41,8 +41,9 @@ def calls(checkout: Path) -> list[str]:
 def test_help_names_every_command() -> None:
     text = run_sh(ROOT, "--help").stdout
     script = (ROOT / "run.sh").read_text()
-    commands = " ".join(re.findall(r"^    ([a-z |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
+    commands = " ".join(re.findall(r"^    ([a-z_ |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
     expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "settings", "leaderboard"}
+    expected.add("gpu_suite")
     assert set(commands) == expected
     assert all(f"./run.sh {command}" in text for command in commands)
 

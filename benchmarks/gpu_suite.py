@@ -1,0 +1,304 @@
+"""Everything there is to check and measure on one GPU, in one command of a few minutes that can be cut off.
+
+    python -m benchmarks.gpu_suite                          9 minutes: checks, training steps, a race, then the rest
+    python -m benchmarks.gpu_suite --only classics --minutes 5
+    python -m benchmarks.gpu_suite --out DIR                all that it writes goes there, none to benchmarks/results
+    python -m benchmarks.gpu_suite --tiny                   the whole of it at toy size on a CPU, in about a minute
+
+Parts (benchmarks/suite_parts.py), in order of worth: tests of the kernels; training steps of the 124M and 355M models,
+plain and with every fused kernel; AdamW, Muon and Aurora racing on the classics shards; the kernels' benchmarks. Each
+is a process group of its own with a limit out of the total. One that fails or runs out of time is reported with its
+last lines, and the rest goes on. What is done is remembered in runs/gpu_suite/<device>/: the same command again goes on
+with what is not (after a failure, a kill, or when the time was short), unless the commit has changed or --fresh is
+given (which edits without a commit need). Results: gpu_suite_<device>.json and .png, and each part's own file.
+
+It needs the trainer's packages (torch, numpy, tyro, tqdm, tiktoken); without pytest there are no tests of the kernels,
+without matplotlib no figures. Where nothing can be installed, carry what is missing as a folder:
+
+    python -m pip install --target site --no-deps tyro docstring-parser typeguard typing-extensions       (elsewhere)
+    PYTHONPATH=site python -m benchmarks.gpu_suite                                                        (there)
+
+The classics race needs shards in data/classics (or --data DIR), as .bin or .bin.xz.
+Exit status: 0 nothing failed, 1 a part failed or ran out of time, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.suite_parts import NOWHERE, ROOT, Facts, Part, make_inputs, make_parts
+from benchmarks.suite_plot import draw_rates
+from benchmarks.tables import align, cell
+
+NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
+GRACE_S = 5.0  # between asking a part to end and ending it
+TAIL = 15  # lines of a failed part's output that are kept
+ENDED = {"done": "done", "failed": "FAILED", "out of time": "OUT OF TIME"}
+
+
+@dataclass
+class Suite:
+    """A folder with what was found so far: <part>.json and <part>.txt (output), results/, plots."""
+
+    folder: Path
+    out: Path  # where results are copied to
+    facts: Facts
+    deadline: float  # by time.monotonic
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    def finished(self, part: Part) -> dict[str, Any] | None:
+        """What an earlier start found, if the part was done then by the same commit."""
+        path = self.folder / f"{part.name}.json"
+        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return record if record.get("status") == "done" and record["commit"] == self.facts.commit else None
+
+    def run(self, part: Part) -> dict[str, Any]:
+        """Run a part, or say why not; saves and returns its record."""
+        record: dict[str, Any] = dict(part=part.name, what=part.what, commit=self.facts.commit, found={}, targets=[])
+        left_s = self.deadline - time.monotonic() - GRACE_S
+        limit_s = min(part.limit_s, left_s)
+        if part.skip:
+            return record | dict(status="skipped", seconds=0.0, why=part.skip)
+        if left_s < min(part.least_s, part.limit_s):
+            return record | dict(status="not begun", seconds=0.0, why=f"{max(0, left_s):.0f} s left; start this again")
+        print(f"{part.name}: {part.what}, at most {limit_s:.0f} s ...", flush=True)
+        output, start = self.folder / f"{part.name}.txt", time.monotonic()
+        for path in self.results.glob(part.files):
+            path.unlink()
+        status, code = run_group(part.command_within(limit_s), limit_s, output, self.results)
+        record |= dict(status=status, seconds=time.monotonic() - start, limit_s=limit_s)
+        lines = output.read_text(errors="replace").splitlines()
+        if status != "out of time":
+            try:
+                found = part.find(lines, sorted(self.results.glob(part.files)))
+                record |= dict(found=found.figures, targets=[vars(target) for target in found.targets])
+            except (KeyError, IndexError, ValueError, StopIteration, OSError) as error:
+                record.update(status="failed", why=f"status {code}, and no result that can be read ({error!r})")
+        if status == "failed":
+            record["why"] = f"exit status {code}"
+        if record["status"] != "done":
+            record["last_lines"] = lines[-TAIL:]
+        write(self.folder / f"{part.name}.json", record)
+        return record
+
+    def publish(self, records: Sequence[dict[str, Any]], parts: Sequence[Part], minutes: float) -> Path:
+        """Write the suite's own result, and copy the files of every part that is done beside it."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part, record in zip(parts, records, strict=False):
+            for path in self.results.glob(part.files) if record["status"] == "done" else ():
+                if path.parent.resolve() != self.out.resolve():
+                    shutil.copy(path, self.out)
+        content = {
+            "benchmark": "gpu_suite", "device": self.facts.device, "versions": self.facts.versions,
+            "commit": self.facts.commit, "settings": {"minutes": minutes}, "parts": list(records),
+            "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        path = self.out / f"gpu_suite_{self.facts.slug}.json"
+        write(path, content)
+        return path
+
+
+def write(path: Path, content: Any) -> None:
+    """Under its name only when it is whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def die_with_parent() -> None:
+    """In a child: end when the suite is killed outright, so that nothing of it stays on the GPU. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def run_group(command: Sequence[str], limit_s: float, output: Path, results: Path) -> tuple[str, int]:
+    """Run python with these arguments as a process group of its own; ("done", "failed" or "out of time", its status).
+
+    Whatever the outcome, nothing of the group lives on. A group, not a session: a caller that ends its session's
+    processes ends these too.
+    """
+    environment = {**os.environ, "BENCHMARK_RESULTS": str(results.resolve()), "PYTHONUNBUFFERED": "1"}
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent,
+        )  # fmt: skip
+    try:
+        code = process.wait(limit_s)
+        return ("failed" if code else "done"), code
+    except subprocess.TimeoutExpired:
+        return "out of time", -1
+    finally:
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """First asked, then, as a whole, told."""
+    try:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nothing is left of it
+    process.wait()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The suite
+
+
+def run_suite(suite: Suite, parts: Sequence[Part], minutes: float) -> int:
+    """Run what is not done yet, write the result after every part, print the tables; the exit status."""
+    suite.results.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    interrupted = False
+    try:
+        for part in parts:
+            earlier = suite.finished(part)
+            records.append(earlier | {"earlier": True} if earlier else suite.run(part))
+            suite.publish(records, parts, minutes)
+            if records[-1]["status"] in ("failed", "out of time"):
+                print("\n".join(["", *records[-1]["last_lines"], ""]))
+    except KeyboardInterrupt:
+        interrupted = True
+    path = suite.publish(records, parts, minutes)
+    print(table(records))
+    if any(record["targets"] for record in records):
+        print("\n" + target_table(records))
+    print(draw_rates(json.loads(path.read_text()), path.with_suffix(".png")))
+    print(f"-> {path}")
+    if interrupted:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if any(record["status"] == "not begun" for record in records):
+        print("some parts were not begun; the same command goes on from here")
+    return 1 if any(record["status"] in ("failed", "out of time") for record in records) else 0
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    lines = [["part", "outcome", "seconds"]]
+    texts = ["found"]
+    for record in records:
+        outcome = ENDED.get(record["status"], record["status"]) + (" (before)" if record.get("earlier") else "")
+        lines.append([record["part"], outcome, f"{record['seconds']:.0f}"])
+        figures = ", ".join(f"{name} {cell(value)}" for name, value in record["found"].items() if name != "rates")
+        texts.append("; ".join(text for text in (record.get("why", ""), figures) if text))
+    return "\n".join(
+        f"{line}  {text}".rstrip() for line, text in zip(align(lines).splitlines(), texts, strict=True)
+    )  # fmt: skip
+
+
+def target_table(records: Sequence[dict[str, Any]]) -> str:
+    lines = [["part", "figure", "found", "wanted", "verdict"]]
+    for record in records:
+        for target in record["targets"]:
+            found = "-" if target["value"] is None else cell(target["value"])
+            lines.append([record["part"], target["name"], found, target["wanted"], target["verdict"]])
+    return align(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists what there is\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m benchmarks.gpu_suite", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default: 9)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="not these")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--folder", type=Path, help="what is remembered (default: runs/gpu_suite/<device>)")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/classics", help="folder of the classics shards")
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier start found")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU; never writes to benchmarks/results")
+    options = parser.parse_args(argv)
+    names = [part.name for part in make_parts(NOWHERE, Path(), Path(), False)]
+    for option in ("only", "skip"):
+        unknown = [name for name in getattr(options, option) if name not in names]
+        if unknown:
+            parser.error(f"--{option}: no part {', '.join(unknown)}; parts: {', '.join(names)}")
+    if not 0 < options.minutes < float("inf"):
+        parser.error(f"--minutes {options.minutes:g} must be above 0, such as 9")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} cannot be imported; install it, or carry it in a folder on PYTHONPATH")
+    return options
+
+
+def look_at_machine(tiny: bool) -> Facts:
+    """Asked of a process of its own, so that the suite holds no memory of the GPU. ValueError if it will not do."""
+    code = "from benchmarks.suite_parts import print_facts; print_facts()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ValueError(f"the trainer cannot be imported ({(result.stderr.splitlines() or ['?'])[-1]})")
+    facts = Facts(**json.loads(result.stdout.splitlines()[-1]))
+    if not facts.on_gpu and not tiny:
+        raise ValueError("torch finds no CUDA GPU; --tiny runs the whole suite at toy size on a CPU")
+    return facts
+
+
+def main(argv: Sequence[str]) -> int:
+    start, options = time.monotonic(), parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.tiny:  # and nothing is compiled, which takes longer than all the rest
+        os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+    try:
+        facts = look_at_machine(options.tiny)
+        name = f"tiny_{facts.slug}" if options.tiny else facts.slug
+        folder = (options.folder or ROOT / "runs/gpu_suite" / name).resolve()
+        if options.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        out = options.out or (folder / "out" if options.tiny else ROOT / "benchmarks/results")
+        if options.tiny and out.resolve() == (ROOT / "benchmarks/results").resolve():
+            raise ValueError("--out benchmarks/results is for results of real sizes; choose another for --tiny")
+        parts = make_parts(facts, folder, options.data.resolve(), options.tiny)
+        parts = [part for part in parts if part.name in (options.only or [part.name]) and part.name not in options.skip]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another suite is running in {folder}; wait until it has ended") from None
+            make_inputs(folder, options.tiny)
+            print(f"{facts.device}; {len(parts)} parts in {options.minutes:g} minutes; {folder}", flush=True)
+            return run_suite(Suite(folder, out, facts, start + 60 * options.minutes), parts, options.minutes)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""A race: the same model under several optimizers, each for the same training time, to the same target loss.
+
+    python -m benchmarks.race --seconds 240 --data data/classics
+    python -m benchmarks.race configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora --seconds 300
+
+A few steps and a validation of every run are timed first; then the schedules are cut so that each run trains for the
+same number of seconds and all of it (compilation, validations, set-up) ends within --seconds. The slowest run gets no
+more steps than its recipe has; warm-ups shrink with the schedule. Without --target_loss the target is the highest of
+the final losses, so that every run has a time for it: where a line between two validations first crosses it. One seed:
+curves to look at, not a record.
+
+Writes results/race_<device>.json, with the curves, and the figure beside it.
+"""
+
+import dataclasses
+import gc
+import lzma
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.report import compile_everything, report
+from benchmarks.tables import Row
+from benchmarks.train_step import overrides
+from data.shards import DataError
+from experiments.curves import curve, draw
+from experiments.sweep import Result
+from machine import Clock, find_machine
+from optim import build_optimizers
+from runlog import RunLog
+from train_gpt import Config, Run, evaluate, load_config, set_up, train, train_step, warm_up
+
+VALIDATIONS = 12  # of a run, after the one before its first step
+TIMED_STEPS = 5
+FEWEST_STEPS = 2 * VALIDATIONS  # of a run that says anything
+OVERHEAD_S = 2.0  # of a run, besides training and validations: its log, and warming up once more
+Curve = Sequence[tuple[int, float, float]]  # step, seconds of training, validation loss
+
+
+@dataclass(frozen=True)
+class Args:
+    recipes: tyro.conf.Positional[tuple[str, ...]] = tuple(
+        f"configs/classics_124m_{name}.toml" for name in ("adamw", "muon", "aurora")
+    )
+    """One recipe for each run, or one for all of --matrix_optimizers; the first run is the baseline."""
+    matrix_optimizers: tuple[str, ...] = ()
+    """Runs of the first recipe, instead of one run for each recipe."""
+    seconds: float = 240.0
+    """For everything together."""
+    target_loss: float = 0.0
+    """Nats a token; 0: the highest of the final losses."""
+    data: str = ""
+    """Folder with *_train_*.bin and *_val_*.bin, or the same as .bin.xz; empty: the recipe's files."""
+    set: tuple[str, ...] = ()
+    """key=value ...: settings of every run."""
+    folder: str = "runs/race"
+    """For run directories and unpacked shards."""
+
+
+@dataclass
+class Racer:
+    run: Run
+    step_s: float
+    validation_s: float
+
+
+def shards(data: Path, folder: Path) -> list[str]:
+    """Settings train_files and val_files for the shards in `data`; compressed ones are unpacked into `folder` first.
+
+    ValueError if there are none.
+    """
+    words = []
+    for setting, pattern in (("train_files", "*_train_*.bin"), ("val_files", "*_val_*.bin")):
+        place = data
+        if not any(data.glob(pattern)):
+            place = folder
+            packed = sorted(data.glob(f"{pattern}.xz"))
+            if not packed:
+                raise ValueError(f"data = {str(data)!r} has no {pattern} and no {pattern}.xz; put shards there")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in packed:
+                target = folder / path.stem
+                if not target.exists():
+                    with lzma.open(path) as source, target.with_suffix(".tmp").open("wb") as copy:
+                        shutil.copyfileobj(source, copy, 2**24)
+                    target.with_suffix(".tmp").replace(target)
+        words.append(f"{setting}={place / pattern}")
+    return words
+
+
+def make_racer(config: Config) -> Racer:
+    """A run that has not begun: what was compiled and timed has left no trace in its weights and optimizers."""
+    run = set_up(config, find_machine(config.device, config.dtype))
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    warm_up(run)
+    clock = Clock(run.machine.device)
+    for step in range(TIMED_STEPS + 1):
+        clock.switch(f"step {step}")
+        train_step(run, *run.loader.batch(step))
+    clock.switch("first validation")
+    evaluate(run)
+    clock.switch("validation")
+    evaluate(run)
+    clock.switch("end")
+    run.model.load_state_dict(weights)
+    run.optimizers = build_optimizers(run.model, config)
+    step_s = statistics.median(clock.seconds[f"step {step}"] for step in range(1, TIMED_STEPS + 1))
+    return Racer(run, step_s, clock.seconds["validation"])
+
+
+def training_seconds(racers: Sequence[Racer], left_s: float) -> float:
+    """How long each may train so that all of them end in `left_s`, the slowest by its recipe's end at the latest.
+    ValueError if that is too short."""
+    rest_s = sum((VALIDATIONS + 2) * racer.validation_s + OVERHEAD_S for racer in racers)
+    slowest = max(racers, key=lambda racer: racer.step_s)
+    train_s = min((left_s - rest_s) / len(racers), slowest.run.config.train_steps * slowest.step_s)
+    if (left_s - rest_s) / len(racers) < FEWEST_STEPS * slowest.step_s:
+        need_s = rest_s - left_s + len(racers) * FEWEST_STEPS * slowest.step_s
+        raise ValueError(
+            f"seconds: {left_s:.0f} are left after compiling, too few for {len(racers)} runs of {FEWEST_STEPS} steps "
+            f"or more; give {max(1, math.ceil(need_s))} more, or a smaller batch_tokens"
+        )
+    return train_s
+
+
+def scheduled(config: Config, train_steps: int, run_dir: str) -> Config:
+    """The config with a schedule of `train_steps`, its warm-ups shortened alike."""
+    share = train_steps / config.train_steps
+    return dataclasses.replace(
+        config, train_steps=train_steps, val_every=max(1, train_steps // VALIDATIONS), run_dir=run_dir,
+        warmup_steps=round(config.warmup_steps * share), checkpoint_every=0, stop_at_target=False, target_loss=0.0,
+        momentum_warmup_steps=round(config.momentum_warmup_steps * share),
+    )  # fmt: skip
+
+
+def seconds_to(target: float, losses: Curve) -> float | None:
+    """Where a line between two validations first crosses the target; None if none does."""
+    for (_, time_0, loss_0), (_, time_1, loss_1) in pairwise(losses):
+        if loss_1 <= target:
+            return time_1 - (time_1 - time_0) * (target - loss_1) / (loss_0 - loss_1) if loss_0 > target else time_0
+    return None
+
+
+def race(racers: Sequence[Racer], left_s: float, folder: Path) -> list[dict[str, Any]]:
+    """Train them one after the other; what experiments.curves draws, one entry for each."""
+    train_s, runs = training_seconds(racers, left_s), []
+    for racer in racers:
+        run = racer.run
+        run.config = scheduled(run.config, int(train_s / racer.step_s), str(folder / "runs"))
+        run.clock = Clock(run.machine.device)
+        log = RunLog(run.config, run.machine, run.data)
+        summary = train(run, log)
+        run.loader.close()
+        if summary["status"].startswith(("failed", "interrupted")):
+            raise ValueError(f"{run.config.matrix_optimizer}: {summary['status']}; nothing is reported")
+        summary.update(device=run.machine.name, config=dataclasses.asdict(run.config))
+        losses = curve(Result({}, run.config.seed, 1, torch.get_num_threads(), str(log.directory)))
+        name = {"matrix_optimizer": run.config.matrix_optimizer}
+        runs.append(dict(overrides=name, summary=summary, curve=losses, train_s=run.clock.seconds["train"]))
+    return runs
+
+
+def rows(runs: Sequence[dict[str, Any]], target: float) -> list[Row]:
+    reached = [seconds_to(target, run["curve"]) for run in runs]
+    table: list[Row] = []
+    for run, time_s in zip(runs, reached, strict=True):
+        summary, train_s = run["summary"], run["train_s"]
+        table.append({
+            "matrix_optimizer": summary["config"]["matrix_optimizer"], "status": summary["status"].split(":")[0],
+            "train_time_s": train_s, "steps": summary["steps"],
+            "tokens_per_s": summary["steps"] * summary["config"]["batch_tokens"] / train_s,
+            "val_loss": summary["val_loss"], "time_to_target_s": "" if time_s is None else time_s,
+            "speedup": reached[0] / time_s if reached[0] and time_s else "",
+        })  # fmt: skip
+    return table
+
+
+def main(args: Args) -> int:
+    start, folder = time.monotonic(), Path(args.folder)
+    try:
+        words = overrides([*(shards(Path(args.data), folder / "data") if args.data else ()), *args.set], "--set")
+        starts = [(recipe, [*words]) for recipe in args.recipes]
+        if args.matrix_optimizers:
+            starts = [(args.recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
+        with compile_everything():
+            racers = [make_racer(load_config([recipe, *more])) for recipe, more in starts]
+            gc.collect()
+            runs = race(racers, args.seconds - (time.monotonic() - start), folder)
+    except (DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]
+    target = args.target_loss or math.ceil(1e3 * max(finals, default=0.0)) / 1e3
+    for run in runs:
+        run["summary"]["config"]["target_loss"] = target
+    device = str(racers[0].run.machine.device)
+    settings = dataclasses.asdict(args) | dict(target_loss=target, recipes=[recipe for recipe, _ in starts])
+    curves = {run["overrides"]["matrix_optimizer"]: run["curve"] for run in runs}
+    path = report("race", rows(runs, target), device, **settings, curves=curves)
+    try:
+        draw(dict(runs=runs, recipe=args.recipes[0]), path.with_suffix(".png"))
+    except ImportError as error:
+        print(f"no figure: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))

@@ -1,0 +1,122 @@
+"""Options against the plain model for equal time: schedules, statistics, what is run and what is told."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import options as experiment
+from experiments.options import ARMS, Options, arguments, compare, main, step_seconds, summary
+from experiments.sweep import Cell, Result
+from tests.conftest import TINY_VOCAB
+from train_gpt import Config
+
+
+def test_shares_of_a_schedule_become_steps_of_the_arms_own() -> None:
+    assert arguments(Options(), "tie_head", 300) == dict(
+        train_steps="300", val_every="300", tie_head_steps="200", embed_lr="0.004"
+    )
+    assert arguments(Options(), "small_batch", 501)["small_batch_steps"] == "250"
+
+
+def test_every_arm_sets_what_the_trainer_knows() -> None:
+    assert {key for arm in ARMS.values() for key in arm} | experiment.FIXED.keys() <= set(Config.__dataclass_fields__)
+
+
+def test_differences_are_those_of_a_paired_t_test() -> None:
+    losses, plain = [1.2, 1.25, 1.22, 1.19], [1.21, 1.28, 1.21, 1.24]
+    mean, low, high = compare(losses, plain)
+    right = stats.ttest_rel(losses, plain).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((right.low, right.high))
+    assert mean == pytest.approx(np.mean(losses) - np.mean(plain))
+    assert compare([1.0], [2.0]) == (-1.0, -math.inf, math.inf)
+
+
+def result(**losses: list[float | None]) -> dict[str, Any]:
+    arms = [dict(arm=name, sets={}, step_s=0.1, steps=100, val_loss=values) for name, values in losses.items()]
+    return dict(arms=arms)
+
+
+def test_the_table_says_what_pays_costs_and_cannot_be_told() -> None:
+    rows = summary(
+        result(
+            worse=[1.31, 1.32, 1.33], plain=[1.21, 1.22, 1.23], better=[1.11, 1.121, 1.13], same=[1.2, 1.23, 1.22],
+            broken=[1.1, None, 1.2],
+        )
+    )  # fmt: skip
+    assert [(row["option"], row["pays"]) for row in rows] == [
+        ("plain", ""), ("better", "yes"), ("same", "cannot tell"), ("worse", "costs"), ("broken", "no"),
+    ]  # fmt: skip
+    assert rows[1]["difference"] == "-0.0997"
+    assert rows[0]["final loss"] == "1.2200 ± 0.0100"
+    assert rows[4]["final loss"] == "diverged"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No real steps or runs: arms take their place in ARMS + 1 tenths of a second, losses are of arm and seed."""
+    calls: list[Any] = []
+
+    def timed(options: Options, arms: Sequence[str], steps: int) -> dict[str, float]:
+        calls.append(("timing", list(arms), steps))
+        return {arm: 0.1 * (1 + index) for index, arm in enumerate(arms)}
+
+    def sweep(recipe: str, cells: list[Cell], seeds: list[int], out: Path, jobs: int, fixed: Cell) -> list[Result]:
+        calls.append(("runs", [cell["train_steps"] for cell in cells], list(seeds), jobs))
+        same = dict(status="finished", device="a machine")
+        return [
+            Result(cell, seed, jobs, 1, "", same | dict(val_loss=1 + seed + 0.1 * index))
+            for seed in seeds
+            for index, cell in enumerate(cells)
+        ]
+
+    monkeypatch.setattr(experiment, "step_seconds", timed)
+    monkeypatch.setattr(experiment, "run_sweep", sweep)
+    return calls
+
+
+def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
+    fake: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--arms", "unet_skips", "short_rows", "--seeds", "3", "4", "--steps", "600", "--jobs", "2", "--yes"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert fake == [("timing", ["plain", "unet_skips", "short_rows"], 600), ("runs", ["600", "300", "200"], [3, 4], 2)]
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [arm["val_loss"] for arm in found["arms"]] == [[4, 5], [4.1, 5.1], [4.2, 5.2]]
+    assert found["arms"][2]["sets"]["short_row_steps"] == "100"
+    assert found["device"] == "a machine"
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert [call[0] for call in fake] == ["timing", "runs", "runs"]  # started again: the same schedules
+    capsys.readouterr()
+    assert main(["--table", str(tmp_path / "result.json")]) == 0
+    assert "unet_skips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--arms", "skips"], "arm 'skips' is unknown; arms are plain, value_embeds"),
+        (["--jobs", "0"], "--seeds 0 1 2 --jobs 2 is usual"),
+        (["--set", "compile"], "--set compile: not key=value"),
+        (["missing.toml"], "missing.toml"),
+        (["--arms", "plain"], "nothing was started"),
+    ],
+    ids=["arm", "jobs", "set", "recipe", "nobody to ask"],
+)
+@pytest.mark.usefixtures("fake")
+def test_mistakes(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_steps_are_timed_in_their_first_and_last_kind(tiny_recipe: Path) -> None:
+    options = Options(recipe=str(tiny_recipe), set=((f"vocab_size={TINY_VOCAB}",),))
+    seconds = step_seconds(options, ["plain", "small_batch"], 10)
+    assert seconds.keys() == {"plain", "small_batch"}
+    assert all(0 < each < 5 for each in seconds.values())

@@ -459,7 +459,7 @@ def main(argv: list[str]) -> int:
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return exit_status(run.start.ended, config)
         log = RunLog(config, machine, run.data)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -113,7 +113,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert number_of_lines(tmp_path) > before
         os.kill(process.pid, stop)
-        _, errors = process.communicate(timeout=60)  # until every process that holds its stderr is gone
+        _, errors = process.communicate(timeout=180)  # until every process that holds its stderr is gone
         assert process.returncode == status
         assert "Traceback" not in errors
     kept = pool.Store(tmp_path)

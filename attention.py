@@ -13,7 +13,7 @@ the end of one that began in an earlier row. Three ways to compute the same, to 
     sdpa    torch's scaled_dot_product_attention: its fused causal kernels, and a dense mask for anything else
     flex    torch's flex_attention: one kernel that skips blocks of keys no query of a block may see; CUDA only
     blocks  a block of queries at a time in plain torch, gradients written out: for CPUs, where it skips such keys as
-            well and its backward pass is two to three times as fast as sdpa's
+            well and its backward pass is about twice as fast as sdpa's
 """
 
 from collections.abc import Callable, Sequence

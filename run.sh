@@ -13,6 +13,7 @@ usage() {
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
 ./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: a day)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
+./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
                                        publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
@@ -78,7 +79,7 @@ case "${1:-}" in
         install .venv requirements.txt
         exec .venv/bin/python train_gpt.py --help
         ;;
-    sweep | grokking | neurons)
+    sweep | grokking | neurons | options)
         install .venv requirements.txt
         name=$1
         shift

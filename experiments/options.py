@@ -1,8 +1,8 @@
 """Do the options of today's small-model recipes pay on the clock? Each against the plain model, for equal time.
 
-    python -m experiments.options --jobs 2                       all options on the embedded sample, 3 seeds
-    python -m experiments.options --arms unet_skips short_rows --seeds 0 1 2 3 4
-    python -m experiments.options --table experiments/results/options.json
+    ./run.sh options --jobs 2                                    all options on the embedded sample, 3 seeds
+    ./run.sh options --arms unet_skips short_rows --seeds 0 1 2 3 4
+    ./run.sh options --table experiments/results/options.json
 
 Steps of every arm are timed first, arms taking turns in this process; then each arm's schedule is given as many steps
 as fit into the time of the plain one's, and the runs themselves may share the machine: what counts is the loss at the

@@ -106,18 +106,25 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.grokking", *SMALL, "--max_steps=200", f"--out={tmp_path}"]
     command += ["--lrs=3", "--weight_decays=5", "--seeds", *map(str, range(99))]  # far more than will be run
     for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True, preexec_fn=hear_ctrl_c
+        )
         before = number_of_lines(tmp_path)
         deadline = time.monotonic() + 120
         while number_of_lines(tmp_path) == before and time.monotonic() < deadline:
             time.sleep(0.05)
         assert number_of_lines(tmp_path) > before
         os.kill(process.pid, stop)
-        _, errors = process.communicate(timeout=180)  # until every process that holds its stderr is gone
+        _, errors = process.communicate(timeout=60)  # until every process that holds its stderr is gone
         assert process.returncode == status
         assert "Traceback" not in errors
     kept = pool.Store(tmp_path)
     assert all(run["curves"]["step"][-1] == 200 for run in kept.runs.values())
+
+
+def hear_ctrl_c() -> None:
+    """Tests that were started in the background of a script have it ignored, and their children with them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def number_of_lines(out: Path) -> int:

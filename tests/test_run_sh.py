@@ -42,7 +42,7 @@ def test_help_names_every_command() -> None:
     text = run_sh(ROOT, "--help").stdout
     script = (ROOT / "run.sh").read_text()
     commands = " ".join(re.findall(r"^    ([a-z_ |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
-    expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "settings", "leaderboard"}
+    expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "options", "settings", "leaderboard"}
     expected.add("gpu_suite")
     assert set(commands) == expected
     assert all(f"./run.sh {command}" in text for command in commands)

@@ -74,7 +74,7 @@ class Config:
     softcap: float = 15.0  # logits are kept within +- this
     # The step's speed: the same numbers to rounding
     attention: str = "auto"  # sdpa, blocks (a CPU), flex (CUDA), or auto: sdpa, and with doc_mask or window the others
-    fused_norm: bool = False  # gradients of RMSNorm in closed form: a third of a step on a CPU, uncompiled
+    fused_norm: bool = False  # gradients of RMSNorm and rotation written out; for models not compiled
     fused_mlp: bool = False  # make the neurons' outputs again in the backward pass: less memory
     fused_head: bool = False  # logits and loss a chunk at a time: much less memory (kernels/cross_entropy.py)
     # Options of the model

@@ -136,7 +136,7 @@ def launcher() -> str:
         return ""
     parent = os.getppid()
     stat = Path(f"/proc/{parent}/stat")  # field 22: clock ticks from boot to start, so a pid used again is another
-    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    started = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[19] if stat.exists() else ""
     return "/".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(parent), started])
 
 
@@ -184,7 +184,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -204,7 +204,12 @@ def output_of(*command: str) -> str:
     """What a command prints; empty if it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            command,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
         ).stdout.strip()
     return ""
 

@@ -186,7 +186,7 @@ def _age(path: Path) -> tuple[int, str]:
 
 def _summary(directory: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+        values: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
     return values

@@ -24,7 +24,7 @@ def run_sources() -> dict[str, str]:
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     paths = {Path(file).resolve() for file in files if file and Path(file).is_file()}
     own = sorted(path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT))
-    return {str(path): (ROOT / path).read_text() for path in own if "site-packages" not in path.parts}
+    return {str(path): (ROOT / path).read_text(encoding="utf-8") for path in own if "site-packages" not in path.parts}
 
 
 class RunLog:
@@ -62,7 +62,9 @@ class RunLog:
         self.directory = machine.agree(self.directory) or self.directory  # the first rank's
         if not self.active:
             return
-        self.log, self.metrics = ((self.directory / name).open("w") for name in ("log.txt", "metrics.jsonl"))
+        self.log, self.metrics = (
+            (self.directory / name).open("w", encoding="utf-8") for name in ("log.txt", "metrics.jsonl")
+        )
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
@@ -95,11 +97,11 @@ class RunLog:
             self.line(f"resumed from {checkpoint} at step {step}; there is no log beside it")
             return
         self.line(f"resumed from {checkpoint} at step {step}; in log.txt, its lines up to there:")
-        for line in (earlier / "log.txt").read_text().rpartition("=" * 100)[2].splitlines():
+        for line in (earlier / "log.txt").read_text(encoding="utf-8").rpartition("=" * 100)[2].splitlines():
             found = re.match(r"step:(\d+)(/?)", line)  # a line without / is of what came after the checkpoint
             if found and (int(found[1]) < step or (int(found[1]) == step and found[2])):
                 print(line, file=self.log)
-        for line in (earlier / "metrics.jsonl").read_text().splitlines():
+        for line in (earlier / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
                 if json.loads(line)["step"] <= step:
                     print(line, file=self.metrics)
@@ -119,7 +121,7 @@ class RunLog:
         """Write summary.json under its name only when it is whole."""
         if self.active:
             temporary = self.directory / "summary.json.tmp"
-            temporary.write_text(json.dumps(values, indent=1) + "\n")
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
             temporary.replace(self.directory / "summary.json")
 
     def closing(self, summary: dict[str, Any]) -> None:
@@ -149,7 +151,7 @@ class RunLog:
 def is_running(directory: Path) -> bool:
     """Whether the process that writes this run directory is alive, as far as its lock on log.txt says."""
     try:
-        with (directory / "log.txt").open() as file:
+        with (directory / "log.txt").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -35,7 +35,7 @@ def parse_settings(
 
 def _toml_arguments(path: Path) -> list[str]:
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} cannot be read ({error}); try configs/sotu_cpu.toml") from None
     except tomllib.TOMLDecodeError as error:

@@ -122,7 +122,9 @@ def peak_resident_bytes() -> int:
     """The most memory this process ever held. On Linux not by getrusage, which counts what the parent held too."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+        return 1024 * next(
+            int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if "VmHWM" in line
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 

@@ -66,7 +66,7 @@ class Suite:
     def finished(self, part: Part) -> dict[str, Any] | None:
         """What an earlier start found, if the part was done then by the same commit."""
         path = self.folder / f"{part.name}.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return record if record.get("status") == "done" and record["commit"] == self.facts.commit else None
 
     def run(self, part: Part) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Suite:
             path.unlink()
         status, code = run_group(part.command_within(limit_s), limit_s, output, self.results)
         record |= dict(status=status, seconds=time.monotonic() - start, limit_s=limit_s)
-        lines = output.read_text(errors="replace").splitlines()
+        lines = output.read_text(errors="replace", encoding="utf-8").splitlines()
         if status != "out of time":
             try:
                 found = part.find(lines, sorted(self.results.glob(part.files)))
@@ -118,7 +118,7 @@ class Suite:
 def write(path: Path, content: Any) -> None:
     """Under its name only when it is whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -139,7 +139,7 @@ def run_group(command: Sequence[str], limit_s: float, output: Path, results: Pat
     processes ends these too.
     """
     environment = {**os.environ, "BENCHMARK_RESULTS": str(results.resolve()), "PYTHONUNBUFFERED": "1"}
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent,
@@ -188,7 +188,7 @@ def run_suite(suite: Suite, parts: Sequence[Part], minutes: float) -> int:
     print(table(records))
     if any(record["targets"] for record in records):
         print("\n" + target_table(records))
-    print(draw_rates(json.loads(path.read_text()), path.with_suffix(".png")))
+    print(draw_rates(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png")))
     print(f"-> {path}")
     if interrupted:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -259,7 +259,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def look_at_machine(tiny: bool) -> Facts:
     """Asked of a process of its own, so that the suite holds no memory of the GPU. ValueError if it will not do."""
     code = "from benchmarks.suite_parts import print_facts; print_facts()"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     if result.returncode:
         raise ValueError(f"the trainer cannot be imported ({(result.stderr.splitlines() or ['?'])[-1]})")
     facts = Facts(**json.loads(result.stdout.splitlines()[-1]))
@@ -285,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         parts = make_parts(facts, folder, options.data.resolve(), options.tiny)
         parts = [part for part in parts if part.name in (options.only or [part.name]) and part.name not in options.skip]
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
+        with (folder / "lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -23,7 +23,7 @@ def polar_section() -> str:
     """Milliseconds by matrices and variant, a table for each device; of ours as a CUDA graph where there is one."""
     parts = []
     for path in sorted(RESULTS.glob("polar_[!qrt]*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         settings = result["settings"]
         table: dict[str, Row] = {}
         for row in result["rows"]:
@@ -49,7 +49,7 @@ def quality_section() -> str:
     """The float16 Gram form beside the dense form in bfloat16, for two of the shapes."""
     parts = []
     for path in sorted(RESULTS.glob("polar_quality_*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram": "ours, float16 Gram", "unrounded": "exact"}
         table: dict[tuple[str, str], Row] = {}
         for row in result["rows"]:
@@ -72,7 +72,7 @@ def optimizer_step_section() -> str:
         "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
     }  # fmt: skip
     for path in sorted(RESULTS.glob("optimizer_step_*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         rounds = result["settings"]["rounds"]
         parts.append(f"{result['device']}, medians of {rounds}:\n\n" + markdown(result["rows"], columns))
     return "\n".join(parts)
@@ -86,7 +86,7 @@ def train_step_section() -> str:
         "ratio": "of the first's", "MFU": "MFU", "peak_mib": "peak MiB", "loss_diff": "losses differ by",
     }  # fmt: skip
     for path in sorted(RESULTS.glob("train_step_*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         rows, settings = result["rows"], result["settings"]
         said = {key for key in headings if any(row.get(key) not in (None, "", "unknown") for row in rows)}
         if {row.get("variant") for row in rows} <= {None, "plain"}:
@@ -108,7 +108,7 @@ def cross_entropy_section() -> str:
         "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
     }  # fmt: skip
     for path in sorted(RESULTS.glob("cross_entropy_*.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         passes = result["settings"]["passes"]
         parts.append(f"{result['device']}, medians of {passes}:\n\n" + markdown(result["rows"], columns))
     return "\n".join(parts)
@@ -116,26 +116,26 @@ def cross_entropy_section() -> str:
 
 def options_section() -> str:
     """Final losses of the model's options for equal training time."""
-    rows = options.summary(json.loads((EXPERIMENTS / "options.json").read_text()))
+    rows = options.summary(json.loads((EXPERIMENTS / "options.json").read_text(encoding="utf-8")))
     return markdown(rows, {key: key for key in rows[-1]})
 
 
 def row_norms_section() -> str:
     """Final losses and spreads of row norms, by cell."""
-    runs = json.loads((EXPERIMENTS / "row_norms.json").read_text())
+    runs = json.loads((EXPERIMENTS / "row_norms.json").read_text(encoding="utf-8"))
     header, *rows = cells(runs)
     return markdown([dict(zip(header, row, strict=True)) for row in rows], dict(zip(header, header, strict=True)))
 
 
 def grokking_section(name: str) -> str:
     """Steps to generalisation of each setting and optimizer, in one of the committed results."""
-    table = grokking.summary(json.loads((EXPERIMENTS / f"{name}.json").read_text()))
+    table = grokking.summary(json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8")))
     return markdown(table, {key: key for key in max(table, key=len)})
 
 
 def neurons_section() -> str:
     """Dead neurons and losses, by expansion and arm."""
-    rows = neuron_report.summary(json.loads((EXPERIMENTS / "neurons.json").read_text()))
+    rows = neuron_report.summary(json.loads((EXPERIMENTS / "neurons.json").read_text(encoding="utf-8")))
     dead = [f"dead % < {threshold:g}" for threshold in THRESHOLDS[:2]]
     shown = ["MLP", "arm", "rate", "final loss", *dead, f"by peak % < {THRESHOLDS[0]:g}", "ever dead %", "CV gate, up"]
     return markdown(rows, dict(zip(shown, shown, strict=True)))
@@ -163,7 +163,7 @@ def with_sections(document: str) -> str:
 
 
 def main() -> None:
-    README.write_text(with_sections(README.read_text()))
+    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

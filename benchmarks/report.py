@@ -56,6 +56,6 @@ def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, "device": name, "versions": versions(), "settings": settings, "rows": list(rows)}
     content["time_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"-> {path}")
     return path

@@ -103,7 +103,9 @@ class Part:
 
 
 def result(files: Sequence[Path], pattern: str = "*.json") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(next(path for path in files if path.match(pattern)).read_text())
+    content: dict[str, Any] = json.loads(
+        next(path for path in files if path.match(pattern)).read_text(encoding="utf-8")
+    )
     return content
 
 
@@ -293,4 +295,4 @@ def make_inputs(folder: Path, tiny: bool) -> None:
     if tiny:
         pairs = [word.split("=") for word in TINY]
         lines = [f"{key} = {value if value[0].isdigit() else repr(value)}" for key, value in pairs]
-        tiny_recipe(folder).write_text("\n".join(lines) + "\n")
+        tiny_recipe(folder).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -217,7 +217,11 @@ def main(args: Args) -> int:
         return 2
     start = begun = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere, compile_everything():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            compile_everything(),
+        ):
             entries = make_entries(args, folder)
             for turn in tqdm(range(args.rounds + 1), unit="round", leave=False, disable=None):
                 begun, last_s = time.monotonic(), time.monotonic() - begun

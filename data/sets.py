@@ -151,7 +151,7 @@ def is_whole(path: Path) -> bool:
 def save_progress(folder: Path, settings: Settings | None, shards: list[dict[str, Any]], complete: bool) -> None:
     content = {"complete": complete, "settings": asdict(settings) if settings else {}, "shards": shards}
     temporary = folder / f"{PROGRESS}.tmp"
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -160,7 +160,7 @@ def save_progress(folder: Path, settings: Settings | None, shards: list[dict[str
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise DataError(f"{path}: found invalid JSON ({error}); delete {path.parent} to start over") from None
 
@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def sole_writer(folder: Path) -> Iterator[None]:
     """Makes the folder and waits until no other process prepares it: nodes may share a file system."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

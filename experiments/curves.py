@@ -38,7 +38,9 @@ def collect(sweep: Path) -> dict[str, Any]:
 
 def curve(result: Result) -> list[tuple[int, float, float]]:
     """(step, seconds of training, validation loss) at every validation of a run."""
-    rows = [json.loads(line) for line in (Path(result.directory) / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (Path(result.directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [(row["step"], round(row["train_time_s"], 3), row["val_loss"]) for row in rows if "val_loss" in row]
 
 
@@ -87,11 +89,11 @@ def main(source: tyro.conf.Positional[Path], out: Path | None = None) -> int:
                 raise ValueError(f"{source} is a sweep: say where its curves go, such as --out {source}/curves.json")
             record, path = collect(source), out
         else:
-            record, path = json.loads(source.read_text()), out or source
+            record, path = json.loads(source.read_text(encoding="utf-8")), out or source
         if not record["runs"]:
             raise ValueError(f"{source} has no run that ended: nothing to draw; run the sweep first")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record) + "\n")
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
         draw(record, path.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

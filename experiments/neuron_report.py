@@ -26,7 +26,7 @@ EDGE = "*"  # marks a learning rate at an end of the rates that were tried
 
 def rows_of(directory: Path) -> list[Row]:
     """The rows of a run with a look at its neurons."""
-    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in rows if "neurons" in row]
 
 

@@ -275,7 +275,7 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
 def read_record(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that this experiment did not write."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         report(record)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
                 confirm(lines, options.yes or options.preset == "quick")
             path = Path(f"{options.out.rstrip('/')}.json")
             record = experiment(options, of_all, jobs)
-            path.write_text(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+            path.write_text(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
         record = read_record(path)
         draw(record, path.with_suffix(".png"))
     except (ValueError, OSError) as error:

@@ -168,8 +168,8 @@ def experiment(options: Options) -> dict[str, Any]:
     arms = list(dict.fromkeys(("plain", *options.arms)))
     out = Path(options.out)
     timing, threads = out / "timing.json", torch.get_num_threads()
-    if timing.exists() and json.loads(timing.read_text()).keys() >= set(arms):
-        step_s = json.loads(timing.read_text())  # an earlier start's, whose runs go on
+    if timing.exists() and json.loads(timing.read_text(encoding="utf-8")).keys() >= set(arms):
+        step_s = json.loads(timing.read_text(encoding="utf-8"))  # an earlier start's, whose runs go on
     else:
         torch.set_num_threads(max(1, threads // options.jobs))
         step_s = step_seconds(options, arms, steps)
@@ -179,7 +179,7 @@ def experiment(options: Options) -> dict[str, Any]:
     confirm([f"{num_runs} runs of {min(schedule.values())} to {max(schedule.values())} steps: about "
              f"{duration(total_s / options.jobs)} of training, {options.jobs} at a time"], options.yes)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    timing.write_text(json.dumps(step_s, indent=1) + "\n")
+    timing.write_text(json.dumps(step_s, indent=1) + "\n", encoding="utf-8")
     cells = [arguments(options, arm, schedule[arm]) for arm in arms]
     results = iter(run_sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed))
     losses: dict[str, list[float | None]] = {arm: [] for arm in arms}
@@ -204,11 +204,11 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
     try:
         if options.table:
-            result = json.loads(Path(options.table).read_text())
+            result = json.loads(Path(options.table).read_text(encoding="utf-8"))
         else:
             result = experiment(options)
             path = Path(options.out) / "result.json"
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             print(f"-> {path}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,7 +70,7 @@ def watch(optimizer: MatrixOptimizer, every: int, spreads: dict[str, list[float]
 
 def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int, commit: str) -> dict[str, Any]:
     """One run of the recipe; its result as it is kept. `commit` is of the code that this process has loaded."""
-    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         arguments = [f"--{key}={value}" for key, value in cell.items()]
         fixed = ["--stop_at_target=false", "--checkpoint_every=0", f"--run_dir={folder}", f"--seed={seed}"]
         config = load_config([recipe, *arguments, *fixed])
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     try:
         options = parse_settings(Options, argv, description=__doc__)
         out, wanted = Path(options.out), [assignments(words) for words in options.cell]
-        runs, commit = json.loads(out.read_text()) if out.exists() else [], git_commit()
+        runs, commit = json.loads(out.read_text(encoding="utf-8")) if out.exists() else [], git_commit()
         for seed in options.seeds:
             for cell in wanted:
                 if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
                 runs.append(run_cell(recipe, cell, seed, options.every, commit))
                 out.parent.mkdir(parents=True, exist_ok=True)
                 temporary = out.with_suffix(".tmp")
-                temporary.write_text(json.dumps(runs) + "\n")
+                temporary.write_text(json.dumps(runs) + "\n", encoding="utf-8")
                 temporary.replace(out)
                 print(
                     f"{cell}, seed {seed}: {runs[-1]['status']}, val_loss {runs[-1]['val_loss']:.4f}", file=sys.stderr

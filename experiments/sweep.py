@@ -114,7 +114,9 @@ class Sweep:
         """`run` with its result on disk, the last that counts, or none."""
         run = dataclasses.replace(run, directory="", summary={})
         for path in sorted((self.out / "runs" / run.name).glob("*/summary.json")):
-            found = dataclasses.replace(run, directory=str(path.parent), summary=json.loads(path.read_text()))
+            found = dataclasses.replace(
+                run, directory=str(path.parent), summary=json.loads(path.read_text(encoding="utf-8"))
+            )
             run = found if found.ended else run
         self.results[run.name] = run
         return run
@@ -122,13 +124,13 @@ class Sweep:
     def save(self) -> None:
         runs = [dataclasses.asdict(run) for run in self.results.values()]
         temporary = self.out / "sweep.json.tmp"
-        temporary.write_text(json.dumps({**self.record, "runs": runs}, indent=1) + "\n")
+        temporary.write_text(json.dumps({**self.record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.out / "sweep.json")
 
 
 def load_sweep(out: Path) -> Sweep:
     """The sweep in folder `out`, as far as it has come. Raises OSError if there is none."""
-    sweep = Sweep(out, json.loads((out / "sweep.json").read_text()))
+    sweep = Sweep(out, json.loads((out / "sweep.json").read_text(encoding="utf-8")))
     for run in sweep.record.pop("runs"):
         sweep.update(Result(**run))
     return sweep
@@ -142,7 +144,7 @@ def run_sweep(
     fixed: settings of every cell. Check `ended` for runs that crashed. Raises ValueError for a mistake in what was
     asked for, in the trainer's words where it refuses a setting, and OSError for files that cannot be used.
     """
-    text, fixed, gpus = Path(recipe).read_text(), dict(fixed or {}), visible_gpus()
+    text, fixed, gpus = Path(recipe).read_text(encoding="utf-8"), dict(fixed or {}), visible_gpus()
     grid_keys = set(itertools.chain(*cells))
     for key in grid_keys & fixed.keys() | {"seed", "name", "run_dir"} & (grid_keys | fixed.keys()):
         raise ValueError(f"{key} cannot be set here: the grid or the sweep itself sets it (see --seeds and --out)")
@@ -154,7 +156,9 @@ def run_sweep(
     record.update(jobs=jobs, threads=threads, gpus=gpus, versions=versions())
     plan = [Result(cell, seed, jobs, threads) for seed in dict.fromkeys(seeds) for cell in cells]
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:  # runs inherit it: after SIGKILL, the next start waits for those still on
+    with (out / ".lock").open(
+        "w", encoding="utf-8"
+    ) as lock:  # runs inherit it: after SIGKILL, the next start waits for those still on
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -197,7 +201,11 @@ def _run_all(sweep: Sweep, plan: list[Result], lock: int) -> None:
                 run, output = sweep.update(run), sweep.out / "runs" / run.name / "output.txt"
                 sweep.save()
                 if process.returncode == 2 and not run.ended:
-                    errors = [line[7:] for line in output.read_text().splitlines() if line.startswith("error: ")]
+                    errors = [
+                        line[7:]
+                        for line in output.read_text(encoding="utf-8").splitlines()
+                        if line.startswith("error: ")
+                    ]
                     raise ValueError(f"{run.name}: {errors[-1] if errors else f'refused by the trainer, see {output}'}")
                 num_left = len(waiting) + len(running)
                 left = tqdm.format_interval((time.monotonic() - start) / (num_todo - num_left) * num_left)
@@ -224,7 +232,7 @@ def _start(sweep: Sweep, run: Result, slot: int, lock: int) -> subprocess.Popen[
     command += [f"--seed={run.seed}", f"--run_dir={folder}", f"--name={cell_name(run.overrides)}"]
     gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
     environment = {**os.environ, **gpu, "OMP_NUM_THREADS": str(run.threads)}
-    with (folder / "output.txt").open("w") as output:
+    with (folder / "output.txt").open("w", encoding="utf-8") as output:
         return subprocess.Popen(  # in a session of its own: Ctrl-C is ours to pass on
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[lock],

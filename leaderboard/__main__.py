@@ -135,7 +135,7 @@ def rank_table(
     if not table:
         print("there is no record yet", file=sys.stderr)
     if out:
-        Path(out).write_text(written)
+        Path(out).write_text(written, encoding="utf-8")
     else:
         print(written, end="")
     return 0
@@ -194,7 +194,7 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
         records: records or tracks; default: all.
         out: the file.
     """
-    out.write_text(report.page(_holding(records)))
+    out.write_text(report.page(_holding(records)), encoding="utf-8")
     print(out)
     return 0
 
@@ -204,7 +204,7 @@ def publish() -> int:
     if verify():
         return 1
     records = _holding([])
-    readme = rank.with_leaderboard(rank.README.read_text(), rank.rows(records)).encode()
+    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), rank.rows(records)).encode()
     rank.README.write_bytes(readme)
     for path in [rank.README, *_plot(records, rank.PLOTS)]:
         print(path)

@@ -269,10 +269,10 @@ def make_record(
     half = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
     try:
         (half / "runs.tar.xz").write_bytes(pack(runs))
-        (half / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (half / "README.md").write_text(_readme(summary))
+        (half / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        (half / "README.md").write_text(_readme(summary), encoding="utf-8")
         if not foreign:
-            (half / "config.toml").write_text(config_toml(runs[0]))
+            (half / "config.toml").write_text(config_toml(runs[0]), encoding="utf-8")
         half.chmod(0o755)
         half.rename(path)
     except BaseException:

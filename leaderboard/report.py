@@ -40,7 +40,9 @@ def page(records: Sequence[Record]) -> str:
             + "".join(_logs(record) for record in of_class)
             + "</section>"
         )
-    return Template(PAGE.read_text()).substitute(sections="\n".join(sections) or "<p>No record yet.</p>")
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        sections="\n".join(sections) or "<p>No record yet.</p>"
+    )
 
 
 def _cell(key: str, text: str, row: Mapping[str, Any], record: Record) -> str:

@@ -29,8 +29,8 @@ def unpack_source(run: Run, tree: Path) -> None:
         if not target.is_relative_to(tree.resolve()) or target.suffix != ".py":
             raise ValueError(f"the log names a source file {path!r} outside of its repository; nothing was run")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(source)
-    (tree / "record.toml").write_text(config_toml(run))
+        target.write_text(source, encoding="utf-8")
+    (tree / "record.toml").write_text(config_toml(run), encoding="utf-8")
 
 
 def find_data(run: Run) -> dict[str, str]:
@@ -124,4 +124,7 @@ def _time(record: Record, again: Run) -> str:
 def save_comparison(verdict: Verdict, again: Run, path: Path) -> None:
     """A few lines of JSON to keep with a record."""
     kept = {key: again.log.facts[key] for key in ("start_utc", "device", "world_size", "versions")}
-    path.write_text(json.dumps(dict(consistent=verdict.is_consistent, said=verdict.lines, **kept), indent=1) + "\n")
+    path.write_text(
+        json.dumps(dict(consistent=verdict.is_consistent, said=verdict.lines, **kept), indent=1) + "\n",
+        encoding="utf-8",
+    )

@@ -72,7 +72,7 @@ def tiny_recipe(tiny_data: Path) -> Path:
         train_files=f"{tiny_data}/tiny_train_*.bin", val_files=f"{tiny_data}/tiny_val_*.bin",
     )  # fmt: skip
     lines = [f"{key} = {value!r}" for key, value in settings.items()]
-    recipe.write_text("\n".join(lines) + "\n")
+    recipe.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return recipe
 
 
@@ -104,7 +104,9 @@ def python(script: list[str], recipe: Path, *arguments: str, **environment: str)
     """`python <script> <recipe> <arguments>` from the repository's root, to its end."""
     command = [sys.executable, *script, str(recipe), *arguments]
     settings = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False, encoding="utf-8"
+    )
 
 
 def torchrun(ranks: int, restarts: int = 0, script: str = "train_gpt.py") -> list[str]:

@@ -34,5 +34,5 @@ def run_fakes(folder: Path, *parts: Part, minutes: float = 1, commit: str = "c0f
     facts = dataclasses.replace(FACTS, commit=commit)
     suite = gpu_suite.Suite(folder, folder / "out", facts, time.monotonic() + 60 * minutes)
     status = gpu_suite.run_suite(suite, placed, minutes)
-    content = json.loads((folder / "out/gpu_suite_a-gpu.json").read_text())
+    content = json.loads((folder / "out/gpu_suite_a-gpu.json").read_text(encoding="utf-8"))
     return status, {record["part"]: record for record in content["parts"]}

@@ -40,11 +40,11 @@ def write_texts(path: Path, texts: Texts, honest_summary: bool = True) -> None:
     runs = as_runs(texts)
     (path / "runs.tar.xz").write_bytes(pack_as(texts))
     if honest_summary:
-        old = json.loads((path / "summary.json").read_text())
+        old = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         kept = {key: old[key] for key in ("name", "date", "author", "description", "foreign")}
         summary = describe(runs, find_track(path.parent.name), **kept)
-        (path / "summary.json").write_text(json.dumps(summary))
-        (path / "config.toml").write_text(config_toml(runs[0]))
+        (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        (path / "config.toml").write_text(config_toml(runs[0]), encoding="utf-8")
 
 
 def pack_as(texts: Texts) -> bytes:
@@ -113,25 +113,28 @@ def tiny_runs(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     told = ["--track=tiny", "--target_loss=3.2", "--author=A. Tester", "--description=as it is"]
     result = python(["-c", SEVERAL], tiny_recipe, *told, f"--run_dir={folder}")
     assert result.returncode == 0, result.stderr
-    return sorted(folder.iterdir(), key=lambda path: json.loads((path / "summary.json").read_text())["config"]["seed"])
+    return sorted(
+        folder.iterdir(),
+        key=lambda path: json.loads((path / "summary.json").read_text(encoding="utf-8"))["config"]["seed"],
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_track(tiny_runs: list[Path]) -> str:
     """tracks.toml with a track of the tiny data beside the real ones."""
-    summary = json.loads((tiny_runs[0] / "summary.json").read_text())
+    summary = json.loads((tiny_runs[0] / "summary.json").read_text(encoding="utf-8"))
     settings = dict(
         target_loss=3.2, val_tokens=3840, tokenizer="none", val_fingerprint=summary["val_fingerprint"],
         train_fingerprint=summary["train_fingerprint"],
     )  # fmt: skip
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-    return TRACKS.read_text() + "\n[tiny]\n" + "".join(lines)
+    return TRACKS.read_text(encoding="utf-8") + "\n[tiny]\n" + "".join(lines)
 
 
 @pytest.fixture
 def board(tiny_track: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of records, and the tiny track."""
-    (tmp_path / "tracks.toml").write_text(tiny_track)
+    (tmp_path / "tracks.toml").write_text(tiny_track, encoding="utf-8")
     monkeypatch.setattr(tracks, "TRACKS", tmp_path / "tracks.toml")
     for module in (records, cli):
         monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
@@ -149,7 +152,7 @@ def add(runs: list[Path], board: Path, *arguments: str) -> Path:
 def honest_record(tiny_runs: list[Path], tiny_track: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The record of the tiny runs, for `honest` to copy."""
     folder = tmp_path_factory.mktemp("honest")
-    (folder / "tracks.toml").write_text(tiny_track)
+    (folder / "tracks.toml").write_text(tiny_track, encoding="utf-8")
     with mock.patch.object(tracks, "TRACKS", folder / "tracks.toml"):
         return add(tiny_runs, folder / "records", "--name=honest")
 
@@ -161,4 +164,6 @@ def honest(board: Path, honest_record: Path) -> Path:
 
 def edit_summary(path: Path, **changes: Any) -> None:
     """Change what a record's summary.json says."""
-    (path / "summary.json").write_text(json.dumps(json.loads((path / "summary.json").read_text()) | changes))
+    (path / "summary.json").write_text(
+        json.dumps(json.loads((path / "summary.json").read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )

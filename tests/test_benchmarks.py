@@ -30,7 +30,7 @@ def test_shares_of_a_step_add_up_and_the_loop_costs_little(
 def timed(arguments: train_step.Args, folder: Path) -> dict[str, Any]:
     assert train_step.main(arguments) == 0
     (path,) = folder.glob(f"train_step_{arguments.label}*.json")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_variants_are_compared_from_the_same_weights_on_the_same_batches(
@@ -53,7 +53,7 @@ def test_variants_are_compared_from_the_same_weights_on_the_same_batches(
     losses = result["settings"]["losses"]["plain muon"]
     assert trainer("--softcap=20", "--matrix_optimizer=muon", "--train_steps=3", "--log_every=1").returncode == 0
     (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
-    own = [json.loads(line).get("train_loss") for line in metrics.read_text().splitlines()]
+    own = [json.loads(line).get("train_loss") for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert losses[:3] == pytest.approx([loss for loss in own if loss])
     assert len(losses) == 6 and losses[3] < losses[0]  # the same batches again, one turn later
 
@@ -111,7 +111,7 @@ def test_the_readme_says_what_a_row_was_given(tmp_path: Path, monkeypatch: pytes
     row = {"variant": "fused", "matrix_optimizer": "muon", "tokens_per_s": 5e5, "ratio": 1.5, "MFU": 0.5, "loader_%": 1}
     settings = dict(recipe="r.toml", set=["batch_tokens=64", "train_files=x"], variants=["fused: fused_mlp=true"])
     result = dict(device="a GPU", settings=settings, rows=[row | {"peak_mib": "", "loss_diff": 0.001}])
-    (tmp_path / "train_step_124m_a-gpu.json").write_text(json.dumps(result))
+    (tmp_path / "train_step_124m_a-gpu.json").write_text(json.dumps(result), encoding="utf-8")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.train_step_section().splitlines() == [
         'a GPU, `r.toml`; `batch_tokens=64`; `"fused: fused_mlp=true"`:',
@@ -129,7 +129,7 @@ def test_optimizer_steps_are_compared_with_adamw_and_muon(
     rules = ("adamw", "torch.optim.Muon", "muon", "aurora release", "riemannian_aurora")
     optimizer_step.main(optimizer_step.Args(str(tiny_recipe), rules, rounds=3, tokens=64, device="cpu"))
     (path,) = tmp_path.glob("optimizer_step_*.json")
-    rows = {row["rule"]: row for row in json.loads(path.read_text())["rows"]}
+    rows = {row["rule"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     assert tuple(rows) == rules
     assert rows["adamw"]["step_over_adamw"] == rows["muon"]["matrices_over_muon"] == 1
     assert rows["riemannian_aurora"]["matrices_over_muon"] > 3
@@ -150,6 +150,6 @@ def test_a_look_at_neurons_is_timed_beside_its_step(
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     neuron_stats.main(neuron_stats.Args(str(tiny_recipe), steps=3, every=50))
     (path,) = tmp_path.glob("neuron_stats_*.json")
-    (row,) = json.loads(path.read_text())["rows"]
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert row["look_ms"] > 200 > row["step_ms"]
     assert row["cost_%"] == pytest.approx(100 * row["look_ms"] / (50 * row["step_ms"]))

@@ -13,7 +13,7 @@ from benchmarks.cross_entropy import Args, main
 
 def rows(folder: Path) -> dict[str, dict[str, Any]]:
     (path,) = folder.glob("cross_entropy_*.json")
-    return {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    return {row["variant"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
 @pytest.mark.slow

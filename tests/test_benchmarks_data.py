@@ -17,7 +17,7 @@ def test_loader_benchmark_saves_what_it_prints(
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     loader.main(ARGS)
     (path,) = tmp_path.iterdir()
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert content["device"] and content["versions"]["torch"]
     assert content["settings"]["shard_tokens"] == [501, 333]
     assert [row["batch_tokens"] for row in content["rows"]] == [64, 128]

@@ -22,7 +22,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_every_variant_is_checked_then_timed(tiny: Path) -> None:
     assert polar.main(polar.Args(cases=("tiny",), device="cpu", passes=2)) == 0
     (path,) = tiny.glob("polar_*.json")
-    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    rows = {row["variant"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     assert {row["check"] for row in rows.values()} == {"right"}
     dense = 2 * 5 * (4 * 16**2 * 48 + 2 * 16**3) + 5 * 6 * 16**3
     assert rows["torch eager"]["executed_gflop"] == pytest.approx(dense / 1e9)
@@ -41,7 +41,9 @@ def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(
     right = polar.aurora_polar
     monkeypatch.setattr(polar, "aurora_polar", lambda X, k, **options: right(X, k, **options) * (1.01 if k == 3 else 1))
     assert polar.main(polar.Args(cases=("tiny",), device="cpu", passes=1)) == 1
-    rows = {row["variant"]: row for row in json.loads(next(tiny.glob("polar_*.json")).read_text())["rows"]}
+    rows = {
+        row["variant"]: row for row in json.loads(next(tiny.glob("polar_*.json")).read_text(encoding="utf-8"))["rows"]
+    }
     assert rows["aurora K=1"]["check"] == "right"
     assert "error 0.0" in rows["aurora K=3"]["check"]
     assert rows["aurora K=3"]["ms"] == ""
@@ -58,7 +60,7 @@ def test_unknown_cases_and_formats_are_refused(tiny: Path, capsys: pytest.Captur
 def test_quality_of_a_small_matrix_is_reported_for_every_form(tiny: Path) -> None:
     assert polar_quality.main(polar_quality.Args(shapes=("257x101",), device="cpu")) == 0
     (path,) = tiny.glob("polar_quality_*.json")
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["spectrum"] for row in rows} == set(polar_quality.SPECTRA)
     exact = [row for row in rows if row["form"] == "unrounded" and row["spectrum"] == "rank-deficient"]
     assert exact[0]["direction"] < 1e-9  # all its singular values reach about the same value
@@ -81,7 +83,7 @@ def test_tiles_are_timed_by_product_and_the_best_comes_first() -> None:
 
 
 def test_the_readme_holds_the_committed_results() -> None:
-    document = readme.README.read_text()
+    document = readme.README.read_text(encoding="utf-8")
     assert all(section() for section in readme.SECTIONS.values())
     assert readme.with_sections(document) == document, "run python -m benchmarks.readme"
 

@@ -19,7 +19,7 @@ def results(tiny_recipe: Path, tmp_path: Path) -> list[Result]:
 def test_curves_are_kept_and_drawn(results: list[Result], tmp_path: Path) -> None:
     kept = tmp_path / "new" / "kept.json"
     assert main(tmp_path / "sweep", kept) == 0
-    record = json.loads(kept.read_text())
+    record = json.loads(kept.read_text(encoding="utf-8"))
     assert len(record["runs"]) == len(results) == 4
     for run, result in zip(record["runs"], results, strict=True):
         assert (run["overrides"], run["seed"]) == (result.overrides, result.seed)

@@ -60,7 +60,9 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
     command = [sys.executable, "tests/faulty_trainer.py", str(tiny_recipe), "--micro_batch_tokens=32"]
     command += ["--checkpoint_every=5", f"--run_dir={tmp_path}"]
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env={**variables, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, env={**variables, "RANK": rank}, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         for rank in "01"
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
@@ -90,7 +92,7 @@ class Node:
             NNODES="2", NPROC_PER_NODE=str(ranks), RDZV_ENDPOINT=f"127.0.0.1:{port}", MAX_RESTARTS=str(restarts)
         )
         self.output = output
-        with output.open("w") as file:
+        with output.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "launch.py", str(recipe), *arguments], cwd=ROOT, env={**os.environ, **variables},
                 stdout=file, stderr=subprocess.STDOUT,
@@ -99,7 +101,7 @@ class Node:
     def lose(self) -> None:
         """kill -9 of the launcher and its ranks."""
         pid = self.process.pid
-        ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
         for victim in (pid, *map(int, ranks)):
             os.kill(victim, signal.SIGKILL)
         self.process.wait()
@@ -144,9 +146,9 @@ def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tin
     first, second = both_until(10, restarts=0)
     second.lose()
     lost = time.monotonic()
-    assert first.process.wait(60) == 4, first.output.read_text()
+    assert first.process.wait(60) == 4, first.output.read_text(encoding="utf-8")
     assert time.monotonic() - lost < 30
-    text = first.output.read_text()
+    text = first.output.read_text(encoding="utf-8")
     assert "Traceback" not in text
     assert re.search(r"^error: failed at step \d+: another rank was lost \(.*\); start .*--resume=auto", text, re.M)
     assert text.splitlines()[-1].startswith("error: another node or rank was lost; start the same command again on ev")
@@ -154,8 +156,8 @@ def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tin
     first, second = both_until(40, restarts=1)
     second.lose()
     second = start(1, restarts=1)
-    assert first.process.wait(120) == 0, first.output.read_text()
-    assert second.process.wait(120) == 0, second.output.read_text()
+    assert first.process.wait(120) == 0, first.output.read_text(encoding="utf-8")
+    assert second.process.wait(120) == 0, second.output.read_text(encoding="utf-8")
     final = by_age(folder)[-1]
     assert summary(final)["status"] == "finished"
     assert summary(final)["restarts"] == 1

@@ -422,8 +422,8 @@ def test_looks_at_neurons_are_one_reason(honest: Path) -> None:
         (lambda path: edit_summary(path, date="2020-01-01"), "summary.json says date = 2020-01-01, the last run"),
         (lambda path: edit_summary(path, author=""), "author = '' has to be one line of 1 to 200 characters"),
         (lambda path: edit_summary(path, foreign=dict(hardware="?", source="?", batch_tokens=1)), "its log is of"),
-        (lambda path: (path / "summary.json").write_text("[]"), "summary.json is not a JSON object"),
-        (lambda path: (path / "config.toml").write_text("seed = 1\n"), "config.toml is not the recipe"),
+        (lambda path: (path / "summary.json").write_text("[]", encoding="utf-8"), "summary.json is not a JSON object"),
+        (lambda path: (path / "config.toml").write_bytes(b"seed = 1\n"), "config.toml is not the recipe"),
         (lambda path: (path / "README.md").unlink(), "README.md is missing"),
         (lambda path: (path / "runs.tar.xz").write_bytes((path / "runs.tar.xz").read_bytes()[:999]), "runs.tar.xz"),
         (lambda path: (path / "weights.pt").write_bytes(bytes(2**20)), "less than 1,048,576 can be committed"),
@@ -452,7 +452,10 @@ def test_a_run_that_stands_in_two_records_is_caught(
 def test_a_track_without_a_fingerprint_has_no_records(honest: Path, tmp_path: Path) -> None:
     path = tmp_path / "tracks.toml"
     fingerprint = read_run_fingerprint(honest)
-    path.write_text(path.read_text().replace(f'val_fingerprint = "{fingerprint}"', 'val_fingerprint = ""'))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace(f'val_fingerprint = "{fingerprint}"', 'val_fingerprint = ""'),
+        encoding="utf-8",
+    )
     tracks._load.cache_clear()
     (found, *_) = reasons(load_record(honest))
     assert fingerprint in found and "add it to tracks.toml" in found

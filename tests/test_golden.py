@@ -34,7 +34,7 @@ def losses(matrix_optimizer: str, folder: Path) -> list[float]:
     arguments += [f"--{kind}_files={folder}/golden_{kind}_*.bin" for kind in ("train", "val")]
     assert train_gpt.main([*arguments, f"--run_dir={folder / 'runs'}", f"--matrix_optimizer={matrix_optimizer}"]) == 0
     (metrics,) = folder.glob("runs/*/metrics.jsonl")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [row["train_loss"] for row in rows if "train_loss" in row]
 
 
@@ -42,7 +42,7 @@ def losses(matrix_optimizer: str, folder: Path) -> list[float]:
 @pytest.mark.usefixtures("float32_products")
 def test_the_plain_step_trains_as_it_always_did(matrix_optimizer: str, tmp_path: Path) -> None:
     """To 1e-6: vector units of other CPUs move a loss by up to 3e-7 here, a change of the arithmetic by far more."""
-    golden = json.loads(GOLDEN.read_text())[matrix_optimizer]
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[matrix_optimizer]
     assert losses(matrix_optimizer, tmp_path) == pytest.approx(golden, rel=1e-6)
 
 
@@ -56,7 +56,7 @@ def write_golden() -> None:
     for name in OPTIMIZERS:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = losses(name, Path(folder))
-    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ H100 = Facts("NVIDIA H100 80GB HBM3", "h100", True, 79.2, 989e12, list(suite_par
 
 def runs(folder: Path, name: str) -> int:
     path = folder / f"{name}.runs"
-    return len(path.read_text()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8")) if path.exists() else 0
 
 
 def is_alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 15) -> None:
@@ -65,7 +65,7 @@ def test_a_failure_and_a_part_over_its_time_are_said_and_the_rest_runs(
     assert records["slow"]["last_lines"] == ["busy"] and 1.5 <= records["slow"]["seconds"] < 4
     assert records["good"]["found"] == {"said": "well"}
     assert "no result that can be read" in records["mute"]["why"]
-    wait_for(lambda: not any(is_alive(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
+    wait_for(lambda: not any(is_alive(int(pid)) for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()))
     printed = capsys.readouterr().out
     for words in ("the reason", "OUT OF TIME", "there is no such thing here", "said well"):
         assert words in printed
@@ -99,7 +99,7 @@ def test_results_of_done_parts_alone_are_published(tmp_path: Path) -> None:
     write = "(pathlib.Path(os.environ['BENCHMARK_RESULTS']) / f'{sys.argv[2]}_x.json').write_text('{}');"
     parts = [fake(name, write + code, files=f"{name}_*") for name, code in (("a", GOOD), ("b", "sys.exit(1)"))]
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/a_old.json").write_text("{}")
+    (tmp_path / "results/a_old.json").write_text("{}", encoding="utf-8")
     run_fakes(tmp_path, *parts)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x.json", "gpu_suite_a-gpu.json"]
 
@@ -112,8 +112,8 @@ def test_a_killed_suite_leaves_no_process_and_goes_on(stop: signal.Signals, tmp_
         f"sys.exit(t.run_fakes(pathlib.Path({str(tmp_path)!r}), t.fake('one', t.GOOD), t.fake('two', sleep))[0])"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL) as suite:
-        wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text() != "")
-        pid = int((tmp_path / "pids").read_text())
+        wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text(encoding="utf-8") != "")
+        pid = int((tmp_path / "pids").read_text(encoding="utf-8"))
         assert is_alive(pid)
         os.kill(suite.pid, stop)
         assert suite.wait(15) == (130 if stop == signal.SIGTERM else -stop)
@@ -185,7 +185,7 @@ def test_training_steps_are_held_to_the_targets(tmp_path: Path) -> None:
         for variant, rate, mfu, diff in (("plain", 4e5, 0.4, 0), ("all", 5e5, 0.52, 1e-3))
     ]  # fmt: skip
     path = tmp_path / "train_step_124m_x.json"
-    path.write_text(json.dumps({"settings": {"batch_tokens": 65536, "rounds_done": 4}, "rows": rows}))
+    path.write_text(json.dumps({"settings": {"batch_tokens": 65536, "rounds_done": 4}, "rows": rows}), encoding="utf-8")
     found = suite_parts.find_train_step([path], H100, with_targets=True)
     assert found.figures["rates"] == {"muon": {"plain": 4e5, "all": 5e5}}
     verdicts = {each.name: (each.value, each.verdict) for each in found.targets}
@@ -236,7 +236,7 @@ def test_a_race_trains_each_for_the_same_seconds_and_ends_in_time(
     assert race.main(arguments) == 0
     assert time.monotonic() - started < 20
     (path,) = (tmp_path / "results").glob("race_*.json")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     adamw, muon = content["rows"]
     assert adamw["train_time_s"] == pytest.approx(muon["train_time_s"], rel=0.5)  # a busy machine's steps vary
     assert muon["steps"] <= 40 < adamw["steps"]  # the slowest has its recipe's
@@ -253,12 +253,14 @@ def test_a_tiny_suite_runs_for_real(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--tiny", "--only", "train_step_355m", "polar_tiles"]
     command += ["--folder", str(tmp_path / "state"), "--out", str(tmp_path / "out")]
     before = sorted((ROOT / "benchmarks/results").iterdir())
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     names = sorted(path.name.partition("_intel")[0] for path in (tmp_path / "out").iterdir())
     assert len(names) == 3 and sorted((ROOT / "benchmarks/results").iterdir()) == before
     (path,) = (tmp_path / "out").glob("gpu_suite_*.json")
-    steps, tiles = json.loads(path.read_text())["parts"]
+    steps, tiles = json.loads(path.read_text(encoding="utf-8"))["parts"]
     assert (steps["status"], tiles["status"]) == ("done", "skipped")
     assert set(steps["found"]["rates"]) == {"adamw", "muon", "aurora"}
     assert path.with_suffix(".png").exists()

@@ -56,7 +56,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def what_came_out(out: Path) -> dict[str, Any]:
     """result.json without what differs from machine to machine and from one time to the next."""
-    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     result["options"].pop("out")
     for run in result["tuning"] + result["runs"]:
         run.pop("seconds")
@@ -66,15 +66,17 @@ def what_came_out(out: Path) -> dict[str, Any]:
 def test_a_resumed_sweep_is_the_uninterrupted_one(in_process: None, tmp_path: Path) -> None:
     assert grokking.main([*SMALL, f"--out={tmp_path / 'whole'}"]) == 0
     whole = what_came_out(tmp_path / "whole")
-    lines = (tmp_path / "whole/runs.jsonl").read_text().splitlines(keepends=True)
+    lines = (tmp_path / "whole/runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     assert len(lines) == NUM_RUNS and len(whole["tuning"]) == len(whole["runs"]) == 4
     for kept in (2, 5):  # in the sweep, and after it
         out = tmp_path / f"cut_{kept}"
         out.mkdir()
-        (out / "runs.jsonl").write_text("".join(lines[:kept]) + lines[kept][:200])  # killed while it wrote a line
+        (out / "runs.jsonl").write_text(
+            "".join(lines[:kept]) + lines[kept][:200], encoding="utf-8"
+        )  # killed while it wrote a line
         assert grokking.main([*SMALL, f"--out={out}"]) == 0
         assert what_came_out(out) == whole
-        assert (out / "runs.jsonl").read_text().startswith("".join(lines[:kept]))
+        assert (out / "runs.jsonl").read_text(encoding="utf-8").startswith("".join(lines[:kept]))
     assert {run["settings"]["seed"] for run in whole["tuning"]} == {100}
     assert {run["settings"]["seed"] for run in whole["runs"]} == {0, 1}
     assert all(run["git_commit"] and run["device"] for run in whole["runs"])
@@ -107,7 +109,13 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     command += ["--lrs=3", "--weight_decays=5", "--seeds", *map(str, range(99))]  # far more than will be run
     for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         process = subprocess.Popen(
-            command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True, preexec_fn=hear_ctrl_c
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+            preexec_fn=hear_ctrl_c,
+            encoding="utf-8",
         )
         before = number_of_lines(tmp_path)
         deadline = time.monotonic() + 120
@@ -129,7 +137,7 @@ def hear_ctrl_c() -> None:
 
 def number_of_lines(out: Path) -> int:
     file = out / "runs.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+    return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +305,6 @@ def test_a_plan_is_told_and_not_started_without_a_yes(
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
     assert grokking.main([*SMALL, f"--out={tmp_path}"]) == 2
     assert "runs.jsonl line 1 is no run of this" in capsys.readouterr().err

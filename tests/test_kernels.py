@@ -337,6 +337,7 @@ def test_every_shipped_kernel_compiles_for_every_architecture_without_spilling(
         capture_output=True,
         text=True,
         timeout=600,
+        encoding="utf-8",
     )
     with capsys.disabled():
         print("\n" + result.stdout)

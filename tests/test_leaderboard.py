@@ -26,8 +26,8 @@ from tests.records import ALL, SEEDS, edit_summary, pack_as, read_texts, set_fac
 def test_a_log_gives_back_its_sources_and_lines(tiny_runs: list[Path]) -> None:
     run = read_run(tiny_runs[2])
     for path in ("train_gpt.py", "data/loader.py", "optim/aurora.py"):
-        assert run.log.sources[path] == (ROOT / path).read_text()
-    rows = [json.loads(line) for line in (tiny_runs[2] / "metrics.jsonl").read_text().splitlines()]
+        assert run.log.sources[path] == (ROOT / path).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (tiny_runs[2] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line.step, line.kind) for line in run.log.lines] == [
         (row["step"], "val" if "val_loss" in row else "train") for row in rows
     ]
@@ -60,7 +60,7 @@ def test_both_forms_of_other_speedruns_lines(line: str, time_s: float, step_avg_
 def test_the_stream_of_this_repository_is_one_the_tracks_know() -> None:
     """When loader.py or shards.py change and every step still gets the same tokens, add their sha256 to tracks.toml."""
     for path, known in load_tracks()[1].items():
-        assert source_hash((ROOT / path).read_text()) in known, path
+        assert source_hash((ROOT / path).read_text(encoding="utf-8")) in known, path
 
 
 # Adding
@@ -77,8 +77,8 @@ def test_an_honest_record_holds_and_is_small(honest: Path, capsys: pytest.Captur
 
 
 def test_a_summary_says_what_the_runs_say(honest: Path, tiny_runs: list[Path]) -> None:
-    summary = json.loads((honest / "summary.json").read_text())
-    of_runs = [json.loads((run / "summary.json").read_text()) for run in tiny_runs]
+    summary = json.loads((honest / "summary.json").read_text(encoding="utf-8"))
+    of_runs = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in tiny_runs]
     times, losses = ([run[key] for run in of_runs] for key in ("train_time_s", "val_loss"))
     assert [run["time_s"] for run in summary["runs"]] == times
     assert summary["time_s"]["mean"] == pytest.approx(sum(times) / SEEDS)
@@ -91,7 +91,7 @@ def test_the_archive_has_the_runs_to_the_byte_and_comes_out_the_same(honest: Pat
     texts = read_texts(honest)
     for seed, run in enumerate(tiny_runs):
         for name, content in texts[f"seed_{seed}"].items():
-            assert content == (run / name).read_text()
+            assert content == (run / name).read_text(encoding="utf-8")
     assert pack_as(texts) == (honest / "runs.tar.xz").read_bytes()
 
 
@@ -156,7 +156,7 @@ def foreign(board: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def words(unit: str, name: str) -> list[str]:
         logs = [tmp_path / f"{name}_{seed}.txt" for seed in range(5)]
         for seed, log in enumerate(logs):
-            log.write_text(foreign_log(seed, unit, 3.2785 + 0.0001 * len(name)))
+            log.write_text(foreign_log(seed, unit, 3.2785 + 0.0001 * len(name)), encoding="utf-8")
         about = ["--foreign", f"--name={name}", "--author=P. Eer", "--description=their recipe", "--date=2026-01-02"]
         about += ["--track=fineweb-3.28", "--hardware=8 x NVIDIA H100", "--source=https://example.org/log"]
         return ["add", *map(str, logs), *about, "--into", str(board)]
@@ -184,7 +184,9 @@ def test_a_foreign_log_is_held_to_what_it_can_be_held_to(
 ) -> None:
     words = foreign("s", "peer")
     log = tmp_path / "peer_3.txt"
-    log.write_text(log.read_text().replace("step:3200/3200 val", "step:3100/3200 val"))
+    log.write_text(
+        log.read_text(encoding="utf-8").replace("step:3200/3200 val", "step:3100/3200 val"), encoding="utf-8"
+    )
     assert cli.main(words) == 1
     error = capsys.readouterr().err
     assert "log 3: log.txt has the validation line of step 3100 more than once" in error
@@ -196,7 +198,12 @@ def test_a_foreign_logs_averages_belong_to_its_times(
 ) -> None:
     words = foreign("s", "peer")
     for log in tmp_path.glob("peer_*.txt"):
-        log.write_text(re.sub(r"train_time:(\d+)", lambda found: f"train_time:{int(found[1]) // 2}", log.read_text()))
+        log.write_text(
+            re.sub(
+                r"train_time:(\d+)", lambda found: f"train_time:{int(found[1]) // 2}", log.read_text(encoding="utf-8")
+            ),
+            encoding="utf-8",
+        )
     assert cli.main(words) == 1
     assert "log 0: 'step:100/3200 val_loss:" in capsys.readouterr().err
 
@@ -217,7 +224,7 @@ def test_steps_shorter_than_a_clocks_digits_are_no_missing_time(
     for seed, log in enumerate(sorted(tmp_path.glob("peer_*.txt"))):
         lines = [f"step:{step}/40 val_loss:{3 - 0.01 * step - 0.001 * seed:.4f} train_time:{0.7 * step:.0f}ms"
                  for step in range(41)]  # fmt: skip
-        log.write_text("\n".join(lines))
+        log.write_text("\n".join(lines), encoding="utf-8")
     assert cli.main(words) == 0
 
 
@@ -260,7 +267,7 @@ def test_records_are_ranked_by_time_in_three_forms(
     assert f"{first['time_s']['mean']:.2f}" in one and f"{last['time_s']['mean']:.2f}" in other
     out = tmp_path / "table.md"
     assert cli.main(["rank", "tiny", "--format=markdown", "--out", str(out)]) == 0
-    table = [line for line in out.read_text().splitlines() if line.startswith("|")]
+    table = [line for line in out.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert all(line.replace("\\|", "").count("|") == table[0].count("|") for line in table)  # a | in words is escaped
 
@@ -317,7 +324,7 @@ def test_a_record_is_reproduced_from_its_own_log(honest: Path, capfd: pytest.Cap
     assert "seed 1: every validation loss is the record's to the last digit" in output
     assert "a further run of the record is expected to take" in output
     assert output.strip().endswith(f"the losses of {load_record(honest).name} are what its source gives here")
-    assert json.loads((honest / "reproduced.json").read_text())["consistent"] is True
+    assert json.loads((honest / "reproduced.json").read_text(encoding="utf-8"))["consistent"] is True
     assert reasons(load_record(honest)) == []
 
 
@@ -343,7 +350,7 @@ def test_the_committed_records_hold_and_the_readme_has_them() -> None:
     assert len(paths) >= 3
     found = verify_all([load_record(path) for path in paths])
     assert not any(found.values()), found
-    document = (ROOT / "README.md").read_text()
+    document = (ROOT / "README.md").read_text(encoding="utf-8")
     assert document == rank.with_leaderboard(document, rank.rows([load_record(path) for path in paths]))
 
 

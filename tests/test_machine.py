@@ -99,7 +99,9 @@ def test_what_is_compiled_is_kept(before: str, after: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
     if before:
         environment["TORCHINDUCTOR_CACHE_DIR"] = before
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.stdout.strip() == str(ROOT / after), result.stderr
 
 

@@ -269,9 +269,9 @@ def test_generation_is_reproducible_stays_in_the_vocabulary_and_slides() -> None
     ("config", "millions"), [("fineweb_124m_aurora", 162), ("fineweb_355m_aurora", 407), ("fineweb_1b_aurora", 1117)]
 )
 def test_sizes_of_the_recipes_by_building_them_on_meta(config: str, millions: int) -> None:
-    recipe = tomllib.loads((ROOT / f"configs/{config}.toml").read_text())
+    recipe = tomllib.loads((ROOT / f"configs/{config}.toml").read_text(encoding="utf-8"))
     shape = {key: recipe[key] for key in ModelConfig.__dataclass_fields__ if key in recipe}
     with torch.device("meta"):
         model = GPT(ModelConfig(**shape))
     assert round(model.num_params() / 1e6) == millions
-    assert f"{model.num_params():,}" in (ROOT / f"configs/{config}.toml").read_text()
+    assert f"{model.num_params():,}" in (ROOT / f"configs/{config}.toml").read_text(encoding="utf-8")

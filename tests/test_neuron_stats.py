@@ -207,7 +207,7 @@ def test_weights_that_are_not_finite_are_no_numbers_in_json() -> None:
 
 
 def looks(directory: Path) -> dict[int, Any]:
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
+    for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         strict_json(line)
     return metrics(directory, "neurons")
 
@@ -241,7 +241,9 @@ def test_looks_leave_the_training_as_it_is(trainer: Trainer, tmp_path: Path, wat
     assert final["phase_s"]["neurons"] > 0
     assert summary(plain)["neurons"] is None
     dead = 100 * sum(final["neurons"]["dead"]["mean"]["0.1"]) / 2
-    assert f"neurons      step 40: {dead:.2f}% dead (mean below 0.1" in (watched / "log.txt").read_text()
+    assert f"neurons      step 40: {dead:.2f}% dead (mean below 0.1" in (watched / "log.txt").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_resumed_run_writes_the_rows_of_an_uninterrupted_one(trainer: Trainer, tmp_path: Path, watched: Path) -> None:

@@ -43,7 +43,7 @@ if rate:
 @pytest.fixture
 def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fake_trainer.py"
-    path.write_text(FAKE_TRAINER)
+    path.write_text(FAKE_TRAINER, encoding="utf-8")
     monkeypatch.setattr(sweep, "TRAINER", path)
     monkeypatch.setattr(neurons, "TRAINER", path)
 
@@ -57,9 +57,9 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
     fake_trainer: None, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(tiny_recipe, tmp_path / "whole")) == 0
-    record = strict_json((tmp_path / "whole.json").read_text())
+    record = strict_json((tmp_path / "whole.json").read_text(encoding="utf-8"))
     assert [len(entry["tried"]) for entry in record["tuning"]] == [3] * 4
-    tuned = json.loads((tmp_path / "whole/tuning/sweep.json").read_text())
+    tuned = json.loads((tmp_path / "whole/tuning/sweep.json").read_text(encoding="utf-8"))
     assert {run["seed"] for run in tuned["runs"]} == {100}
     found = {(run["expansion"], run["arm"]): (run["rate"], run["at_edge"]) for run in record["runs"]}
     assert found == {
@@ -104,7 +104,7 @@ def test_an_interrupted_experiment_goes_on_to_the_same_result(
     assert main(command(tiny_recipe, tmp_path / "out", *less, "--jobs=1")) == 0
     assert len(starts) == 8 + 1  # one twice: the one that was stopped
     assert main(command(tiny_recipe, tmp_path / "whole", *less)) == 0
-    assert (tmp_path / "out.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert (tmp_path / "out.json").read_text(encoding="utf-8") == (tmp_path / "whole.json").read_text(encoding="utf-8")
 
 
 def test_a_real_run_is_kept_as_its_looks_say(
@@ -113,7 +113,7 @@ def test_a_real_run_is_kept_as_its_looks_say(
     monkeypatch.setattr(neurons, "plan", lambda *_: [])
     asked = [f"--recipe={tiny_recipe}", "--arms", "muon", "--seeds", "0", "--steps=12", "--every=4"]
     assert main([*asked, f"--out={tmp_path / 'out'}", "--set", "batch_tokens=96", "micro_batch_tokens=96"]) == 0
-    (run,) = strict_json((tmp_path / "out.json").read_text())["runs"]
+    (run,) = strict_json((tmp_path / "out.json").read_text(encoding="utf-8"))["runs"]
     (directory,) = (tmp_path / "out").glob("runs/runs/*/*/*/")
     looks = metrics(directory, "neurons")
     assert list(looks) == run["looks"]["steps"] == [4, 8, 12]
@@ -122,7 +122,7 @@ def test_a_real_run_is_kept_as_its_looks_say(
         assert cv == pytest.approx(np.mean(looks[step]["up"]["update_cv"]), rel=5e-3)
         assert dead == pytest.approx(np.mean(looks[step]["dead"]["peak"]["0.3"]), rel=5e-3)
     assert run["val_loss"] == round(metrics(directory, "val_loss")[12], 4)
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.02, False)
     assert "rates were not tuned here" in capsys.readouterr().out
 
@@ -240,6 +240,6 @@ def test_the_looks_of_one_run_are_drawn(trainer: Trainer, tmp_path: Path, capfd:
     assert main([f"--run={directory}"]) == 0
     assert "2 looks" in capfd.readouterr().out
     assert (directory / "neurons.png").read_bytes().startswith(b"\x89PNG")
-    (directory / "metrics.jsonl").write_text("")
+    (directory / "metrics.jsonl").write_text("", encoding="utf-8")
     assert main([f"--run={directory}"]) == 2
     assert "train with --neuron_stats" in capfd.readouterr().err

@@ -33,7 +33,7 @@ EVERYTHING = [
 
 
 def metrics(directory: Path, key: str) -> dict[int, float]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["step"]: row[key] for row in rows if key in row}
 
 
@@ -298,7 +298,7 @@ def test_profile_writes_a_trace_and_the_ten_largest_costs(trainer: Trainer, tmp_
     assert len(products) == 3 * (
         4 * 2 + 1
     )  # of one step: forward and both gradients of 4 products a block and the head
-    summary = json.loads((directory / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     assert summary["phase_s"]["profile"] > 0
     assert summary["status"] == "finished"
 

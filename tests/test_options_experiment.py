@@ -86,7 +86,7 @@ def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
     command = ["--arms", "unet_skips", "short_rows", "--seeds", "3", "4", "--steps", "600", "--jobs", "2", "--yes"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert fake == [("timing", ["plain", "unet_skips", "short_rows"], 600), ("runs", ["600", "300", "200"], [3, 4], 2)]
-    found = json.loads((tmp_path / "result.json").read_text())
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [arm["val_loss"] for arm in found["arms"]] == [[4, 5], [4.1, 5.1], [4.2, 5.2]]
     assert found["arms"][2]["sets"]["short_row_steps"] == "100"
     assert found["device"] == "a machine"

@@ -33,7 +33,13 @@ def command(*arguments: object) -> list[str]:
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+        command(*arguments),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
 
 
@@ -55,7 +61,10 @@ def some_documents(count: int, longest: int = 300) -> list[str]:
 
 
 def write_jsonl(path: Path, documents: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": number, field: text}) + "\n" for number, text in enumerate(documents)))
+    path.write_text(
+        "".join(json.dumps({"id": number, field: text}) + "\n" for number, text in enumerate(documents)),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -72,7 +81,7 @@ def test_files_of_each_kind(tmp_path: Path, kind: str) -> None:
     for number, text in enumerate(documents[:20]):
         (tmp_path / f"{number:02}.txt").write_bytes(text.encode())
     jsonl = write_jsonl(tmp_path / "a.jsonl", documents[20:40], field="body")
-    jsonl.write_text(jsonl.read_text() + "\n  \n")  # blank lines are no documents
+    jsonl.write_text(jsonl.read_text(encoding="utf-8") + "\n  \n", encoding="utf-8")  # blank lines are no documents
     parquet.write_table(pyarrow.table({"n": range(20), "body": documents[40:]}), tmp_path / "b.parquet")
     paths, expected = {
         "txt": (sorted(tmp_path.glob("*.txt")), documents[:20]),
@@ -107,11 +116,11 @@ def bad_files(folder: Path) -> dict[str, tuple[list[object], str]]:
 
     good = write_jsonl(folder / "good.jsonl", some_documents(50))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
-    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     (folder / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    (folder / "list.jsonl").write_text('{"text": "a"}\n\n["b"]\n')
-    (folder / "number.jsonl").write_text('{"id": 1, "text": 5}\n')
-    (folder / "not.parquet").write_text("PAR")
+    (folder / "list.jsonl").write_text('{"text": "a"}\n\n["b"]\n', encoding="utf-8")
+    (folder / "number.jsonl").write_text('{"id": 1, "text": 5}\n', encoding="utf-8")
+    (folder / "not.parquet").write_text("PAR", encoding="utf-8")
     parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["a", None]}), folder / "holes.parquet")
     return {
         "no path": ([], "files: found no path, expected at least one"),
@@ -174,7 +183,7 @@ def test_bad_input_is_one_line_and_leaves_no_shard(
 
 
 def test_text_of_exactly_val_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.txt").write_text("x" * 99)
+    (tmp_path / "a.txt").write_text("x" * 99, encoding="utf-8")
     arguments = ["files", str(tmp_path / "a.txt"), f"--out={tmp_path / 'out'}", "--encoding=byte"]
     assert main([*arguments, "--val_tokens=100"]) == 2
     assert "found 100, expected less than the 100 tokens of the text; 10 works" in capsys.readouterr().err
@@ -206,7 +215,7 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
                 assert process.poll() is None, "the run was over before it could be killed"
             process.kill()
         assert kept.items() <= modification_times(out).items(), "a finished shard was made again"
-        progress = json.loads((out / "progress.json").read_text())
+        progress = json.loads((out / "progress.json").read_text(encoding="utf-8"))
         assert not progress["complete"]
         recorded = {out / shard["file"] for shard in progress["shards"]}
         kept = {path: time_ns for path, time_ns in modification_times(out).items() if path in recorded}
@@ -284,12 +293,14 @@ def test_other_settings_or_text_are_not_mixed_in(
 ) -> None:
     documents, out = some_documents(50), tmp_path / "out"
     source = tmp_path / "a.jsonl"
-    source.write_text("".join(json.dumps({"text": text, "again": text}) + "\n" for text in documents))
+    source.write_text("".join(json.dumps({"text": text, "again": text}) + "\n" for text in documents), encoding="utf-8")
     options = {"--out": str(out), "--encoding": "byte", "--name": "x", "--val_tokens": "100", "--shard_tokens": "999"}
     assert main(["files", str(source), *itertools.chain(*options.items())]) == 0
     before = shards_of(out)
     if "document" in change:
-        source.write_text(source.read_text() + json.dumps({"text": change.pop("document")}) + "\n")
+        source.write_text(
+            source.read_text(encoding="utf-8") + json.dumps({"text": change.pop("document")}) + "\n", encoding="utf-8"
+        )
     assert main(["files", str(source), *itertools.chain(*(options | change).items())]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {out}/progress.json: {message}")
@@ -306,10 +317,10 @@ def test_shards_of_unknown_origin_are_not_overwritten(tmp_path: Path, capsys: py
 
 def test_second_process_waits_for_the_first(tmp_path: Path) -> None:
     """As when two nodes start on a shared file system; the first is played by this test, which holds the lock."""
-    with (tmp_path / ".lock").open("w") as lock:
+    with (tmp_path / ".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         arguments = command("sotu", f"--out={tmp_path}")
-        with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
             assert process.stderr is not None
             assert process.stderr.readline() == f"{tmp_path}: waiting for another data.prepare\n"
             time.sleep(0.3)
@@ -525,7 +536,9 @@ def fake_set(folder: Path, complete: bool | None) -> Path:
     for part in ("train", "val"):
         write_shard(folder / f"a_{part}_0.bin", [1])
     if complete is not None:
-        (folder / "progress.json").write_text(json.dumps({"complete": complete, "settings": {}, "shards": []}))
+        (folder / "progress.json").write_text(
+            json.dumps({"complete": complete, "settings": {}, "shards": []}), encoding="utf-8"
+        )
     return folder
 
 
@@ -543,8 +556,10 @@ def test_ensure_goes_on_with_an_unfinished_set(tmp_path: Path) -> None:
     out = tmp_path / "sotu_byte"
     assert main(["ensure", *patterns(out)]) == 0
     expected = shards_of(out)
-    state = json.loads((out / "progress.json").read_text())
-    (out / "progress.json").write_text(json.dumps(state | {"complete": False, "shards": state["shards"][:2]}))
+    state = json.loads((out / "progress.json").read_text(encoding="utf-8"))
+    (out / "progress.json").write_text(
+        json.dumps(state | {"complete": False, "shards": state["shards"][:2]}), encoding="utf-8"
+    )
     (out / "sotu_train_000003.bin").unlink()
     assert main(["ensure", *patterns(out)]) == 0
     assert shards_of(out) == expected
@@ -557,7 +572,10 @@ def test_ensure_with_all_there_imports_nothing_heavy(tmp_path: Path) -> None:
         "print({'torch', 'datasets', 'pyarrow', 'pandas', 'tiktoken', 'requests', 'tyro'} & set(sys.modules))"
     )
     arguments = [sys.executable, "-c", program, f"{out}/a_train_*.bin", f"{out}/a_val_*.bin"]
-    assert subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8").stdout
+        == "set()\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -606,7 +624,7 @@ def test_ensure_says_how_to_get_what_it_cannot_make(tmp_path: Path, capsys: pyte
 
 
 def test_damaged_progress_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "progress.json").write_text('{"complete": tr')
+    (tmp_path / "progress.json").write_text('{"complete": tr', encoding="utf-8")
     assert main(["sotu", f"--out={tmp_path}"]) == 2
     assert f"{tmp_path}/progress.json: found invalid JSON" in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ def test_two_and_three_ranks_follow_one_ranks_curve(
     curves = {}
     for ranks, directory in directories.items():
         assert summary(directory)["world_size"] == ranks
-        assert "step:37 epoch 2 of the training data begins" in (directory / "log.txt").read_text()
+        assert "step:37 epoch 2 of the training data begins" in (directory / "log.txt").read_text(encoding="utf-8")
         curves[ranks] = metrics(directory, "val_loss") | {-s: v for s, v in metrics(directory, "train_loss").items()}
     assert len(curves[1]) == 5 + 8
     assert curves[1][40] < 0.75 * curves[1][0]

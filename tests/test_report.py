@@ -42,7 +42,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the committed records."""
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(report.page([load_record(record) for record in find_records()]))
+    path.write_text(report.page([load_record(record) for record in find_records()]), encoding="utf-8")
     return path
 
 
@@ -124,4 +124,4 @@ def test_the_page_fits_a_phone_and_asks_for_nothing_else(opened: WebDriver, page
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert opened.get_log("browser") == []
     for asks in ('src="', "@import", "url(http", "fetch("):
-        assert asks not in page.read_text()
+        assert asks not in page.read_text(encoding="utf-8")

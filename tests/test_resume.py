@@ -126,7 +126,7 @@ def test_auto_takes_only_the_very_same_run(
     )
     assert same.path == str(interrupted / "checkpoint_000020.pt")
     assert [path.name for path in same.earlier] == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
-    with (interrupted / "log.txt").open() as log:
+    with (interrupted / "log.txt").open(encoding="utf-8") as log:
         fcntl.flock(log, fcntl.LOCK_EX)  # as the run itself does while it lives
         assert start().path == ""
         assert f"{interrupted} is still being written and left alone" in start().notes[0]
@@ -227,4 +227,6 @@ def test_a_job_that_ended_is_not_trained_again_by_a_restart(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")  # another job, as far as can be seen
     assert trainer(*missed).returncode == 3
     assert len(list((tmp_path / "runs").iterdir())) == 2
-    assert {json.loads(p.read_text())["restarts"] for p in (tmp_path / "runs").glob("*/summary.json")} == {0, 1}
+    assert {
+        json.loads(p.read_text(encoding="utf-8"))["restarts"] for p in (tmp_path / "runs").glob("*/summary.json")
+    } == {0, 1}

@@ -21,15 +21,15 @@ def test_cells_are_run_once_and_tabled(tiny_recipe: Path, tmp_path: Path, capsys
     command = [str(tiny_recipe), "--out", str(tmp_path / "out.json"), "--every=4", "--seeds", "0"]
     command += ["--cell", "matrix_optimizer=muon", "--cell", "matrix_optimizer=aurora", "polar_method=simple_quintic"]
     assert row_norms.main(command) == 0
-    first = json.loads((tmp_path / "out.json").read_text())
+    first = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [run["status"] for run in first] == ["finished", "finished"]
     muon, aurora = (run["spreads"]["tall"] for run in first)
     assert len(muon) == len(aurora) == 40 / 4 - 1  # the first update of a new model is zero
     assert sum(aurora) < 0.5 * sum(muon)
     assert capsys.readouterr().out.count("matrix_optimizer") == 2
-    (tmp_path / "out.json").write_text(json.dumps(first[:1]))
+    (tmp_path / "out.json").write_text(json.dumps(first[:1]), encoding="utf-8")
     assert row_norms.main(command) == 0
-    again = json.loads((tmp_path / "out.json").read_text())
+    again = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert again[0] == first[0]
     assert again[1]["val_loss"] == first[1]["val_loss"]
 

@@ -14,7 +14,9 @@ from tests.conftest import ROOT
 def run_sh(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(folder / "run.sh"), *arguments]
     settings = {**os.environ, **environment}
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=settings, capture_output=True, text=True, timeout=60, check=False, encoding="utf-8"
+    )
 
 
 @pytest.fixture
@@ -26,21 +28,22 @@ def checkout(tmp_path: Path) -> Path:
     fake.write_text(
         "#!/usr/bin/env bash\n"
         f'echo "$(basename "$0") $*" >> {tmp_path}/calls\n'
-        'if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"; fi\n'
+        'if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"; fi\n',
+        encoding="utf-8",
     )
     fake.chmod(0o755)
     return tmp_path
 
 
 def calls(checkout: Path) -> list[str]:
-    lines = (checkout / "calls").read_text().splitlines()
+    lines = (checkout / "calls").read_text(encoding="utf-8").splitlines()
     (checkout / "calls").unlink()
     return [line for line in lines if "sys.version_info" not in line]
 
 
 def test_help_names_every_command() -> None:
     text = run_sh(ROOT, "--help").stdout
-    script = (ROOT / "run.sh").read_text()
+    script = (ROOT / "run.sh").read_text(encoding="utf-8")
     commands = " ".join(re.findall(r"^    ([a-z_ |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
     expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "options", "settings", "leaderboard"}
     expected.add("gpu_suite")
@@ -57,7 +60,7 @@ def test_the_first_run_installs_and_the_second_only_trains(checkout: Path) -> No
         assert launch == "python launch.py configs/x.toml --seed=1"
         expected = ["fake-python -m venv .venv", "pip install --quiet --disable-pip-version-check -r requirements.txt"]
         assert installs == (expected if attempt == 1 else [])
-    with (checkout / "requirements.txt").open("a") as requirements:
+    with (checkout / "requirements.txt").open("a", encoding="utf-8") as requirements:
         requirements.write("einops\n")
     run_sh(checkout, "configs/x.toml", **environment)
     assert calls(checkout)[0].startswith("pip install")  # what is needed has changed; the venv itself stays
@@ -69,7 +72,7 @@ def test_without_a_recipe_the_sample_is_trained_on_what_the_machine_has(checkout
     assert calls(checkout)[-1] == "python launch.py configs/sotu_cpu.toml --seed=1"
     (tmp_path / "gpu").mkdir()
     smi = tmp_path / "gpu" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'GPU 0: one'\n")
+    smi.write_text("#!/bin/sh\necho 'GPU 0: one'\n", encoding="utf-8")
     smi.chmod(0o755)
     run_sh(checkout, **environment)
     assert calls(checkout)[-1] == "python launch.py configs/sotu_gpu.toml"

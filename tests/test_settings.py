@@ -12,7 +12,7 @@ from train_gpt import Config, load_config
 
 def toml(tmp_path: Path, text: str) -> str:
     path = tmp_path / "recipe.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 

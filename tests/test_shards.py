@@ -187,7 +187,7 @@ def test_verify_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_verify_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.bin", [1, 2, 256])
     command = [sys.executable, "-m", "data.shards", f"{tmp_path}/*.bin", "--vocab_size", "256"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         f"error: {tmp_path}/a.bin: token 2: found 256, expected less than vocab_size 256; "

@@ -40,9 +40,9 @@ summary = dict(status="finished", val_loss=1.0, train_time_s=2.0, time_to_target
 def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe for a sweep of runs that take half a second and compute nothing."""
     monkeypatch.setattr(sweep, "TRAINER", tmp_path / "fake_trainer.py")
-    sweep.TRAINER.write_text(FAKE_TRAINER)
+    sweep.TRAINER.write_text(FAKE_TRAINER, encoding="utf-8")
     recipe = tmp_path / "fake.toml"
-    recipe.write_text("num_layers = 1\n")
+    recipe.write_text("num_layers = 1\n", encoding="utf-8")
     return recipe
 
 
@@ -109,7 +109,7 @@ def test_cell_names_are_file_names_of_one_cell() -> None:
 
 
 def test_table_is_the_mean_and_sd_of_the_summaries(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summaries = [json.loads(path.read_text()) for path in swept.glob("runs/*/*/*/summary.json")]
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in swept.glob("runs/*/*/*/summary.json")]
     assert sorted((s["config"]["head_lr"], s["config"]["seed"]) for s in summaries) == [
         (0.0001, 0), (0.0001, 1), (0.05, 0), (0.05, 1),
     ]  # fmt: skip
@@ -127,15 +127,15 @@ def test_table_is_the_mean_and_sd_of_the_summaries(swept: Path, capsys: pytest.C
 
 
 def test_json_tells_what_ran(swept: Path, tiny_recipe: Path) -> None:
-    record = json.loads((swept / "sweep.json").read_text())
-    assert record["recipe_text"] == tiny_recipe.read_text()
+    record = json.loads((swept / "sweep.json").read_text(encoding="utf-8"))
+    assert record["recipe_text"] == tiny_recipe.read_text(encoding="utf-8")
     assert record["cells"] == [{"head_lr": "0.0001"}, {"head_lr": "0.05"}]
     assert (record["seeds"], record["jobs"], record["threads"]) == ([0, 1], 2, 1)
     assert [(run["overrides"]["head_lr"], run["seed"]) for run in record["runs"]] == [
         ("0.0001", 0), ("0.05", 0), ("0.0001", 1), ("0.05", 1),
     ]  # fmt: skip
     for run in record["runs"]:
-        summary = json.loads(Path(run["directory"], "summary.json").read_text())
+        summary = json.loads(Path(run["directory"], "summary.json").read_text(encoding="utf-8"))
         assert run["summary"] == summary
         assert summary["config"]["head_lr"] == float(run["overrides"]["head_lr"])
         assert summary["config"]["seed"] == run["seed"]
@@ -188,8 +188,10 @@ def test_restart_runs_only_what_has_no_result(swept: Path, tiny_recipe: Path, tm
     lost, *kept = sorted(run_directories(out))
     shutil.rmtree(out / lost)
     (out / lost.parent / "interrupted").mkdir()
-    summary = json.loads((out / kept[0] / "summary.json").read_text())
-    (out / lost.parent / "interrupted" / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    summary = json.loads((out / kept[0] / "summary.json").read_text(encoding="utf-8"))
+    (out / lost.parent / "interrupted" / "summary.json").write_text(
+        json.dumps({**summary, "status": "interrupted"}), encoding="utf-8"
+    )
     assert main([str(tiny_recipe), *GRID, "--out", str(out), "--jobs", "1"]) == 0
     new = run_directories(out) - set(kept)
     assert len(run_directories(out)) == 4
@@ -217,11 +219,11 @@ def test_stopped_sweep_goes_on(
         time.sleep(0.01)
     process.send_signal(stop)
     assert process.wait() == (-stop if stop == signal.SIGKILL else 130)
-    *ended, last = json.loads((out / "sweep.json").read_text())["runs"]
+    *ended, last = json.loads((out / "sweep.json").read_text(encoding="utf-8"))["runs"]
     assert len(ended) == 4 and all(run["summary"] for run in ended)
     assert last["overrides"] == {"train_steps": "200"} and not last["summary"]
     if stop == signal.SIGTERM:
-        with (out / ".lock").open() as lock:  # every process of a sweep holds it
+        with (out / ".lock").open(encoding="utf-8") as lock:  # every process of a sweep holds it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert main(arguments) == 0
     assert ("waiting for another sweep" in capfd.readouterr().err) == (stop == signal.SIGKILL)
@@ -235,7 +237,9 @@ def test_other_recipe_or_settings_are_refused(
     change: str, swept: Path, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "changed.toml"
-    recipe.write_text(tiny_recipe.read_text() + "momentum = 0.9\n" * (change == "recipe"))
+    recipe.write_text(
+        tiny_recipe.read_text(encoding="utf-8") + "momentum = 0.9\n" * (change == "recipe"), encoding="utf-8"
+    )
     before = (swept / "sweep.json").read_bytes()
     more = ["--set", "momentum=0.9"] if change == "--set" else []
     assert main([str(recipe), *GRID, *more, "--out", str(swept)]) == 2
@@ -292,7 +296,7 @@ def test_crash_is_reported_and_the_others_run(
     captured = capsys.readouterr()
     output = tmp_path / "out/runs/optimizer=crash/seed0/output.txt"
     assert captured.err.splitlines()[-1] == f"optimizer=crash/seed0: crashed, see {output}"
-    assert "out of luck" in output.read_text()
+    assert "out of luck" in output.read_text(encoding="utf-8")
     assert [line.split()[0] for line in captured.out.splitlines()] == ["optimizer", "muon"]
 
 

@@ -31,12 +31,12 @@ def only_run(tmp_path: Path) -> Path:
 
 
 def metrics(directory: Path, key: str) -> dict[int, float]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["step"]: row[key] for row in rows if key in row}
 
 
 def summary(directory: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    values: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     return values
 
 
@@ -74,9 +74,9 @@ def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_da
     losses, final = metrics(directory, "val_loss"), summary(directory)
 
     # the log: sources, versions, then lines the field's tools parse
-    source, versions, body = (directory / "log.txt").read_text().split("=" * 100)
+    source, versions, body = (directory / "log.txt").read_text(encoding="utf-8").split("=" * 100)
     for file in ("train_gpt.py", "model.py", "optim/muon.py", "optim/bank.py", "data/loader.py", "settings.py"):
-        assert f"# file: {file}\n{(ROOT / file).read_text()}" in source
+        assert f"# file: {file}\n{(ROOT / file).read_text(encoding='utf-8')}" in source
     assert f'torch": "{torch.__version__}' in versions
     assert '"matrix_optimizer": "muon"' in versions
     parsed = re.findall(r"step:(\d+)/(\d+)\s+val_loss:([0-9.]+) train_time:([0-9.]+)s step_avg:([0-9.]+)ms", body)
@@ -200,7 +200,9 @@ def test_resuming_is_the_run_that_was_never_interrupted(
     (directory,) = resumed.iterdir()
     for key in ("val_loss", "train_loss"):
         assert metrics(directory, key) == metrics(whole, key)  # those before the checkpoint were taken over
-    lines = [path.joinpath("log.txt").read_text().rpartition("=" * 100)[2] for path in (whole, directory)]
+    lines = [
+        path.joinpath("log.txt").read_text(encoding="utf-8").rpartition("=" * 100)[2] for path in (whole, directory)
+    ]
     steps = [re.findall(r"^step:\d+(?:/\d+ \w+:\S+| epoch.*)", text, flags=re.MULTILINE) for text in lines]
     assert len(steps[0]) == 5 + 8 + 1
     assert steps[0] == steps[1]
@@ -225,6 +227,7 @@ def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path
     process = subprocess.Popen(
         [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        encoding="utf-8",
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
@@ -262,7 +265,7 @@ def test_a_terminal_sees_a_progress_line(tiny_recipe: Path, tmp_path: Path) -> N
 def test_a_log_opens_with_the_facts_that_its_summary_repeats(trainer: Trainer, tmp_path: Path) -> None:
     assert trainer().returncode == 0
     directory = only_run(tmp_path)
-    header = (directory / "log.txt").read_text().split("\n" + "=" * 100 + "\n")[1]
+    header = (directory / "log.txt").read_text(encoding="utf-8").split("\n" + "=" * 100 + "\n")[1]
     facts = json.loads(header[header.index("\n{\n") :])
     assert facts.items() <= summary(directory).items()
     assert {"start_utc", "git_commit", "device", "val_fingerprint", "config"} <= facts.keys()
@@ -271,7 +274,7 @@ def test_a_log_opens_with_the_facts_that_its_summary_repeats(trainer: Trainer, t
 def test_the_source_in_a_log_is_of_this_repository_alone() -> None:
     sources = run_sources()
     assert {"train_gpt.py", "optim/aurora.py", "data/shards.py"} <= set(sources)
-    assert all((ROOT / path).read_text() == source for path, source in sources.items())
+    assert all((ROOT / path).read_text(encoding="utf-8") == source for path, source in sources.items())
 
 
 # Mistakes: one line, exit status 2, nothing written
@@ -345,7 +348,7 @@ def test_a_mistake_is_one_line(trainer: Trainer, tmp_path: Path, arguments: list
 
 
 def test_an_unwritable_run_directory(trainer: Trainer, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert_refused(trainer(f"--run_dir={tmp_path / 'file' / 'runs'}"), tmp_path, ["run_dir", "file/runs", "cannot be"])
 
 

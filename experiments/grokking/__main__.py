@@ -249,7 +249,7 @@ def run(options: Options) -> None:
     tell(result)
     if not options.table:
         temporary = out / "result.json.tmp"
-        temporary.write_text(json.dumps(result) + "\n")
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
         temporary.replace(out / "result.json")
         report.draw(result, out / "result.png")
         print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
@@ -258,7 +258,7 @@ def run(options: Options) -> None:
 def draw_again(path: Path) -> None:
     """Raises ValueError for a file that is not a result."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         report.draw(result, path.with_suffix(".png"))
         tell(result)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:

@@ -26,7 +26,7 @@ def place() -> str:
 def read_runs(out: Path) -> dict[Settings, dict[str, Any]]:
     """All runs in `out`, without one whose line was cut off. Raises ValueError for a file of another kind."""
     path, runs = out / "runs.jsonl", dict[Settings, dict[str, Any]]()
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             if line.endswith("\n"):
@@ -44,7 +44,7 @@ class Store:
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.file: TextIO = (out / "runs.jsonl").open("a+")
+        self.file: TextIO = (out / "runs.jsonl").open("a+", encoding="utf-8")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,65 @@
+"""Files on any file system: whole or absent, locked where that is possible, found where their user means them. A leaf.
+
+Some network file systems have no locks and cannot flush a folder. What needs no lock to be right goes on without one;
+what cannot be known there is said to be unknown.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write, text in UTF-8 or bytes (`mode` "wb"), that gets its name when the block ends well, whole and on
+    the disk; until then, and for good after an error, `path` is as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names given in `folder` survive a power cut, where its file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def try_lock(file: IO[Any], shared: bool = False) -> bool | None:
+    """Lock an open file until it is closed, without waiting: True if that was done, False if another process holds it,
+    None if its file system has no locks, so that nobody can tell."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def wait_for_lock(file: IO[Any]) -> None:
+    """Lock an open file until it is closed, once no other process holds it; not at all without locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as its user means it: ~ is the home folder, ~name that of another."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or no home: then it is a name like any other
+        return Path(path)

@@ -49,7 +49,26 @@ def gram(
     if row_scale is not None:
         X = (X * row_scale.unsqueeze(-1)).to(X.dtype)
     left, right = (X.mT, X) if side == "columns" else (X, X.mT)
-    return left @ right if dtype in (None, X.dtype) else _float32_product(left, right)
+    if dtype in (None, X.dtype):
+        return (as_multiplied(left) @ as_multiplied(right)).to(X.dtype)
+    return _float32_product(left, right)
+
+
+def as_multiplied(A: Tensor) -> Tensor:
+    """A, in float32 if it is of halves and on a CPU without units for them: a product of halves takes 60 times as long
+    there as one of float32, for the same sums. The caller rounds the result."""
+    is_slow = A.device.type == "cpu" and A.dtype.itemsize == 2 and not (A.dtype == torch.bfloat16 and has_bfloat16())
+    return A.float() if is_slow else A
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 in hardware."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _baddbmm(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float = 1) -> Tensor:
+    """beta C + alpha A B, rounded once to C's dtype."""
+    return torch.baddbmm(*map(as_multiplied, (C, A, B)), beta=beta, alpha=alpha).to(C.dtype)
 
 
 def _float32_product(A: Tensor, B: Tensor) -> Tensor:
@@ -69,7 +88,7 @@ def symmetric_product(
     `unrounded_A` float32 [B, n, n], from which A was rounded, takes its place in beta A.
     """
     if unrounded_A is None:
-        product = torch.baddbmm(A, A, B, beta=beta, alpha=alpha)
+        product = _baddbmm(A, A, B, beta, alpha)
     else:
         product = torch.add(beta * unrounded_A, _float32_product(A, B), alpha=alpha).to(A.dtype)
     return product.add_(B, alpha=gamma) if gamma else product
@@ -91,13 +110,11 @@ def apply_symmetric(
     is an empty tensor.
     """
     if X.stride(1) < X.stride(2):  # the transposed problem, so that Y is in X's order of memory
-        Y = (
-            torch.baddbmm(X.mT, S, X.mT, beta=alpha).mT
-            if side == "right"
-            else torch.baddbmm(X.mT, X.mT, S, beta=alpha).mT
-        )
+        left, right = (S, X.mT) if side == "right" else (X.mT, S)
+        Y = _baddbmm(X.mT, left, right, alpha).mT
     else:
-        Y = torch.baddbmm(X, X, S, beta=alpha) if side == "right" else torch.baddbmm(X, S, X, beta=alpha)
+        left, right = (X, S) if side == "right" else (S, X)
+        Y = _baddbmm(X, left, right, alpha)
     if row_scale is not None:
         Y = Y * row_scale.unsqueeze(-1)
     if outputs == "matrix":

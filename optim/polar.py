@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import Backend, backend
-from kernels.reference import TINY
+from kernels.reference import TINY, has_bfloat16
 
 Coefficients = tuple[float, float, float]
 
@@ -58,10 +58,7 @@ Segments = list[list[Coefficients]]
 @cache
 def fast_half_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where matrix products in it run in hardware, else float32."""
-    if device_type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else has_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
 

@@ -21,11 +21,20 @@ if not torch.cuda.is_available():
 
 import train_gpt
 from data.shards import write_shard
+from experiments import neurons, sweep
+from tests import warm
 
 pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48
+
+sweep.TRAINER = neurons.TRAINER = ROOT / "tests/warm_trainer.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers inherit the environment
+        warm.start_server()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,8 +110,8 @@ def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
 
 def python(script: list[str], recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python <script> <recipe> <arguments>` from the repository's root, to its end."""
-    command = [sys.executable, *script, str(recipe), *arguments]
+    """`python <script> <recipe> <arguments>` from the repository's root, to its end; torch is loaded beforehand."""
+    command = [sys.executable, str(ROOT / "tests/warm.py"), *script, str(recipe), *arguments]
     settings = {**os.environ, **environment}
     return subprocess.run(
         command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False, encoding="utf-8"
@@ -111,7 +120,7 @@ def python(script: list[str], recipe: Path, *arguments: str, **environment: str)
 
 def torchrun(ranks: int, restarts: int = 0, script: str = "train_gpt.py") -> list[str]:
     options = ["--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    return ["-m", "torch.distributed.run", *options, script]
+    return ["-m", "torch.distributed.run", *options, "tests/warm.py", script]
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
         free.bind(("127.0.0.1", 0))
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
     variables = {**os.environ, **place, "FAULTS": "step:13", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/faulty_trainer.py", str(tiny_recipe), "--micro_batch_tokens=32"]
+    command = [sys.executable, "tests/warm.py", "tests/faulty_trainer.py", str(tiny_recipe), "--micro_batch_tokens=32"]
     command += ["--checkpoint_every=5", f"--run_dir={tmp_path}"]
     ranks = [
         subprocess.Popen(
@@ -94,8 +94,8 @@ class Node:
         self.output = output
         with output.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", str(recipe), *arguments], cwd=ROOT, env={**os.environ, **variables},
-                stdout=file, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "tests.warm_launcher", str(recipe), *arguments], cwd=ROOT,
+                env={**os.environ, **variables}, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def lose(self) -> None:

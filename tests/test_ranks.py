@@ -38,7 +38,7 @@ def test_two_and_three_ranks_follow_one_ranks_curve(
 
 
 def start(recipe: Path, tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return python(["launch.py"], recipe, f"--run_dir={tmp_path / 'runs'}", *arguments, **environment)
+    return python(["-m", "tests.warm_launcher"], recipe, f"--run_dir={tmp_path / 'runs'}", *arguments, **environment)
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_stopped_sweep_goes_on(
     shutil.copytree(swept, out)
     done = run_directories(out)
     arguments = [str(tiny_recipe), "--out", str(out), "--grid", "head_lr=0.05", "--grid", "train_steps=200"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "tests/warm.py", "-m", "experiments.sweep", *arguments], cwd=ROOT)
     deadline = time.monotonic() + 120
     while not list(out.glob("runs/train_steps=200/seed0/*/log.txt")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -223,7 +223,7 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path: Path, stop: signal.Signals) -> None:
-    command = [sys.executable, str(ROOT / "train_gpt.py"), str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}"]
+    command = [sys.executable, "tests/warm_trainer.py", str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}"]
     process = subprocess.Popen(
         [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
@@ -248,7 +248,13 @@ def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path
 def test_a_terminal_sees_a_progress_line(tiny_recipe: Path, tmp_path: Path) -> None:
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
-    command = [sys.executable, str(ROOT / "train_gpt.py"), str(tiny_recipe), f"--run_dir={tmp_path}", "--target_loss=2"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/warm_trainer.py"),
+        str(tiny_recipe),
+        f"--run_dir={tmp_path}",
+        "--target_loss=2",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=slave)
     os.close(slave)
     seen, deadline = b"", time.monotonic() + 60

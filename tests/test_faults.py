@@ -61,7 +61,12 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
     command += ["--checkpoint_every=5", f"--run_dir={tmp_path}"]
     ranks = [
         subprocess.Popen(
-            command, cwd=ROOT, env={**variables, "RANK": rank}, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+            command,
+            cwd=ROOT,
+            env={**variables, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
         )
         for rank in "01"
     ]

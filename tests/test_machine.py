@@ -1,17 +1,33 @@
 """Device, dtype and clock: fallbacks are said, refusals help, seconds land in the right phase."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import machine
-from machine import PEAK_FLOPS, Clock, Machine, find_machine, lost_rank, versions
+from machine import (
+    PEAK_FLOPS,
+    Clock,
+    Machine,
+    check_device,
+    find_machine,
+    lost_rank,
+    place_among_ranks,
+    print_error,
+    versions,
+)
 from tests.conftest import ROOT
+
+PLACE = dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +55,115 @@ def test_dtype_follows_the_hardware_and_the_log_says_so(
 def test_a_rank_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="local rank 2 has no GPU of its own; set NPROC_PER_NODE=2"):
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a rank has no GPU of its own; set NPROC_PER_NODE=2 or less"):
         find_machine("auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("build", "hidden", "why"),
+    [
+        (None, None, rf"this build of torch \({re.escape(torch.__version__)}\) is for CPUs alone"),
+        ("13.0", None, "torch finds no CUDA GPU; train on"),
+        ("13.0", "", "torch finds no CUDA GPU with CUDA_VISIBLE_DEVICES=''"),
+    ],
+    ids=["a CPU build", "no GPU", "hidden"],
+)
+def test_a_recipe_for_a_gpu_says_why_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, build: str | None, hidden: str | None, why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    with pytest.raises(ValueError, match=f"device = 'cuda', but {why}.*--device=cpu"):
+        check_device("cuda", "auto")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert re.match(f"device = 'auto' is the CPU, as {why.partition(';')[0]}", find_machine("auto", "auto").notes[0])
+
+
+@pytest.mark.parametrize(
+    ("left", "place"),
+    [
+        ({}, (2, 4, 2)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 1, 2)),
+        ({"LOCAL_RANK": "", "WORLD_SIZE": "1", "RANK": "0"}, None),  # alone, whatever the rest
+        ({"RANK": ""}, None),
+        ({"WORLD_SIZE": "", "MASTER_PORT": "auto"}, None),
+        ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four"),
+        ({"LOCAL_RANK": ""}, "all of RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"MASTER_ADDR": ""}, "unset RANK WORLD_SIZE"),
+        ({"MASTER_PORT": "tcp://1"}, "MASTER_PORT are needed"),
+    ],
+    ids=str,
+)
+def test_a_place_among_ranks_is_whole_or_refused_or_none(
+    monkeypatch: pytest.MonkeyPatch, left: dict[str, str], place: tuple[int, int, int] | str | None
+) -> None:
+    """What other launchers leave is no place: never waited for others, never a traceback."""
+    for name, value in (PLACE | left).items():
+        monkeypatch.setenv(name, value)
+    if isinstance(place, str):
+        with pytest.raises(ValueError, match=place):
+            place_among_ranks()
+    else:
+        assert place_among_ranks() == place
+
+
+def test_what_is_left_of_another_launcher_is_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "none")
+    found = find_machine("cpu", "float32")
+    assert (found.rank, found.world_size, found.restarts, found.job) == (0, 1, 0, ())
+    assert found.notes[0] == "one process alone: WORLD_SIZE of the environment, without the rest, not obeyed"
+
+
+def test_ranks_of_one_machine_ask_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither torchrun's name of this machine nor gloo's own search for it is used; several machines keep theirs."""
+    joined: list[tuple[str, str | None]] = []
+
+    def join(*arguments: Any, **settings: Any) -> None:
+        joined.append((os.environ["MASTER_ADDR"], os.environ.get("GLOO_SOCKET_IFNAME")))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda into, value: None)
+    for name, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for here in ("2", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        find_machine("cpu", "float32")
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    assert joined == [("no-such-host.invalid", None), ("127.0.0.1", loopback)]
+
+
+def test_an_error_is_printed_once_in_an_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for attempt, rank, text, event in [
+        ("0", "1", "a file is missing", ""),  # the first rank may be the one that sees nothing
+        ("0", "0", "a file is missing", ""),
+        ("0", "2", "another file is", ""),
+        ("0", "0", "lost: connection reset", "lost"),
+        ("0", "1", "lost: timed out", "lost"),
+        ("1", "0", "a file is missing", ""),
+        ("gone", "0", "a file is missing", ""),
+    ]:
+        if attempt != "gone":
+            (tmp_path / attempt / rank).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / attempt / rank / "error.json"))
+        print_error(text, event)
+    for _ in range(2):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")  # not torchrun's
+        print_error("alone")
+    said = ["a file is missing", "another file is", "lost: connection reset", "a file is missing", "a file is missing"]
+    assert capsys.readouterr().err.splitlines() == [f"error: {text}" for text in [*said, "alone", "alone"]]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ usage() {
 ./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
                                        publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
+./run.sh test --portable [--only ...]  the numerical ones with other vector units, threads, locales ...
 ./run.sh check                         lint, format, types, shellcheck and the fast tests
 ./run.sh lint                          the same without tests
 ./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step, polar,
@@ -184,6 +185,10 @@ case "${1:-}" in
     test)
         shift
         install_dev
+        if [ "${1:-}" = --portable ]; then
+            shift
+            exec python -m tests.portable "$@"
+        fi
         exec python -m pytest -n 2 --dist loadfile "$@"  # two processes, each test file in one of them
         ;;
     lint)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
+import tests.surroundings
+
+os.environ["OMP_NUM_THREADS"] = str(tests.surroundings.THREADS)  # before torch is imported; child processes inherit it
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # some tests ask for deterministic algorithms
 os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # ranks meet on 127.0.0.1
 
@@ -28,6 +30,7 @@ pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48
+PATIENCE_S = 600  # with a child process that a fault may leave hanging, on a machine that is busy with other things
 
 sweep.TRAINER = neurons.TRAINER = ROOT / "tests/warm_trainer.py"
 
@@ -37,9 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
         warm.start_server()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def same_threads() -> None:
+    """Of torch in each test, whatever the one before has set."""
+    torch.set_num_threads(tests.surroundings.THREADS)
 
 
 @pytest.fixture
@@ -114,7 +118,14 @@ def python(script: list[str], recipe: Path, *arguments: str, **environment: str)
     command = [sys.executable, str(ROOT / "tests/warm.py"), *script, str(recipe), *arguments]
     settings = {**os.environ, **environment}
     return subprocess.run(
-        command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300, check=False, encoding="utf-8"
+        command,
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        encoding="utf-8",
     )
 
 

@@ -2,7 +2,8 @@
 
 FAULTS=step:13,write:20,validation:30 kills the second rank before step 13 in the first attempt, the first rank in the
 middle of writing the checkpoint of step 20 in the second, and the second rank within the validation of step 30 in the
-third. An attempt without a fault of its own runs as ever.
+third. node:13 kills the node of the rank that has it in its FAULTS: the launcher, then the rank itself. An attempt
+without a fault of its own runs as ever.
 """
 
 import io
@@ -30,6 +31,9 @@ def arm(point: str, at_step: int, rank: int) -> None:
         nonlocal now
         if point == "step" and rank == 1 and step == at_step:
             die()
+        if point == "node" and step == at_step:
+            os.kill(os.getppid(), signal.SIGKILL)
+            die()
         schedule(run, step)
         now = step
 
@@ -56,7 +60,7 @@ def arm(point: str, at_step: int, rank: int) -> None:
 
 if __name__ == "__main__":
     attempt, faults = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["FAULTS"].split(",")
-    if attempt < len(faults):
+    if attempt < len(faults) and faults[attempt]:
         point, _, step = faults[attempt].partition(":")
         arm(point, int(step), int(os.environ["RANK"]))
     sys.exit(train_gpt.main(sys.argv[1:]))

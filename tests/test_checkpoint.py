@@ -15,6 +15,7 @@ from torch import nn
 import checkpoint
 from checkpoint import CheckpointWriter, load_checkpoint, read_checkpoint, verify
 from machine import Machine
+from tests.conftest import PATIENCE_S
 
 ALONE = Machine(0, 1, torch.device("cpu"), torch.float32, ())
 CPU = torch.device("cpu")
@@ -113,11 +114,12 @@ def test_a_save_that_the_disk_refuses_leaves_the_older_checkpoints(tmp_path: Pat
 def test_a_thread_writes_the_tensors_of_the_moment_and_one_file_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine, go_on, under_way = torch.save, threading.Event(), []
+    genuine, begun, go_on, under_way = torch.save, threading.Event(), threading.Event(), []
 
     def slow_save(state: Any, file: Any) -> None:
         under_way.append(state["step"])
-        assert go_on.wait(30)
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
         genuine(state, file)
 
     monkeypatch.setattr(checkpoint.torch, "save", slow_save)
@@ -130,8 +132,9 @@ def test_a_thread_writes_the_tensors_of_the_moment_and_one_file_at_a_time(
     optimizers[0].step()
     second = threading.Thread(target=checkpoints.save, args=(2, model, optimizers))
     second.start()
-    second.join(0.2)
-    assert second.is_alive()  # waits for the first
+    assert begun.wait(PATIENCE_S)
+    second.join(0.2)  # time enough to show if it did not wait for the first
+    assert second.is_alive()
     assert under_way == [1]
     go_on.set()
     second.join()

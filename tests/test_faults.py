@@ -7,15 +7,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, Trainer, python, torchrun
+from tests.conftest import PATIENCE_S, ROOT, Trainer, python, torchrun
 from tests.test_resume import assert_same_state
 from tests.test_train import metrics, summary
+
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts in tests/
+FAULTY_LAUNCH = """
+import pathlib, sys, launch
+launch.ROOT = pathlib.Path(sys.argv.pop(1))
+sys.exit(launch.main(sys.argv[1:]))
+"""
 
 
 def by_age(folder: Path) -> list[Path]:
@@ -30,7 +36,7 @@ def test_a_run_killed_three_times_is_the_run_that_was_not_to_the_bit(
     killed = python(
         torchrun(2, restarts=3, script="tests/faulty_trainer.py"), tiny_recipe, "--micro_batch_tokens=32",
         "--checkpoint_every=5", "--checkpoint_async", f"--run_dir={tmp_path}",
-        FAULTS="step:13,write:20,validation:30", PYTHONPATH=str(ROOT),
+        FAULTS="step:13,write:20,validation:30", PYTHONPATH=PYTHONPATH,
     )  # fmt: skip
     assert killed.returncode == 0, killed.stderr
     assert "Traceback" not in killed.stderr
@@ -56,7 +62,8 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    variables = {**os.environ, **place, "FAULTS": "step:13", "TORCHELASTIC_RESTART_COUNT": "0", "PYTHONPATH": str(ROOT)}
+    variables = {**os.environ, **place, "FAULTS": "step:13", "TORCHELASTIC_RESTART_COUNT": "0"}
+    variables["PYTHONPATH"] = PYTHONPATH
     command = [sys.executable, "tests/warm.py", "tests/faulty_trainer.py", str(tiny_recipe), "--micro_batch_tokens=32"]
     command += ["--checkpoint_every=5", f"--run_dir={tmp_path}"]
     ranks = [
@@ -70,7 +77,7 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
         )
         for rank in "01"
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [4, -signal.SIGKILL], errors
     assert re.search(
         r"^error: failed at step 13: another rank was lost \(.*\); start .*--resume=auto to go on from .*_000010.pt$",
@@ -90,33 +97,25 @@ def test_three_ranks_go_on_from_two_ranks_checkpoint(two_ranks: Path, tiny_recip
 
 
 class Node:
-    """One node's launcher, its output in a file."""
+    """One node's launcher, its output in a file; its trainer, train_gpt.py in the same folder, is the faulty one."""
 
-    def __init__(self, output: Path, recipe: Path, port: int, *arguments: str, ranks: int, restarts: int) -> None:
+    def __init__(
+        self, output: Path, recipe: Path, port: int, *arguments: str, ranks: int, restarts: int, faults: str
+    ) -> None:
         variables = dict(
-            NNODES="2", NPROC_PER_NODE=str(ranks), RDZV_ENDPOINT=f"127.0.0.1:{port}", MAX_RESTARTS=str(restarts)
-        )
+            NNODES="2", NPROC_PER_NODE=str(ranks), RDZV_ENDPOINT=f"127.0.0.1:{port}", MAX_RESTARTS=str(restarts),
+            FAULTS=faults, PYTHONPATH=PYTHONPATH,
+        )  # fmt: skip
         self.output = output
         with output.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm_launcher", str(recipe), *arguments], cwd=ROOT,
+                [sys.executable, "-c", FAULTY_LAUNCH, str(output.parent), str(recipe), *arguments], cwd=ROOT,
                 env={**os.environ, **variables}, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
-    def lose(self) -> None:
-        """kill -9 of the launcher and its ranks."""
-        pid = self.process.pid
-        ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-        for victim in (pid, *map(int, ranks)):
-            os.kill(victim, signal.SIGKILL)
-        self.process.wait()
-
-
-def wait_for(condition: str, is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not is_so():
-        assert time.monotonic() < deadline, f"waited in vain for {condition}"
-        time.sleep(0.05)
+    def end(self) -> tuple[int, str]:
+        """Wait for it: exit status and what it printed."""
+        return self.process.wait(PATIENCE_S), self.output.read_text(encoding="utf-8")
 
 
 def listens(port: int) -> bool:
@@ -125,44 +124,45 @@ def listens(port: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds a launcher's ranks in /proc")
 def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tiny_recipe: Path, tmp_path: Path) -> None:
     """Two ranks and one. The second node is lost twice: once both are started again, once it alone."""
     folder = tmp_path / "nodes"
     arguments = ["--micro_batch_tokens=32", "--train_steps=70"]
     assert trainer(*arguments, f"--run_dir={tmp_path / 'alone'}").returncode == 0
     (alone,) = (tmp_path / "alone").iterdir()
+    faulty = f"from tests import warm\nsys.exit(warm.run([{str(ROOT / 'tests/faulty_trainer.py')!r}, *sys.argv[1:]]))\n"
+    (tmp_path / "train_gpt.py").write_text(f"import sys\n{faulty}", encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments += ["--checkpoint_every=10", "--resume=auto", f"--run_dir={folder}"]
 
-    def start(index: int, restarts: int) -> Node:
-        node = Node(tmp_path / f"node{index}.txt", tiny_recipe, port, *arguments, ranks=2 - index, restarts=restarts)
-        if index == 0:  # it has to hold the rendezvous
-            wait_for("the rendezvous", lambda: listens(port))
+    def start(index: int, restarts: int, faults: str = "") -> Node:
+        node = Node(
+            tmp_path / f"node{index}.txt", tiny_recipe, port, *arguments, ranks=2 - index, restarts=restarts,
+            faults=faults,
+        )  # fmt: skip
+        while index == 0 and not listens(port):  # it has to hold the rendezvous
+            assert node.process.poll() is None, node.end()
+            time.sleep(0.05)
         return node
 
-    def both_until(step: int, restarts: int) -> list[Node]:
-        nodes = [start(index, restarts) for index in (0, 1)]
-        wait_for(f"the checkpoint of step {step}", lambda: any(folder.glob(f"*/checkpoint_{step:06d}.pt")))
-        return nodes
-
-    first, second = both_until(10, restarts=0)
-    second.lose()
-    lost = time.monotonic()
-    assert first.process.wait(60) == 4, first.output.read_text(encoding="utf-8")
-    assert time.monotonic() - lost < 30
-    text = first.output.read_text(encoding="utf-8")
+    first, second = start(0, restarts=0), start(1, restarts=0, faults="node:13")
+    assert second.end()[0] == -signal.SIGKILL, second.end()
+    status, text = first.end()
+    assert status == 4, text
     assert "Traceback" not in text
-    assert re.search(r"^error: failed at step \d+: another rank was lost \(.*\); start .*--resume=auto", text, re.M)
+    assert re.search(r"^error: failed at step 13: another rank was lost \(.*\); start .*--resume=auto", text, re.M), (
+        text
+    )
     assert text.splitlines()[-1].startswith("error: another node or rank was lost; start the same command again on ev")
 
-    first, second = both_until(40, restarts=1)
-    second.lose()
+    first, second = start(0, restarts=1), start(1, restarts=1, faults="node:43")
+    assert second.end()[0] == -signal.SIGKILL, second.end()
     second = start(1, restarts=1)
-    assert first.process.wait(120) == 0, first.output.read_text(encoding="utf-8")
-    assert second.process.wait(120) == 0, second.output.read_text(encoding="utf-8")
+    for node in (first, second):
+        status, text = node.end()
+        assert status == 0, text
     final = by_age(folder)[-1]
     assert summary(final)["status"] == "finished"
     assert summary(final)["restarts"] == 1

@@ -12,8 +12,6 @@ import torch
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, write_shard
 
-torch.set_num_threads(1)
-
 VOCAB_SIZE = 1000
 SIZES = (101, 1, 37, 250)  # odd, tiny, and one longer than a batch
 

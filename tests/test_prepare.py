@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from data.prepare import main, sotu_speeches
 from data.sets import Settings, write_set
 from data.shards import head_fingerprint, open_shard, write_shard
 from data.tokenizer import get_tokenizer
+from tests.conftest import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,25 +203,41 @@ def test_refusal_from_the_shell_has_no_traceback(tmp_path: Path) -> None:
 # Resumption
 
 
+KILLED = """
+import os, signal, sys
+from data import prepare, sets
+where, number = sys.argv.pop(1), int(sys.argv.pop(1))
+owner = sets.ShardWriter if hasattr(sets.ShardWriter, where) else sets
+genuine, calls = getattr(owner, where), []
+def deadly(*arguments, **options):
+    calls.append(where)
+    if len(calls) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return genuine(*arguments, **options)
+setattr(owner, where, deadly)
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
 def test_killed_runs_end_with_the_same_bytes(tmp_path: Path) -> None:
+    """Killed within a shard, before a whole one has its name, and before one that has its name is noted."""
     source = write_jsonl(tmp_path / "a.jsonl", some_documents(6_000))
     options = [source, "--encoding=byte", "--name=x", "--val_tokens=30001", "--shard_tokens=20011"]
-    assert run("files", *options, f"--out={tmp_path / 'whole'}").returncode == 0
+    assert main(["files", *map(str, options), f"--out={tmp_path / 'whole'}"]) == 0
     expected = shards_of(tmp_path / "whole")
     assert len(expected) > 40
     out = tmp_path / "killed"
     kept: dict[Path, int] = {}
-    for target in (1, 5, 20):
-        with subprocess.Popen(command("files", *options, f"--out={out}"), cwd=ROOT) as process:
-            while len(list(out.glob("*.bin"))) < max(target, len(kept) + 2):
-                assert process.poll() is None, "the run was over before it could be killed"
-            process.kill()
+    for where, number, shards in (("write", 4, 1), ("finish", 6, 6), ("save_progress", 20, 25)):
+        killed = [sys.executable, "-c", KILLED, where, str(number), *command("files", *options, f"--out={out}")[3:]]
+        assert subprocess.run(killed, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+        assert len(shards_of(out)) >= shards
         assert kept.items() <= modification_times(out).items(), "a finished shard was made again"
         progress = json.loads((out / "progress.json").read_text(encoding="utf-8"))
         assert not progress["complete"]
         recorded = {out / shard["file"] for shard in progress["shards"]}
         kept = {path: time_ns for path, time_ns in modification_times(out).items() if path in recorded}
-    assert run("files", *options, f"--out={out}").returncode == 0
+    assert main(["files", *map(str, options), f"--out={out}"]) == 0
     assert kept.items() <= modification_times(out).items()
     assert shards_of(out) == expected
     assert not list(out.glob("*.tmp"))
@@ -323,10 +341,10 @@ def test_second_process_waits_for_the_first(tmp_path: Path) -> None:
         with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
             assert process.stderr is not None
             assert process.stderr.readline() == f"{tmp_path}: waiting for another data.prepare\n"
-            time.sleep(0.3)
+            time.sleep(0.3)  # time enough to show if it did not wait
             assert process.poll() is None and not list(tmp_path.glob("*.bin"))
             fcntl.flock(lock, fcntl.LOCK_UN)
-            assert process.wait(timeout=60) == 0
+            assert process.wait(PATIENCE_S) == 0
     assert len(list(tmp_path.glob("*.bin"))) == 4
 
 
@@ -377,23 +395,22 @@ def test_sotu_without_the_package(
 # fineweb
 
 
-@pytest.fixture
-def dead_end() -> str:
-    """An address of this machine where nobody answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
 @pytest.mark.parametrize("tokenize", [[], ["--tokenize"]], ids=["download", "tokenize"])
 @pytest.mark.parametrize("why", ["no answer", "HF_HUB_OFFLINE is set"])
-def test_fineweb_without_a_network(tmp_path: Path, dead_end: str, tokenize: list[str], why: str) -> None:
+def test_fineweb_without_a_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenize: list[str], why: str
+) -> None:
+    """Said before the Hub's own clients are asked, which would try again and again."""
     out = tmp_path / "fineweb10B"
-    environment = {"HF_HUB_OFFLINE": "1"} if "OFFLINE" in why else {}
-    start = time.monotonic()
-    result = run("fineweb", "--shards", 2, *tokenize, "--out", out, HF_ENDPOINT=dead_end, **environment)
-    assert time.monotonic() - start < 5
-    assert result.returncode == 2
-    assert result.stderr == (
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "OFFLINE" in why)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # without listening: connections are refused
+        dead_end = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", dead_end)
+        assert main(["fineweb", "--shards=2", *tokenize, f"--out={out}"]) == 2
+    assert capsys.readouterr().err == (
         f"error: {dead_end}: found {why}, expected the Hugging Face Hub; connect to a network (or set HF_ENDPOINT to a "
         "mirror), copy the shards here by hand, or train on the sample: ./run.sh\n"
     )

@@ -48,7 +48,7 @@ class HerePool:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(pool, "Workers", HerePool)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)

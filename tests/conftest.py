@@ -23,7 +23,7 @@ import train_gpt
 from data.console import STOPS
 from data.shards import write_shard
 
-pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
+pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.records"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48

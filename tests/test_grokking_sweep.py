@@ -17,6 +17,7 @@ import pytest
 from experiments.grokking import __main__ as grokking
 from experiments.grokking import pool, report
 from experiments.grokking.train import Settings
+from machine import git_commit
 from tests.conftest import ROOT
 
 SMALL = ["--tasks", "parity", "--optimizers", "adamw", "muon", "--attentions", "softmax", "--losses", "softmax",
@@ -79,7 +80,7 @@ def test_a_resumed_sweep_is_the_uninterrupted_one(in_process: None, tmp_path: Pa
         assert (out / "runs.jsonl").read_text(encoding="utf-8").startswith("".join(lines[:kept]))
     assert {run["settings"]["seed"] for run in whole["tuning"]} == {100}
     assert {run["settings"]["seed"] for run in whole["runs"]} == {0, 1}
-    assert all(run["git_commit"] and run["device"] for run in whole["runs"])
+    assert {(run["git_commit"], run["device"]) for run in whole["runs"]} == {(git_commit(), pool.place())}
 
 
 def test_a_finished_sweep_runs_nothing_again(

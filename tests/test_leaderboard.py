@@ -1,11 +1,12 @@
 """Records of real runs: read, added, ranked, compared, drawn and run again."""
 
+import cProfile
 import json
+import pstats
 import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -354,14 +355,22 @@ def test_the_committed_records_hold_and_the_readme_has_them() -> None:
     assert document == rank.with_leaderboard(document, rank.rows([load_record(path) for path in paths]))
 
 
-def test_a_hundred_records_are_verified_in_ten_seconds() -> None:
+def test_verifying_takes_a_few_calls_a_line_and_grows_with_the_records_alone() -> None:
+    """Counted, not timed: a record of five runs is 20,000 lines of text, and a hundred take a hundred times as long."""
+
+    def calls(number: int) -> int:
+        profile = cProfile.Profile()
+        profile.enable()
+        verify_all([load_record(paths[index % len(paths)]) for index in range(number)])
+        profile.disable()
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
     paths = find_records()
-    start = time.perf_counter()
-    loaded = [load_record(paths[index % len(paths)]) for index in range(100)]
-    for record in loaded:
-        reasons(record)
-    verify_all(loaded[: len(paths)])
-    assert time.perf_counter() - start < 10
+    once, lines = calls(len(paths)), 0  # and what is kept from now on is known to both
+    for path in paths:
+        lines += sum(text.count("\n") for run in load_record(path).runs for text in run.texts.values())
+    assert calls(len(paths)) <= once < 3 * lines
+    assert calls(8 * len(paths)) < 8.5 * once
 
 
 def test_the_commands_need_no_torch() -> None:

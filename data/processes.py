@@ -57,8 +57,11 @@ class Workers(ProcessPoolExecutor):
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind:
             self.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            children = multiprocessing.active_children()
+            for process in children:
                 process.kill()
+            for process in children:
+                process.join()
         self.shutdown()
 
 

@@ -1,6 +1,8 @@
 """The GPU suite and its race: limits that hold, nothing left behind, and a killed suite that goes on where it was."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import lzma
 import os
@@ -167,6 +169,35 @@ def test_a_missing_package_or_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
     assert gpu_suite.main([]) == 2
     assert "torch finds no CUDA GPU; --tiny runs the whole suite" in capsys.readouterr().err
+
+
+def test_fresh_forgets_the_parts_and_deletes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that the user has named, which has more in it; on a file system without locks."""
+
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    monkeypatch.setattr(gpu_suite, "look_at_machine", lambda tiny: NOWHERE)
+    monkeypatch.setattr(gpu_suite, "run_suite", lambda *_: 0)
+    for name in ("polar.json", "mine.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert gpu_suite.main(["--tiny", "--fresh", "--folder", str(tmp_path), "--only", "polar_quality"]) == 0
+    assert (tmp_path / "mine.json").exists() and not (tmp_path / "polar.json").exists()
+    assert "there are no locks here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("commit", ["", "c0ffee-dirty"])
+def test_what_was_done_before_by_an_unknown_commit_is_said(
+    commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert run_fakes(tmp_path, fake("good", GOOD), commit=commit)[0] == 0
+    assert capsys.readouterr().out.count("what was done before may be of other code") == 1
 
 
 @pytest.mark.parametrize("memory_gib", [79.2, 39.4, 22.0])

@@ -1,5 +1,7 @@
 """The grokking experiment as a whole: equal sweeps, a fair choice, runs that survive a kill, and what is reported."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -146,6 +148,27 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert grokking.main([*SMALL, f"--out={tmp_path}"]) == 2
     assert "being written by another process" in capsys.readouterr().err
     held.file.close()
+
+
+def test_a_store_needs_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pool.Store(tmp_path) as store:
+        store.add(run_of())
+    assert list(pool.read_runs(tmp_path)) == [Settings(**run_of()["settings"])]
+    assert "there are no locks here; see to it that no other process writes it" in capsys.readouterr().err
+
+
+def test_where_there_is_no_commit_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = grokking.QUICK
+    tuning = grokking.tuning_runs(options)
+    known = {run: {**run_of(), "settings": asdict(run), "device": "a", "git_commit": ""} for run in tuning}
+    known[tuning[0]]["git_commit"] = "c0ffee-dirty"
+    assert grokking.collect(options, known)["git_commit"] == "c0ffee-dirty, unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -9,21 +9,18 @@ inputs and what the libraries hold after a small pass: on a GPU what torch alloc
 memory, each variant in a process of its own.
 """
 
-import multiprocessing
 import resource
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
+from data.processes import Workers
 from kernels.linear_cross_entropy import linear_cross_entropy
 from machine import find_machine
 
@@ -104,7 +101,7 @@ def peak_bytes(variant: str, shape: Shape, dtype: torch.dtype, device: torch.dev
         torch.cuda.reset_peak_memory_stats(device)
         forward_backward(variant, *inputs)
         return torch.cuda.max_memory_allocated(device) - before
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with Workers(1) as pool:
         return pool.submit(grown_resident_bytes, variant, shape, dtype).result()
 
 
@@ -171,4 +168,4 @@ def parse(shape: str) -> Shape:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

@@ -23,14 +23,10 @@ Exit status: 0 nothing failed, 1 a part failed or ran out of time, 2 a mistake i
 """
 
 import argparse
-import contextlib
-import ctypes
-import fcntl
 import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -43,10 +39,14 @@ from typing import Any, NoReturn
 from benchmarks.suite_parts import NOWHERE, ROOT, Facts, Part, make_inputs, make_parts
 from benchmarks.suite_plot import draw_rates
 from benchmarks.tables import align, cell
+from data import console
+from data.files import check_writable, try_lock, user_path, whole_file
+from data.processes import die_with_parent, end_group
 
 NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
 GRACE_S = 5.0  # between asking a part to end and ending it
 TAIL = 15  # lines of a failed part's output that are kept
+GOES_ON = "the same command goes on from here"
 ENDED = {"done": "done", "failed": "FAILED", "out of time": "OUT OF TIME"}
 
 
@@ -63,9 +63,12 @@ class Suite:
     def results(self) -> Path:
         return self.folder / "results"
 
+    def record_of(self, part: Part) -> Path:
+        return self.folder / f"{part.name}.json"
+
     def finished(self, part: Part) -> dict[str, Any] | None:
         """What an earlier start found, if the part was done then by the same commit."""
-        path = self.folder / f"{part.name}.json"
+        path = self.record_of(part)
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return record if record.get("status") == "done" and record["commit"] == self.facts.commit else None
 
@@ -95,7 +98,7 @@ class Suite:
             record["why"] = f"exit status {code}"
         if record["status"] != "done":
             record["last_lines"] = lines[-TAIL:]
-        write(self.folder / f"{part.name}.json", record)
+        write(self.record_of(part), record)
         return record
 
     def publish(self, records: Sequence[dict[str, Any]], parts: Sequence[Part], minutes: float) -> Path:
@@ -116,20 +119,12 @@ class Suite:
 
 
 def write(path: Path, content: Any) -> None:
-    """Under its name only when it is whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
-
-
-def die_with_parent() -> None:
-    """In a child: end when the suite is killed outright, so that nothing of it stays on the GPU. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def run_group(command: Sequence[str], limit_s: float, output: Path, results: Path) -> tuple[str, int]:
@@ -138,7 +133,12 @@ def run_group(command: Sequence[str], limit_s: float, output: Path, results: Pat
     Whatever the outcome, nothing of the group lives on. A group, not a session: a caller that ends its session's
     processes ends these too.
     """
-    environment = {**os.environ, "BENCHMARK_RESULTS": str(results.resolve()), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "BENCHMARK_RESULTS": str(results.resolve()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+    }
     with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
@@ -150,20 +150,7 @@ def run_group(command: Sequence[str], limit_s: float, output: Path, results: Pat
     except subprocess.TimeoutExpired:
         return "out of time", -1
     finally:
-        end_group(process)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """First asked, then, as a whole, told."""
-    try:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing is left of it
-    process.wait()
+        end_group(process, GRACE_S)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,8 +177,10 @@ def run_suite(suite: Suite, parts: Sequence[Part], minutes: float) -> int:
         print("\n" + target_table(records))
     print(draw_rates(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png")))
     print(f"-> {path}")
+    if any(record.get("earlier") for record in records) and not records[0]["commit"].isalnum():  # none, or -dirty
+        print("what was done before may be of other code: there is no commit to tell; --fresh runs it again")
     if interrupted:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"interrupted; {GOES_ON}", file=sys.stderr)
         return 130
     if any(record["status"] == "not begun" for record in records):
         print("some parts were not begun; the same command goes on from here")
@@ -237,9 +226,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default: 9)")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="not these")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
-    parser.add_argument("--folder", type=Path, help="what is remembered (default: runs/gpu_suite/<device>)")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/classics", help="folder of the classics shards")
+    parser.add_argument("--out", type=user_path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--folder", type=user_path, help="what is remembered (default: runs/gpu_suite/<device>)")
+    parser.add_argument("--data", type=user_path, default=ROOT / "data/classics", help="folder of the classics shards")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier start found")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU; never writes to benchmarks/results")
     options = parser.parse_args(argv)
@@ -260,8 +249,9 @@ def look_at_machine(tiny: bool) -> Facts:
     """Asked of a process of its own, so that the suite holds no memory of the GPU. ValueError if it will not do."""
     code = "from benchmarks.suite_parts import print_facts; print_facts()"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8"
-    )
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        encoding="utf-8", errors="replace",
+    )  # fmt: skip
     if result.returncode:
         raise ValueError(f"the trainer cannot be imported ({(result.stderr.splitlines() or ['?'])[-1]})")
     facts = Facts(**json.loads(result.stdout.splitlines()[-1]))
@@ -271,35 +261,37 @@ def look_at_machine(tiny: bool) -> Facts:
 
 
 def main(argv: Sequence[str]) -> int:
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: Sequence[str]) -> int:
     start, options = time.monotonic(), parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.tiny:  # and nothing is compiled, which takes longer than all the rest
         os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
-    try:
-        facts = look_at_machine(options.tiny)
-        name = f"tiny_{facts.slug}" if options.tiny else facts.slug
-        folder = (options.folder or ROOT / "runs/gpu_suite" / name).resolve()
+    facts = look_at_machine(options.tiny)
+    name = f"tiny_{facts.slug}" if options.tiny else facts.slug
+    folder = (options.folder or ROOT / "runs/gpu_suite" / name).resolve()
+    out = options.out or (folder / "out" if options.tiny else ROOT / "benchmarks/results")
+    if options.tiny and out.resolve() == (ROOT / "benchmarks/results").resolve():
+        raise ValueError("--out benchmarks/results is for results of real sizes; choose another for --tiny")
+    check_writable(folder, "choose another folder, such as --folder=/tmp/gpu_suite")
+    check_writable(out, "choose another folder, such as --out=/tmp/results")
+    parts = make_parts(facts, folder, options.data.resolve(), options.tiny)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="utf-8") as lock:
+        locked = try_lock(lock)
+        if locked is False:
+            raise ValueError(f"another suite is running in {folder}; wait until it has ended")
+        if locked is None:
+            print(f"{folder}: there are no locks here; see to it that no other suite runs in it", file=sys.stderr)
+        suite = Suite(folder, out, facts, start + 60 * options.minutes)
         if options.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        out = options.out or (folder / "out" if options.tiny else ROOT / "benchmarks/results")
-        if options.tiny and out.resolve() == (ROOT / "benchmarks/results").resolve():
-            raise ValueError("--out benchmarks/results is for results of real sizes; choose another for --tiny")
-        parts = make_parts(facts, folder, options.data.resolve(), options.tiny)
+            for part in parts:
+                suite.record_of(part).unlink(missing_ok=True)
         parts = [part for part in parts if part.name in (options.only or [part.name]) and part.name not in options.skip]
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another suite is running in {folder}; wait until it has ended") from None
-            make_inputs(folder, options.tiny)
-            print(f"{facts.device}; {len(parts)} parts in {options.minutes:g} minutes; {folder}", flush=True)
-            return run_suite(Suite(folder, out, facts, start + 60 * options.minutes), parts, options.minutes)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        make_inputs(folder, options.tiny)
+        print(f"{facts.device}; {len(parts)} parts in {options.minutes:g} minutes; {folder}", flush=True)
+        return run_suite(suite, parts, options.minutes)
 
 
 if __name__ == "__main__":

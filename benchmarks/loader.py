@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
 from data.loader import TokenLoader, TokenStream
 from data.shards import Tokens, write_shard
@@ -87,4 +86,4 @@ def row_by_row(data: Tokens, start: int, batch_tokens: int, seq_len: int) -> tup
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    command(main, Args, __doc__)

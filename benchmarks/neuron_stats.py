@@ -15,7 +15,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks.report import report
+from benchmarks.report import command, report
+from data.files import user_path
 from machine import find_machine
 from neuron_stats import NeuronStats
 from schedule import set_schedule
@@ -33,7 +34,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    config = load_config([args.recipe, "--checkpoint_every=0", "--resume="])
+    config = load_config([str(user_path(args.recipe)), "--checkpoint_every=0", "--resume="])
     run = set_up(config, find_machine(config.device, config.dtype))
     stats, device = NeuronStats(run.model), run.machine.device
 
@@ -65,4 +66,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    command(main, Args, __doc__)

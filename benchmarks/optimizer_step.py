@@ -16,8 +16,9 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
+from data.files import user_path
 from machine import find_machine
 from model import GPT
 from optim import build_optimizers
@@ -73,7 +74,7 @@ def main(args: Args) -> None:
 
         return once
 
-    arguments = [args.recipe, f"--device={device.type}"]
+    arguments = [str(user_path(args.recipe)), f"--device={device.type}"]
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:
@@ -114,4 +115,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    command(main, Args, __doc__)

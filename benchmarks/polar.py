@@ -18,11 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
 from kernels import Backend, backend
 from optim.aurora import aurora_polar
@@ -299,4 +298,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.polar import dense_polar
-from benchmarks.report import report
+from benchmarks.report import command, report
 from benchmarks.tables import Row
 from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
@@ -181,4 +180,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

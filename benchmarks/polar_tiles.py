@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import tyro
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.polar import CASES, Shape, synchronized
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
 from kernels.apply_symmetric import apply_symmetric
 from kernels.gram import gram
@@ -84,4 +83,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

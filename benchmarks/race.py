@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.report import compile_everything, report
+from benchmarks.report import command, compile_everything, report
 from benchmarks.tables import Row
 from benchmarks.train_step import overrides
-from data.shards import DataError
+from data.files import check_writable, user_path, whole_file
 from experiments.curves import curve, draw
 from experiments.sweep import Result
 from machine import Clock, find_machine
@@ -75,7 +75,7 @@ class Racer:
 
 
 def shards(data: Path, folder: Path) -> list[str]:
-    """Settings train_files and val_files for the shards in `data`; compressed ones are unpacked into `folder` first.
+    """The trainer's --train_files and --val_files for the shards in `data`; compressed ones are unpacked into `folder`.
 
     ValueError if there are none.
     """
@@ -91,10 +91,9 @@ def shards(data: Path, folder: Path) -> list[str]:
             for path in packed:
                 target = folder / path.stem
                 if not target.exists():
-                    with lzma.open(path) as source, target.with_suffix(".tmp").open("wb") as copy:
+                    with lzma.open(path) as source, whole_file(target, "wb") as copy:
                         shutil.copyfileobj(source, copy, 2**24)
-                    target.with_suffix(".tmp").replace(target)
-        words.append(f"{setting}={place / pattern}")
+        words.append(f"--{setting}={place / pattern}")
     return words
 
 
@@ -161,7 +160,9 @@ def race(racers: Sequence[Racer], left_s: float, folder: Path) -> list[dict[str,
         log = RunLog(run.config, run.machine, run.data)
         summary = train(run, log)
         run.loader.close()
-        if summary["status"].startswith(("failed", "interrupted")):
+        if summary["status"] == "interrupted":  # the trainer's own end of a stop
+            raise KeyboardInterrupt
+        if summary["status"].startswith("failed"):
             raise ValueError(f"{run.config.matrix_optimizer}: {summary['status']}; nothing is reported")
         summary.update(device=run.machine.name, config=dataclasses.asdict(run.config))
         losses = curve(Result({}, run.config.seed, 1, torch.get_num_threads(), str(log.directory)))
@@ -186,17 +187,19 @@ def rows(runs: Sequence[dict[str, Any]], target: float) -> list[Row]:
 
 
 def main(args: Args) -> int:
-    start, folder = time.monotonic(), Path(args.folder)
+    start, folder = time.monotonic(), user_path(args.folder)
+    recipes = [str(user_path(recipe)) for recipe in args.recipes]
     try:
-        words = overrides([*(shards(Path(args.data), folder / "data") if args.data else ()), *args.set], "--set")
-        starts = [(recipe, [*words]) for recipe in args.recipes]
+        check_writable(folder, "choose another one, such as --folder=/tmp/race")
+        words = [*(shards(user_path(args.data), folder / "data") if args.data else ()), *overrides(args.set, "--set")]
+        starts = [(recipe, [*words]) for recipe in recipes]
         if args.matrix_optimizers:
-            starts = [(args.recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
+            starts = [(recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
         with compile_everything():
             racers = [make_racer(load_config([recipe, *more])) for recipe, more in starts]
             gc.collect()
             runs = race(racers, args.seconds - (time.monotonic() - start), folder)
-    except (DataError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]
@@ -215,4 +218,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

@@ -6,10 +6,13 @@ A section stands between <!-- name --> and <!-- /name -->; a test fails when the
 """
 
 import json
+import sys
 from pathlib import Path
 
 from benchmarks.report import RESULTS
 from benchmarks.tables import Row, markdown, with_section
+from data import console
+from data.files import whole_file
 from experiments import neuron_report, options
 from experiments.grokking import report as grokking
 from experiments.row_norms import cells
@@ -163,8 +166,10 @@ def with_sections(document: str) -> str:
 
 
 def main() -> None:
-    README.write_text(with_sections(README.read_text(encoding="utf-8")), encoding="utf-8")
+    document = with_sections(README.read_text(encoding="utf-8"))
+    with whole_file(README) as file:
+        file.write(document)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main, "nothing was written; the same command starts again"))

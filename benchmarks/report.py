@@ -5,18 +5,23 @@ import json
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
+import tyro
 
 from benchmarks.tables import Row, align, cell
+from data import console
+from data.files import check_writable, user_path, whole_file
 from machine import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
+Args = TypeVar("Args")
 
 
 class Seconds(NamedTuple):
@@ -46,16 +51,32 @@ def slug(name: str) -> str:
     return re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", name.lower()).strip("-")
 
 
+def command(main: Callable[[Args], int | None], kind: type[Args], description: str | None) -> NoReturn:
+    """The end of a benchmark's file: `main` with the command line's arguments, once its result has a place to go to."""
+
+    def work() -> int | None:
+        args = tyro.cli(kind, description=description, use_underscores=True)
+        check_writable(results_folder(), "BENCHMARK_RESULTS=/tmp/results chooses another folder")
+        return main(args)
+
+    sys.exit(console.run(work, "nothing was written; the same command starts again"))
+
+
+def results_folder() -> Path:
+    return user_path(os.environ.get("BENCHMARK_RESULTS") or RESULTS)
+
+
 def report(benchmark: str, rows: Sequence[Row], device: str, **settings: Any) -> Path:
     """Print the rows as a table under the machine's name and save all of it in results/<benchmark>_<device>.json, or
     in the folder that BENCHMARK_RESULTS names; returns that path."""
     name = device_name(torch.device(device))
     print(f"{benchmark} on {name}; " + ", ".join(f"{package} {version}" for package, version in versions().items()))
     print(align([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
-    path = Path(os.environ.get("BENCHMARK_RESULTS") or RESULTS) / f"{benchmark}_{slug(name)}.json"
+    path = results_folder() / f"{benchmark}_{slug(name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": benchmark, "device": name, "versions": versions(), "settings": settings, "rows": list(rows)}
     content["time_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
     print(f"-> {path}")
     return path

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import whole_file
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,7 +276,7 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
         benchmark("polar_tiles", "tile sizes", find_tiles, skip="" if facts.on_gpu else "needs a GPU"),
         benchmark("polar_quality", "accuracy of the polar factors", find_quality, arguments=("--shapes", "257x101")),
     ]  # fmt: skip
-    return [dataclasses.replace(part, limit_s=30, least_s=10) for part in parts] if tiny else parts
+    return [dataclasses.replace(part, limit_s=120, least_s=10) for part in parts] if tiny else parts
 
 
 def tiny_recipe(folder: Path) -> Path:
@@ -295,4 +296,5 @@ def make_inputs(folder: Path, tiny: bool) -> None:
     if tiny:
         pairs = [word.split("=") for word in TINY]
         lines = [f"{key} = {value if value[0].isdigit() else repr(value)}" for key, value in pairs]
-        tiny_recipe(folder).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with whole_file(tiny_recipe(folder)) as file:
+            file.write("\n".join(lines) + "\n")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from data.files import whole_file
+
 
 def draw_rates(content: dict[str, Any], path: Path) -> str:
     """Draw the training steps of a suite's result, if it has any; says in a line what came of it."""
@@ -30,6 +32,7 @@ def draw_rates(content: dict[str, Any], path: Path) -> str:
     axes[0][0].set_ylabel("thousand tokens/s")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(content["device"], fontsize=9)
-    figure.savefig(path, dpi=110)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
     return f"-> {path}"

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 
-from benchmarks.report import median_seconds, report
+from benchmarks.report import command, median_seconds, report
 from benchmarks.tables import Row
 from data.prepare import read_documents, sotu_speeches
+from data.processes import leave_stops
 from data.shards import Tokens
 from data.tokenizer import encode_documents, end_of_text, get_tokenizer
 
@@ -47,7 +47,7 @@ def measure(name: str, documents: Sequence[str], args: Args) -> Row:
     """One row of the table: a set of documents through every variant."""
 
     def imap(chunksize: int) -> Tokens:
-        with multiprocessing.get_context("fork").Pool(args.cores) as pool:
+        with multiprocessing.get_context("fork").Pool(args.cores, leave_stops) as pool:
             return np.concatenate(list(pool.imap(encode_one, documents, chunksize)))
 
     def ours() -> Tokens:
@@ -80,4 +80,4 @@ def encode_one(document: str) -> Tokens:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    command(main, Args, __doc__)

@@ -35,8 +35,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_gpt
-from benchmarks.report import compile_everything, report
+from benchmarks.report import command, compile_everything, report
 from benchmarks.tables import Row
+from data.files import user_path
 from machine import Clock, find_machine
 from runlog import RunLog
 from train_gpt import Run, load_config, set_up, train
@@ -157,6 +158,8 @@ def take_turn(entry: Entry, is_timed: bool) -> None:
     ):
         summary = train(run, RunLog(run.config, run.machine, run.data))
     entry.losses += [loss.item() / run.config.batch_tokens for loss in losses]
+    if summary["status"] == "interrupted":  # the trainer's own end of a stop
+        raise KeyboardInterrupt
     if summary["status"] != "finished" or not all(map(math.isfinite, entry.losses)):
         outcome = summary["status"] if summary["status"] != "finished" else "its loss is not finite"
         raise ValueError(f"{entry.name}: {outcome}; nothing is reported")
@@ -200,7 +203,7 @@ def make_entries(args: Args, folder: str) -> list[Entry]:
     for variant, changes in parse_variants(args.variants).items():
         for optimizer in args.matrix_optimizers:
             common = [f"--matrix_optimizer={optimizer}", *overrides(args.set, "--set")]
-            config = load_config([args.recipe, *fixed, *common, *changes])
+            config = load_config([str(user_path(args.recipe)), *fixed, *common, *changes])
             machine = find_machine(config.device, config.dtype)
             on_gpu = machine.device.type == "cuda"
             before = torch.cuda.memory_allocated(machine.device) if on_gpu else 0
@@ -265,4 +268,4 @@ def row(entry: Entry, entries: Sequence[Entry]) -> Row:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__, use_underscores=True)))
+    command(main, Args, __doc__)

@@ -5,21 +5,40 @@ What it prints is for whoever is there: a terminal that went away, a closed pipe
 shown ends nothing.
 """
 
+import contextlib
 import io
 import os
 import select
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
+def run(command: Callable[[], int | None], go_on: str) -> int:
+    """The exit status of a whole command, the work of its main: what it returns (None is 0), 2 for a ValueError or an
+    OSError, told in one line, or 130 when it was stopped, with a line that says how to go on."""
+    prepare()
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        ignore_stops()
+        print(f"interrupted; {go_on}", file=sys.stderr)
+        return 130
+
+
 def prepare() -> None:
-    """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails."""
+    """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails, no stream is None."""
     for stop in STOPS:
         if signal.getsignal(stop) != signal.SIG_IGN:
             signal.signal(stop, signal.default_int_handler)
+    if sys.stdin is None:  # the descriptor is closed, and as the lowest that is free it is the one that is taken
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not where a test or a notebook has put its own
             setattr(sys, name, _lasting(getattr(sys, name), descriptor))
@@ -31,15 +50,26 @@ def ignore_stops() -> None:
         signal.signal(stop, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def stops_held() -> Iterator[None]:
+    """Stops wait until the block ends. Processes started in it never see one: they are this one's to kill."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:
     """The same stream on a file that takes everything, in characters that it can show."""
     if stream is None:  # the descriptor is closed: taken now, lest the next file that is opened becomes the terminal
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     else:
         stream.flush()
+    by_lines = stream is None or stream.line_buffering or stream.write_through  # the last with PYTHONUNBUFFERED
     return io.TextIOWrapper(
         io.BufferedWriter(_LastingFile(descriptor, "w", closefd=False)), errors="backslashreplace",
-        encoding=stream.encoding if stream else "utf-8", line_buffering=stream is None or stream.line_buffering,
+        encoding=stream.encoding if stream else "utf-8", line_buffering=by_lines,
     )  # fmt: skip
 
 

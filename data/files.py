@@ -7,6 +7,7 @@ what cannot be known there is said to be unknown.
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,11 @@ from typing import IO, Any
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, text in UTF-8 or bytes (`mode` "wb"), that gets its name when the block ends well, whole and on
-    the disk; until then, and for good after an error, `path` is as it was."""
+    the disk; until then, and for good after an error, `path` is as it was. A device or a pipe is written as it is."""
+    if path.exists() and not path.is_file():
+        with path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -39,6 +44,17 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_writable(folder: Path, instead: str) -> None:
+    """Raises ValueError, which ends with `instead`, if nothing can be written into `folder`, made or not yet: asked
+    before the work whose results go there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); {instead}") from None
+
+
 def try_lock(file: IO[Any], shared: bool = False) -> bool | None:
     """Lock an open file until it is closed, without waiting: True if that was done, False if another process holds it,
     None if its file system has no locks, so that nobody can tell."""
@@ -58,8 +74,18 @@ def wait_for_lock(file: IO[Any]) -> None:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as its user means it: ~ is the home folder, ~name that of another."""
+    """A path as its user means it: ~ is the home folder, ~name that of another; a name that the locale cannot express
+    is in UTF-8, as files and arguments are."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        path = os.fsdecode(str(path).encode("utf-8", "surrogateescape"))
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, or no home: then it is a name like any other
         return Path(path)
+
+
+def user_text(argument: str) -> str:
+    """A word of the command line as its user wrote it, in UTF-8 where the locale could not read it."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")

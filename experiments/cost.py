@@ -1,5 +1,6 @@
 """What an experiment will take, said before it starts."""
 
+import contextlib
 import sys
 
 
@@ -22,5 +23,8 @@ def confirm(lines: list[str], yes: bool) -> None:
     if not sys.stdin.isatty():
         raise ValueError("nothing was started: there is no terminal to confirm this in; add --yes to go ahead")
     print("Start? [y/N] ", end="", file=sys.stderr, flush=True)
-    if input().strip().lower() not in ("y", "yes"):
+    answer = ""
+    with contextlib.suppress(EOFError, OSError, UnicodeError):  # Ctrl-D; the terminal went away; no word at all
+        answer = input().strip().lower()
+    if answer not in ("y", "yes"):
         raise KeyboardInterrupt

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import tyro
 
+from data import console
+from data.files import check_writable, user_path, whole_file
 from experiments.sweep import Result, load_sweep
 
 KEPT = (
@@ -59,8 +61,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         length = min(len(run["curve"]) for run in runs)  # a run that stopped at its target is shorter
         curves = np.array([run["curve"][:length] for run in runs])[:, 1:]  # without step 0: a new model's guess
         steps, seconds, losses = curves[0, :, 0], curves[:, :, 1].mean(0), curves[:, :, 2]
+        shown = f"{label} (n = {len(runs)})".replace("$", r"\$")  # no formula
         for axis, x in zip(axes, (seconds, steps), strict=True):
-            (line,) = axis.plot(x, losses.mean(0), label=f"{label} (n = {len(runs)})", linewidth=1.5)
+            (line,) = axis.plot(x, losses.mean(0), label=shown, linewidth=1.5)
             axis.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.25, linewidth=0)
     for axis, name in zip(axes, ("training time (s)", "step"), strict=True):
         axis.set(xlabel=name, yscale="log")
@@ -72,35 +75,40 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("validation loss (nats a token)")
     axes[1].legend(frameon=False)
     figure.suptitle(record["runs"][0]["summary"]["device"], fontsize=9)
-    figure.savefig(path, dpi=110)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def main(source: tyro.conf.Positional[Path], out: Path | None = None) -> int:
+def keep(source: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     """Draw a sweep's curves.
 
     Args:
         source: Folder of a sweep, or a JSON file that this tool wrote.
         out: JSON file to write; the figure gets the same name with .png. Needed for a folder.
     """
-    try:
-        if source.is_dir():
-            if out is None:
-                raise ValueError(f"{source} is a sweep: say where its curves go, such as --out {source}/curves.json")
-            record, path = collect(source), out
-        else:
-            record, path = json.loads(source.read_text(encoding="utf-8")), out or source
-        if not record["runs"]:
-            raise ValueError(f"{source} has no run that ended: nothing to draw; run the sweep first")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        draw(record, path.with_suffix(".png"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    source, path = user_path(source), user_path(out or source)
+    if source.is_dir():
+        if out is None:
+            raise ValueError(f"{source} is a sweep: say where its curves go, such as --out {source}/curves.json")
+        record = collect(source)
+    else:
+        record = json.loads(source.read_text(encoding="utf-8-sig"))
+    if not record["runs"]:
+        raise ValueError(f"{source} has no run that ended: nothing to draw; run the sweep first")
+    check_writable(path.parent, "choose another file, such as --out=/tmp/curves.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(record) + "\n")
+    draw(record, path.with_suffix(".png"))
     print(f"{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    return console.run(
+        lambda: tyro.cli(keep, args=argv, description=__doc__, use_underscores=True), "the same command starts again"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main, description=__doc__, use_underscores=True))
+    sys.exit(main(sys.argv[1:]))

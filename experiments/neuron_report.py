@@ -16,6 +16,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.tables import Row, align, markdown
+from data.files import whole_file
 from experiments.sweep import mean_and_sd
 from neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
 
@@ -207,8 +208,9 @@ def draw(record: Record, path: Path) -> None:
     for axis in grid[:, :2].flat:
         axis.set_ylim(bottom=0)
     grid[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{record['recipe']}; {record['device']}", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(f"{record['recipe']}; {record['device']}", fontsize=9, parse_math=False)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
@@ -236,7 +238,8 @@ def draw_run(rows: list[Row], path: Path) -> None:
         axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7, ncols=2 if axis is thresholds else 3, loc="upper center")
-    figure.savefig(path, dpi=110)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

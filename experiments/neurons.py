@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -36,10 +35,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from data import console
+from data.files import check_writable, user_path, whole_file
 from data.prepare import ensure
 from experiments.cost import confirm, duration
 from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
-from experiments.sweep import TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
+from experiments.sweep import GOES_ON, TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
 from machine import device_name, find_machine
 from model import round_up
 from schedule import set_schedule
@@ -102,7 +103,8 @@ def with_preset(options: Options) -> Options:
     unset = {"arms": (), "expansions": (), "seeds": (), "steps": 0, "rates_tried": -1}
     preset = PRESETS[options.preset]
     options = dataclasses.replace(
-        options, out=options.out or f"runs/neurons_{options.preset}",
+        options, out=str(user_path(options.out or f"runs/neurons_{options.preset}")),
+        recipe=str(user_path(options.recipe)),
         **{key: preset[key] for key, value in unset.items() if getattr(options, key) == value},
     )  # fmt: skip
     for arm in options.arms:
@@ -197,7 +199,7 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
     if num_done >= num_runs:
         return []
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(TRAINER), "--help"], capture_output=True, check=True)
+    subprocess.run([sys.executable, str(TRAINER), "--help"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     start_s, total_s, lines = time.perf_counter() - start, 0.0, []
     for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
         run_s = seconds_of_a_run(options, group, threads, start_s)
@@ -264,7 +266,9 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
         kept = dict(arm=group.arm, expansion=group.expansion, mlp_hidden=int(group.settings["mlp_hidden"]))
         kept |= dict(rate=rates[group], at_edge=at_edge[group], seed=result.seed, status=result.summary["status"])
         runs.append(kept | dict(val_loss=loss_of(result), looks=looks, last=last))
-    places = {key: sorted({str(run.summary[key]) for run in results_of_runs}) for key in ("device", "git_commit")}
+    places = {
+        key: sorted({run.summary[key] or "unknown" for run in results_of_runs}) for key in ("device", "git_commit")
+    }
     kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "expansions", "seeds", "steps", "every")}
     return dict(
         **kept_options, device=", ".join(places["device"]), git_commit=", ".join(places["git_commit"]),
@@ -275,7 +279,7 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
 def read_record(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that this experiment did not write."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         report(record)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
@@ -283,19 +287,25 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: list[str]) -> int:
     try:
         options = parse_settings(Options, argv, description=__doc__)
         if options.run:
-            rows, path = rows_of(Path(options.run)), Path(options.run, "neurons.png")
+            path = user_path(options.run) / "neurons.png"
+            rows = rows_of(path.parent)
             if not rows:
                 raise ValueError(f"{options.run} has no look at its neurons; train with --neuron_stats=25, for example")
             draw_run(rows, path)
             print(f"{len(rows)} looks -> {path}")
             return 0
-        path = Path(options.draw)
+        path = user_path(options.draw)
         if not options.draw:
             options = with_preset(options)
+            path = Path(f"{options.out}.json")
+            check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
             config = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))])
             ensure(config.train_files, config.val_files, options.steps * config.batch_tokens + 1)
             of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
@@ -303,20 +313,14 @@ def main(argv: list[str]) -> int:
             lines = plan(options, of_all, jobs, bool(gpus))
             if lines:
                 confirm(lines, options.yes or options.preset == "quick")
-            path = Path(f"{options.out.rstrip('/')}.json")
             record = experiment(options, of_all, jobs)
-            path.write_text(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
         record = read_record(path)
         draw(record, path.with_suffix(".png"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     print(f"{report(record)}\n\n{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
     return 0
 

@@ -13,7 +13,7 @@ The sources of the options are in model.py; batch and row lengths that grow are 
 curriculum by sequence length (2108.06084).
 """
 
-import contextlib
+import dataclasses
 import json
 import math
 import statistics
@@ -32,8 +32,10 @@ from scipy import stats
 from tqdm import tqdm
 
 from benchmarks.tables import Row, align, cell
+from data import console
+from data.files import check_writable, user_path, whole_file
 from experiments.cost import confirm, duration
-from experiments.sweep import Cell, run_sweep
+from experiments.sweep import GOES_ON, Cell, run_sweep
 from machine import device_name, find_machine, versions
 from schedule import set_schedule
 from train_gpt import load_config, set_up, train_step
@@ -167,6 +169,7 @@ def experiment(options: Options) -> dict[str, Any]:
     steps = options.steps or load_config([options.recipe, *words]).train_steps
     arms = list(dict.fromkeys(("plain", *options.arms)))
     out = Path(options.out)
+    check_writable(out, "choose another folder, such as --out=/tmp/options")
     timing, threads = out / "timing.json", torch.get_num_threads()
     if timing.exists() and json.loads(timing.read_text(encoding="utf-8")).keys() >= set(arms):
         step_s = json.loads(timing.read_text(encoding="utf-8"))  # an earlier start's, whose runs go on
@@ -179,7 +182,8 @@ def experiment(options: Options) -> dict[str, Any]:
     confirm([f"{num_runs} runs of {min(schedule.values())} to {max(schedule.values())} steps: about "
              f"{duration(total_s / options.jobs)} of training, {options.jobs} at a time"], options.yes)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    timing.write_text(json.dumps(step_s, indent=1) + "\n", encoding="utf-8")
+    with whole_file(timing) as file:
+        file.write(json.dumps(step_s, indent=1) + "\n")
     cells = [arguments(options, arm, schedule[arm]) for arm in arms]
     results = iter(run_sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed))
     losses: dict[str, list[float | None]] = {arm: [] for arm in arms}
@@ -201,26 +205,27 @@ def experiment(options: Options) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+    recipe, out = (str(user_path(path)) for path in (options.recipe, options.out))
+    options = dataclasses.replace(options, recipe=recipe, out=out)
     try:
         if options.table:
-            result = json.loads(Path(options.table).read_text(encoding="utf-8"))
+            result = json.loads(user_path(options.table).read_text(encoding="utf-8-sig"))
         else:
             result = experiment(options)
             path = Path(options.out) / "result.json"
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            with whole_file(path) as file:
+                file.write(json.dumps(result, indent=1) + "\n")
             print(f"-> {path}", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     rows = summary(result)
-    with contextlib.suppress(BrokenPipeError):
-        print(align([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
+    print(align([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
     return 0
 
 

@@ -27,7 +27,9 @@ import tyro
 from torch import Tensor
 
 from benchmarks.tables import align
-from experiments.sweep import assignments, mean_and_sd
+from data import console
+from data.files import check_writable, user_path, whole_file
+from experiments.sweep import GOES_ON, assignments, mean_and_sd
 from machine import find_machine, git_commit, versions
 from optim import MatrixOptimizer
 from runlog import RunLog
@@ -82,6 +84,10 @@ def run_cell(recipe: str, cell: dict[str, str], seed: int, every: int, commit: s
         with contextlib.redirect_stdout(nowhere), mock.patch("train_gpt.warm_up"), watched:
             summary = train(run, RunLog(config, run.machine, run.data))
         run.loader.close()
+        if summary["status"] == "interrupted":  # the trainer's own end of a stop
+            raise KeyboardInterrupt
+        if summary["status"].startswith("failed"):
+            raise ValueError(f"{cell}, seed {seed}: {summary['status']}; {GOES_ON}")
         kept = {key: summary[key] for key in ("status", "val_loss", "steps", "steps_to_target")}
         place = dict(device=run.machine.name, versions=versions(), git_commit=commit)
         config_kept = {key: value for key, value in dataclasses.asdict(config).items() if key != "run_dir"}
@@ -105,28 +111,25 @@ def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(argv: list[str]) -> int:
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: list[str]) -> None:
     recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("configs/sotu_cpu.toml", argv)
-    try:
-        options = parse_settings(Options, argv, description=__doc__)
-        out, wanted = Path(options.out), [assignments(words) for words in options.cell]
-        runs, commit = json.loads(out.read_text(encoding="utf-8")) if out.exists() else [], git_commit()
-        for seed in options.seeds:
-            for cell in wanted:
-                if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
-                    continue
-                runs.append(run_cell(recipe, cell, seed, options.every, commit))
-                out.parent.mkdir(parents=True, exist_ok=True)
-                temporary = out.with_suffix(".tmp")
-                temporary.write_text(json.dumps(runs) + "\n", encoding="utf-8")
-                temporary.replace(out)
-                print(
-                    f"{cell}, seed {seed}: {runs[-1]['status']}, val_loss {runs[-1]['val_loss']:.4f}", file=sys.stderr
-                )
-        print(align(cells(runs)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parse_settings(Options, argv, description=__doc__)
+    out, wanted = user_path(options.out), [assignments(words) for words in options.cell]
+    check_writable(out.parent, "choose another file, such as --out=/tmp/row_norms.json")
+    runs, commit = json.loads(out.read_text(encoding="utf-8")) if out.exists() else [], git_commit()
+    for seed in options.seeds:
+        for cell in wanted:
+            if any((run["cell"], run["seed"]) == (cell, seed) for run in runs):
+                continue
+            runs.append(run_cell(str(user_path(recipe)), cell, seed, options.every, commit))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(out) as file:
+                file.write(json.dumps(runs) + "\n")
+            print(f"{cell}, seed {seed}: {runs[-1]['status']}, val_loss {runs[-1]['val_loss']:.4f}", file=sys.stderr)
+    print(align(cells(runs)))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ A diverged run is a result. Exit status: 0 done, 1 a run crashed, 2 a mistake in
 """
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,10 +30,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from data import console
+from data.files import check_writable, try_lock, user_path, wait_for_lock, whole_file
+from data.processes import end_group
 from machine import versions
 from settings import parse_settings
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt.py"
+GOES_ON = "the same command goes on from here"
 DECIMALS = {"val_loss": 4, "time_to_target_s": 2, "steps_to_target": 0, "train_time_s": 2}  # columns of the table
 Cell = Mapping[str, str]  # overrides: setting -> value as typed
 
@@ -99,7 +101,8 @@ def grid_cells(grids: Sequence[Sequence[str]]) -> list[dict[str, str]]:
 
 def cell_name(cell: Cell) -> str:
     """A file name of the cell's own, whatever the order of its settings."""
-    return quote(",".join(f"{key}={value}" for key, value in sorted(cell.items())) or "recipe", safe=",=:+")
+    name = ",".join(f"{key}={value}" for key, value in sorted(cell.items())) or "recipe"
+    return quote(name, safe=",=:+", errors="surrogateescape")  # as the locale may have read the command line
 
 
 @dataclass
@@ -123,9 +126,8 @@ class Sweep:
 
     def save(self) -> None:
         runs = [dataclasses.asdict(run) for run in self.results.values()]
-        temporary = self.out / "sweep.json.tmp"
-        temporary.write_text(json.dumps({**self.record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.out / "sweep.json")
+        with whole_file(self.out / "sweep.json") as file:
+            file.write(json.dumps({**self.record, "runs": runs}, indent=1) + "\n")
 
 
 def load_sweep(out: Path) -> Sweep:
@@ -144,7 +146,8 @@ def run_sweep(
     fixed: settings of every cell. Check `ended` for runs that crashed. Raises ValueError for a mistake in what was
     asked for, in the trainer's words where it refuses a setting, and OSError for files that cannot be used.
     """
-    text, fixed, gpus = Path(recipe).read_text(encoding="utf-8"), dict(fixed or {}), visible_gpus()
+    recipe = str(user_path(recipe))
+    text, fixed, gpus = Path(recipe).read_text(encoding="utf-8-sig"), dict(fixed or {}), visible_gpus()
     grid_keys = set(itertools.chain(*cells))
     for key in grid_keys & fixed.keys() | {"seed", "name", "run_dir"} & (grid_keys | fixed.keys()):
         raise ValueError(f"{key} cannot be set here: the grid or the sweep itself sets it (see --seeds and --out)")
@@ -155,15 +158,16 @@ def run_sweep(
     record: dict[str, Any] = dict(recipe=recipe, recipe_text=text, fixed=fixed, cells=list(cells), seeds=list(seeds))
     record.update(jobs=jobs, threads=threads, gpus=gpus, versions=versions())
     plan = [Result(cell, seed, jobs, threads) for seed in dict.fromkeys(seeds) for cell in cells]
+    check_writable(out, "choose another folder, such as --out=/tmp/sweep")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open(
-        "w", encoding="utf-8"
-    ) as lock:  # runs inherit it: after SIGKILL, the next start waits for those still on
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    # Runs inherit the lock: after SIGKILL, the next start waits for those still on.
+    with (out / ".lock").open("w", encoding="utf-8") as lock:
+        locked = try_lock(lock)
+        if locked is False:
             print(f"{out}: waiting for another sweep, or for runs that one left behind", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
+        if locked is None:  # what another one runs is run twice then, and nothing is lost
+            print(f"{out}: there are no locks here, so that another sweep in it would not be noticed", file=sys.stderr)
         sweep = load_sweep(out) if (out / "sweep.json").exists() else Sweep(out, record)
         for key, what in ("recipe_text", recipe), ("fixed", "--set"):
             if sweep.record[key] != record[key]:
@@ -201,11 +205,8 @@ def _run_all(sweep: Sweep, plan: list[Result], lock: int) -> None:
                 run, output = sweep.update(run), sweep.out / "runs" / run.name / "output.txt"
                 sweep.save()
                 if process.returncode == 2 and not run.ended:
-                    errors = [
-                        line[7:]
-                        for line in output.read_text(encoding="utf-8").splitlines()
-                        if line.startswith("error: ")
-                    ]
+                    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+                    errors = [line[7:] for line in lines if line.startswith("error: ")]
                     raise ValueError(f"{run.name}: {errors[-1] if errors else f'refused by the trainer, see {output}'}")
                 num_left = len(waiting) + len(running)
                 left = tqdm.format_interval((time.monotonic() - start) / (num_todo - num_left) * num_left)
@@ -214,13 +215,14 @@ def _run_all(sweep: Sweep, plan: list[Result], lock: int) -> None:
                 tqdm.write(f"[{len(plan) - num_left}/{len(plan)}, {left} left] {run.name}: {outcome}", file=sys.stderr)
                 bar.update()
     finally:
-        bar.close()
-        for _, process in running.values():
-            process.terminate()
-        for run, process in running.values():
-            process.wait()
-            sweep.update(run)
-        sweep.save()
+        with console.stops_held():
+            bar.close()
+            for _, process in running.values():
+                process.terminate()
+            for run, process in running.values():
+                end_group(process)
+                sweep.update(run)
+            sweep.save()
 
 
 def _start(sweep: Sweep, run: Result, slot: int, lock: int) -> subprocess.Popen[bytes]:
@@ -231,9 +233,9 @@ def _start(sweep: Sweep, run: Result, slot: int, lock: int) -> subprocess.Popen[
         command += [f"--{key}", *value.split(":")]
     command += [f"--seed={run.seed}", f"--run_dir={folder}", f"--name={cell_name(run.overrides)}"]
     gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-    environment = {**os.environ, **gpu, "OMP_NUM_THREADS": str(run.threads)}
+    environment = {**os.environ, **gpu, "OMP_NUM_THREADS": str(run.threads), "PYTHONUTF8": "1"}
     with (folder / "output.txt").open("w", encoding="utf-8") as output:
-        return subprocess.Popen(  # in a session of its own: Ctrl-C is ours to pass on
+        return subprocess.Popen(  # in a session of its own: a stop is ours to pass on
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[lock],
         )  # fmt: skip
@@ -279,22 +281,18 @@ def mean_and_sd(values: Iterable[float | None], digits: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: list[str]) -> int:
     recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    try:
-        options = parse_settings(Options, argv, description=__doc__)
-        if not recipe:
-            raise ValueError("name a recipe first, such as configs/sotu_cpu.toml")
-        out = Path(options.out or f"runs/sweep_{Path(recipe).stem}")
-        cells, fixed = grid_cells(options.grid), assignments(itertools.chain(*options.set))
-        results = [] if options.table else run_sweep(recipe, cells, options.seeds, out, options.jobs, fixed)
-        print(table(load_sweep(out).results.values(), options.markdown, options.best_by))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    options = parse_settings(Options, argv, description=__doc__)
+    if not recipe:
+        raise ValueError("name a recipe first, such as configs/sotu_cpu.toml")
+    out = user_path(options.out or f"runs/sweep_{Path(recipe).stem}")
+    cells, fixed = grid_cells(options.grid), assignments(itertools.chain(*options.set))
+    results = [] if options.table else run_sweep(recipe, cells, options.seeds, out, options.jobs, fixed)
+    print(table(load_sweep(out).results.values(), options.markdown, options.best_by))
     if len({(run.summary["git_commit"], run.summary["device"]) for run in results if run.ended}) > 1:
         print("note: these runs are of more than one git commit or device, see sweep.json", file=sys.stderr)
     crashed = [run for run in results if not run.ended]

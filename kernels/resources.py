@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from data import console
+from data.processes import Workers
 from kernels.apply_symmetric import apply_symmetric
 from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
@@ -165,7 +166,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
     unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture)}
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with Workers(os.cpu_count() or 1, start="fork") as pool:
         rows = list(pool.map(compile_launch, unique.values()))
     print("registers  spilled B  shared KiB  limit  tensor cores  sm   kernel")
     for row in rows:
@@ -183,4 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main, "the same command starts again"))

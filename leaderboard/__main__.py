@@ -20,6 +20,8 @@ from typing import Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from data import console
+from data.files import check_writable, user_path, user_text, whole_file
 from leaderboard import plots, rank, report, reproduce
 from leaderboard.compare import compare
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
@@ -59,6 +61,8 @@ def add(
         date: day of the runs.
         batch_tokens: tokens in a step; 0: not known.
     """
+    into = user_path(into)
+    check_writable(into, "choose another folder, such as --into=/tmp/records")
     if foreign:
         required = dict(name=name, track=track, hardware=hardware, source=source, date=date)
         absent = [key for key, value in required.items() if not value]
@@ -135,7 +139,8 @@ def rank_table(
     if not table:
         print("there is no record yet", file=sys.stderr)
     if out:
-        Path(out).write_text(written, encoding="utf-8")
+        with whole_file(user_path(out)) as file:
+            file.write(written)
     else:
         print(written, end="")
     return 0
@@ -172,7 +177,8 @@ def plot(records: Places = (), /, out: Path = rank.PLOTS) -> int:
         records: records or tracks; default: all.
         out: folder of the figures.
     """
-    for path in _plot(_holding(records), out):
+    check_writable(user_path(out), "choose another folder, such as --out=/tmp/plots")
+    for path in _plot(_holding(records), user_path(out)):
         print(path)
     return 0
 
@@ -194,18 +200,24 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
         records: records or tracks; default: all.
         out: the file.
     """
-    out.write_text(report.page(_holding(records)), encoding="utf-8")
+    out = user_path(out)
+    check_writable(out.parent, "choose another file, such as --out=/tmp/records.html")
+    page = report.page(_holding(records))
+    with whole_file(out) as file:
+        file.write(page)
     print(out)
     return 0
 
 
 def publish() -> int:
     """Verify all records, then write the README's tables, the figures and the page of all records."""
+    check_writable(rank.README.parent, "publish writes into the checkout; rank, plot and report have --out")
     if verify():
         return 1
     records = _holding([])
-    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), rank.rows(records)).encode()
-    rank.README.write_bytes(readme)
+    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), rank.rows(records))
+    with whole_file(rank.README) as file:
+        file.write(readme)
     for path in [rank.README, *_plot(records, rank.PLOTS)]:
         print(path)
     return write_report()
@@ -220,6 +232,8 @@ def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = Fa
         keep: save what came out as reproduced.json beside it.
     """
     found = _one_record(record)
+    if keep:
+        check_writable(found.path, "leave out --keep")
     print(f"running the source in the log of {found.name}: code by {found.summary['author']}")
     with tempfile.TemporaryDirectory(prefix="reproduce-") as tree:
         again = reproduce.run_again(found, seed, Path(tree))
@@ -237,14 +251,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    try:
-        status: int = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, args=argv, prog="leaderboard", description=__doc__, use_underscores=True
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status
+    def command() -> int:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=[user_text(word) for word in argv], prog="leaderboard", description=__doc__,
+            use_underscores=True,
+        )  # fmt: skip
+
+    return console.run(command, "the same command starts again")
 
 
 if __name__ == "__main__":

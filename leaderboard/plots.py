@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.dates import date2num
 from matplotlib.figure import Figure
 
+from data.files import whole_file
 from leaderboard.records import Record
 
 # The same records give the same file: no date in it, ids from the content. Text stays text.
@@ -82,8 +83,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     written = []
     for kind, metadata in METADATA.items():
         path = stem.with_name(f"{stem.name}.{kind}")
-        with matplotlib.rc_context(SVG):
-            figure.savefig(path, dpi=110, metadata=metadata)
+        with matplotlib.rc_context(SVG), whole_file(path, "wb") as file:
+            figure.savefig(file, format=kind, dpi=110, metadata=metadata)
         written.append(path)
     return written
 

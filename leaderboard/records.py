@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import user_path
 from leaderboard import stats
 from leaderboard.runs import FILES, Run, read_run, read_text, short
 from leaderboard.tracks import Track, find_track
@@ -28,6 +29,7 @@ from leaderboard.tracks import Track, find_track
 RECORDS = Path(__file__).with_name("records")
 MAX_BYTES = 2**20  # of a record
 MAX_UNPACKED = 2**26  # of its archive: what it may make this program read
+JOINER = "\u200d"  # between the characters of one emoji
 OF_ONE_RUN = ("seed", "run_dir")  # settings in which the seeds of a record differ
 
 
@@ -128,7 +130,7 @@ def wrong_words(summary: dict[str, Any]) -> list[str]:
     found = [
         f"{key} = {short(value)} has to be one line of 1 to 200 characters"
         for key, value in words.items()
-        if not (isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= 200)
+        if not (isinstance(value, str) and value.replace(JOINER, "").isprintable() and 0 < len(value.strip()) <= 200)
     ]
     if not found and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", summary["name"]):
         found.append(f"name = {words['name']!r} has to be of small letters, digits, - _ and . only; such as aurora_460")
@@ -212,7 +214,7 @@ def find_records(places: Sequence[Path] = ()) -> list[Path]:
     if not places:
         return _folders(RECORDS, "*/*")
     found: list[Path] = []
-    for named in places:
+    for named in map(user_path, places):
         place = named if named.exists() else RECORDS / named
         here = [path for path in (place, *_folders(place, "*"), *_folders(place, "*/*")) if _has_record(path)]
         if not here:
@@ -303,11 +305,12 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     """Run directories as they are, for `make_record`. Raises ValueError, also for none."""
     if not directories:
         raise ValueError("name the run directories, one a seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
-    return [read_run(directory) for directory in directories]
+    return [read_run(user_path(directory)) for directory in directories]
 
 
 def read_foreign(files: Sequence[Path]) -> list[Run]:
     """Log files of another speedrun, one for each run. Raises ValueError for one that is not there."""
+    files = [user_path(file) for file in files]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is not a file; with --foreign, name the logs, one for each run")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats as scipy_stats
 
+from data.files import user_path, whole_file
+from data.processes import die_with_parent, end_group
 from leaderboard.records import Record, config_toml
 from leaderboard.runs import Run, read_run
 
@@ -37,9 +40,8 @@ def find_data(run: Run) -> dict[str, str]:
     """The patterns of its data, from this repository's folder; missing sets that can be fetched are."""
     from data.prepare import ensure
 
-    patterns = {key: str(ROOT / run.config[key]) for key in ("train_files", "val_files")}
-    needed = run.config["train_steps"] * run.config["batch_tokens"] + 1
-    ensure(run.config["train_files"], run.config["val_files"], needed)
+    patterns = {key: str(ROOT / user_path(run.config[key])) for key in ("train_files", "val_files")}
+    ensure(**patterns, train_tokens=run.config["train_steps"] * run.config["batch_tokens"] + 1)
     return patterns
 
 
@@ -55,10 +57,17 @@ def run_again(record: Record, seed: int, tree: Path) -> Run:
     world_size = int(run.log.facts["world_size"])
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
     command = [sys.executable, *launch, "train_gpt.py", "record.toml"]
-    status = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items())], cwd=tree, check=False)
+    process = subprocess.Popen(  # an older source may read its files as the locale has it
+        [*command, *(f"--{key}={value}" for key, value in settings.items())], cwd=tree, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONUTF8": "1"}, start_new_session=True, preexec_fn=die_with_parent,
+    )  # fmt: skip
+    try:
+        status = process.wait()
+    finally:
+        end_group(process)
     directories = [path.parent for path in (tree / "runs").glob("*/summary.json")]
-    if status.returncode or not directories:
-        raise ValueError(f"the record's source ended with status {status.returncode} here; its last lines are above")
+    if status or not directories:
+        raise ValueError(f"the record's source ended with status {status} here; its last lines are above")
     return dataclasses.replace(read_run(directories[0]), name=f"seed {seed} again")
 
 
@@ -124,7 +133,5 @@ def _time(record: Record, again: Run) -> str:
 def save_comparison(verdict: Verdict, again: Run, path: Path) -> None:
     """A few lines of JSON to keep with a record."""
     kept = {key: again.log.facts[key] for key in ("start_utc", "device", "world_size", "versions")}
-    path.write_text(
-        json.dumps(dict(consistent=verdict.is_consistent, said=verdict.lines, **kept), indent=1) + "\n",
-        encoding="utf-8",
-    )
+    with whole_file(path) as file:
+        file.write(json.dumps(dict(consistent=verdict.is_consistent, said=verdict.lines, **kept), indent=1) + "\n")

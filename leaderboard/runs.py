@@ -80,6 +80,7 @@ class Log:
 def parse_log(text: str) -> Log:
     """Any log whose step lines have one of the two forms above; sources and facts where it is this repository's."""
     log = Log()
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")  # as other systems' editors and shells leave it
     head, *rest = f"\n{text}".split(f"\n{RULER}\n")
     log.rulers = len(rest)
     if rest:

@@ -30,7 +30,7 @@ def load_tracks() -> tuple[dict[str, Track], dict[str, list[str]]]:
 
 @cache
 def _load(path: Path) -> tuple[dict[str, Track], dict[str, list[str]]]:
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     stream = tables.pop("stream")
     return {name: Track(name, **table) for name, table in tables.items()}, stream
 

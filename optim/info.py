@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tables import align
+from data import console
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
 from optim.bank import Bank
@@ -66,27 +67,26 @@ def routing(optimizers: list[torch.optim.Optimizer], ranks: int) -> tuple[list[l
 
 
 def main(argv: list[str]) -> int:
+    return console.run(lambda: _main(argv), "the same command starts again")
+
+
+def _main(argv: list[str]) -> None:
     ranks = 1
-    try:
-        for argument in [a for a in argv if a.startswith("--ranks=")]:
-            argv.remove(argument)
-            number = argument.removeprefix("--ranks=")
-            if not number.isdigit() or int(number) < 1:
-                raise ValueError(f"--ranks={number} must be a whole number, such as 8")
-            ranks = int(number)
-        config = load_config(argv)
-        with torch.device("meta"):
-            model = GPT(model_config(config))
-        optimizers = build_optimizers(model, config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for argument in [a for a in argv if a.startswith("--ranks=")]:
+        argv.remove(argument)
+        number = argument.removeprefix("--ranks=")
+        if not number.isdigit() or int(number) < 1:
+            raise ValueError(f"--ranks={number} must be a whole number, such as 8")
+        ranks = int(number)
+    config = load_config(argv)
+    with torch.device("meta"):
+        model = GPT(model_config(config))
+    optimizers = build_optimizers(model, config)
     lines, per_rank = routing(optimizers, ranks)
     print(align([["parameter", "shape", "optimizer", "bank", "owner", "state bytes"], *lines]))
     total = sum(p.nbytes for p in model.parameters())
     print(f"{model.num_params():,} parameters, {total / 2**20:,.1f} MiB on every rank; gradients as much again")
     print(f"optimizer state: {per_rank / 2**20:,.1f} MiB on each of {ranks} ranks")
-    return 0
 
 
 if __name__ == "__main__":

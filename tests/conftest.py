@@ -22,11 +22,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: Triton then runs it in numpy, on CPU tensors
 
 import train_gpt
+from data.console import STOPS
 from data.shards import write_shard
 from experiments import neurons, sweep
 from tests import warm
 
-pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
+pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.records"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48
@@ -44,6 +45,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def same_threads() -> None:
     """Of torch in each test, whatever the one before has set."""
     torch.set_num_threads(tests.surroundings.THREADS)
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Commands that run in this process leave its signals as they were."""
+    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
+    yield
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
 
 
 @pytest.fixture

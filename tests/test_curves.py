@@ -18,7 +18,7 @@ def results(tiny_recipe: Path, tmp_path: Path) -> list[Result]:
 
 def test_curves_are_kept_and_drawn(results: list[Result], tmp_path: Path) -> None:
     kept = tmp_path / "new" / "kept.json"
-    assert main(tmp_path / "sweep", kept) == 0
+    assert main([str(tmp_path / "sweep"), f"--out={kept}"]) == 0
     record = json.loads(kept.read_text(encoding="utf-8"))
     assert len(record["runs"]) == len(results) == 4
     for run, result in zip(record["runs"], results, strict=True):
@@ -28,12 +28,12 @@ def test_curves_are_kept_and_drawn(results: list[Result], tmp_path: Path) -> Non
     figure = kept.with_suffix(".png")
     assert figure.read_bytes().startswith(b"\x89PNG")
     figure.unlink()
-    assert main(kept) == 0
+    assert main([str(kept)]) == 0
     assert figure.exists()
 
 
 def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(tmp_path) == 2
+    assert main([str(tmp_path)]) == 2
     assert "--out" in capsys.readouterr().err
-    assert main(tmp_path / "missing.json") == 2
+    assert main([str(tmp_path / "missing.json")]) == 2
     assert "missing.json" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The grokking experiment as a whole: equal sweeps, a fair choice, runs that survive a kill, and what is reported."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import pytest
 from experiments.grokking import __main__ as grokking
 from experiments.grokking import pool, report
 from experiments.grokking.train import Settings
+from machine import git_commit
 from tests.conftest import ROOT
 
 SMALL = ["--tasks", "parity", "--optimizers", "adamw", "muon", "--attentions", "softmax", "--losses", "softmax",
@@ -48,7 +51,7 @@ class HerePool:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(pool, "Workers", HerePool)
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -79,7 +82,7 @@ def test_a_resumed_sweep_is_the_uninterrupted_one(in_process: None, tmp_path: Pa
         assert (out / "runs.jsonl").read_text(encoding="utf-8").startswith("".join(lines[:kept]))
     assert {run["settings"]["seed"] for run in whole["tuning"]} == {100}
     assert {run["settings"]["seed"] for run in whole["runs"]} == {0, 1}
-    assert all(run["git_commit"] and run["device"] for run in whole["runs"])
+    assert {(run["git_commit"], run["device"]) for run in whole["runs"]} == {(git_commit(), pool.place())}
 
 
 def test_a_finished_sweep_runs_nothing_again(
@@ -145,6 +148,27 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.Ca
     assert grokking.main([*SMALL, f"--out={tmp_path}"]) == 2
     assert "being written by another process" in capsys.readouterr().err
     held.file.close()
+
+
+def test_a_store_needs_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pool.Store(tmp_path) as store:
+        store.add(run_of())
+    assert list(pool.read_runs(tmp_path)) == [Settings(**run_of()["settings"])]
+    assert "there are no locks here; see to it that no other process writes it" in capsys.readouterr().err
+
+
+def test_where_there_is_no_commit_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = grokking.QUICK
+    tuning = grokking.tuning_runs(options)
+    known = {run: {**run_of(), "settings": asdict(run), "device": "a", "git_commit": ""} for run in tuning}
+    known[tuning[0]]["git_commit"] = "c0ffee-dirty"
+    assert grokking.collect(options, known)["git_commit"] == "c0ffee-dirty, unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------

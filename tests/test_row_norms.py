@@ -34,6 +34,17 @@ def test_cells_are_run_once_and_tabled(tiny_recipe: Path, tmp_path: Path, capsys
     assert again[1]["val_loss"] == first[1]["val_loss"]
 
 
+def test_a_run_that_was_stopped_is_no_result(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer catches the stop for its summary."""
+    monkeypatch.setattr(row_norms, "train", lambda *_: dict(status="interrupted", val_loss=1.0, steps=3))
+    command = [str(tiny_recipe), "--cell", "matrix_optimizer=muon", "--out", str(tmp_path / "out.json")]
+    assert row_norms.main(command) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command goes on from here\n")
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_an_optimizer_without_polar_factor_is_refused(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import sys
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -37,12 +36,15 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.tables import align
+from data import console
+from data.files import check_writable, user_path, whole_file
 from experiments.cost import confirm, duration
 from experiments.grokking import report
 from experiments.grokking.decoder import LOSSES, WEIGHTS
 from experiments.grokking.pool import Store, place, read_runs, run_all
 from experiments.grokking.tasks import TASKS, TRAIN_SHARES
 from experiments.grokking.train import Settings, rows_a_step, seconds_a_step
+from experiments.sweep import GOES_ON
 from machine import versions
 from settings import parse_settings
 
@@ -222,7 +224,9 @@ def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[
     """What is kept of these options' runs, of those that there are."""
     tuning = [known[run] for run in tuning_runs(options) if run in known]
     runs = [known[run] for run in reported_runs(options, choose(tuning)) if run in known]
-    origins = {key: ", ".join(sorted({run[key] for run in (*tuning, *runs)})) for key in ("device", "git_commit")}
+    origins = {
+        key: ", ".join(sorted({run[key] or "unknown" for run in (*tuning, *runs)})) for key in ("device", "git_commit")
+    }
     return dict(
         options=dataclasses.asdict(options), **origins, versions=versions(),
         tuning=[report.without_curves(run) for run in tuning], runs=[report.thinned(run) for run in runs],
@@ -232,12 +236,13 @@ def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[
 def run(options: Options) -> None:
     """Sweep, reported runs, result. Raises ValueError before anything has started, or KeyboardInterrupt."""
     check(options)
-    out, gpus = Path(options.out), torch.cuda.device_count()
+    out, gpus = user_path(options.out), torch.cuda.device_count()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = options.jobs or min(cpus, 4 * gpus or cpus)
     if options.table:
         known = read_runs(out)
     else:
+        check_writable(out, "choose another folder, such as --out=/tmp/grokking")
         confirm(cost(options, jobs, read_runs(out)), options.yes or options.preset == "quick")
         with Store(out) as store:
             run_all(tuning_runs(options), store, jobs, "tuning")
@@ -248,9 +253,8 @@ def run(options: Options) -> None:
         raise ValueError(f"{out} has none of these runs yet; leave --table away to start them")
     tell(result)
     if not options.table:
-        temporary = out / "result.json.tmp"
-        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        temporary.replace(out / "result.json")
+        with whole_file(out / "result.json") as file:
+            file.write(json.dumps(result) + "\n")
         report.draw(result, out / "result.png")
         print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
 
@@ -258,7 +262,7 @@ def run(options: Options) -> None:
 def draw_again(path: Path) -> None:
     """Raises ValueError for a file that is not a result."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
         report.draw(result, path.with_suffix(".png"))
         tell(result)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
@@ -266,22 +270,19 @@ def draw_again(path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    return console.run(lambda: _main(argv), GOES_ON)
+
+
+def _main(argv: list[str]) -> int:
+    options = parse_settings(Options, argv, __doc__, preset_of(argv))
     try:
-        options = parse_settings(Options, argv, __doc__, preset_of(argv))
         if options.draw:
-            draw_again(Path(options.draw))
+            draw_again(user_path(options.draw))
         else:
             run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenProcessPool:
         print("error: a run's process was killed (out of memory?); fewer --jobs; the rest is kept", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     return 0
 
 

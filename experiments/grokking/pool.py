@@ -1,19 +1,18 @@
 """Runs in processes of their own, one thread each, and the file that holds every run that has ended."""
 
-import fcntl
 import json
 import multiprocessing
-import os
-import signal
-import threading
+import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from data.files import try_lock
+from data.processes import Workers
 from experiments.grokking.train import Settings, train
 from machine import device_name, git_commit
 
@@ -45,11 +44,12 @@ class Store:
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.file: TextIO = (out / "runs.jsonl").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = try_lock(self.file)
+        if locked is False:
             self.file.close()
-            raise ValueError(f"{out} is being written by another process; wait for it or use another --out") from None
+            raise ValueError(f"{out} is being written by another process; wait for it or use another --out")
+        if locked is None:
+            print(f"{out}: there are no locks here; see to it that no other process writes it", file=sys.stderr)
         self.runs = read_runs(out)
         self.file.seek(0)
         text = self.file.read()
@@ -73,39 +73,22 @@ class Store:
 
 
 def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> None:
-    """Run what is not in the store. Raises KeyboardInterrupt with no process left behind."""
+    """Run what is not in the store. Whatever ends this early leaves no process behind."""
     todo = [settings for settings in dict.fromkeys(wanted) if settings not in store.runs]
     bar = tqdm(total=len(todo), desc=what, unit="run", dynamic_ncols=True, disable=not todo)
-    context = multiprocessing.get_context("spawn")
-    number = context.Value("i", 0)
-    with bar, ProcessPoolExecutor(jobs, context, _prepare_worker, (number,)) as pool:
-        try:
-            for future in as_completed([pool.submit(train, settings) for settings in todo]):
-                run = future.result()
-                store.add(run)
-                bar.set_postfix_str(f"{run['settings']['task']}, {run['settings']['optimizer']}: {run['sustained']}")
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    number = multiprocessing.get_context("spawn").Value("i", 0)
+    with bar, Workers(jobs, _prepare_worker, number) as pool:
+        for future in as_completed([pool.submit(train, settings) for settings in todo]):
+            run = future.result()
+            store.add(run)
+            bar.set_postfix_str(f"{run['settings']['task']}, {run['settings']['optimizer']}: {run['sustained']}")
+            bar.update()
 
 
 def _prepare_worker(number: Any) -> None:
     """`number`: how many workers there are before this one, which spreads them over the GPUs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with number.get_lock():
         if torch.cuda.is_available():
             torch.cuda.set_device(number.value % torch.cuda.device_count())
         number.value += 1
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed leaves nobody to hand the result to."""
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from data.files import whole_file
 from experiments.grokking.survival import holm, logrank, median, stratified_logrank
 from experiments.grokking.tasks import TRAIN_SHARES
 from experiments.grokking.train import Settings
@@ -180,7 +181,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.set_yticks(range(len(settings)), settings, fontsize=8)
     figure.suptitle(result["device"], fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=100)
     plt.close(figure)
 
 

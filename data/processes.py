@@ -1,0 +1,78 @@
+"""Processes that a command starts: a stop is for the command to act on, and whatever ends it ends them. A leaf."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
+
+from data.console import STOPS, stops_held
+
+GRACE_S = 60.0  # for a run to write its summary in
+
+
+def die_with_parent() -> None:
+    """In a child: end when its parent is killed outright. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def leave_stops() -> None:
+    """In a child of multiprocessing.Pool, which ends its children by SIGTERM: the other stops are its parent's."""
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_DFL if stop == signal.SIGTERM else signal.SIG_IGN)
+
+
+def end_group(process: subprocess.Popen[Any], grace_s: float = GRACE_S) -> None:
+    """End a process that was started as a group of its own: first asked, then, as a whole, told."""
+    with stops_held():
+        try:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace_s)
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # nothing is left of it
+        process.wait()
+
+
+class Workers(ProcessPoolExecutor):
+    """A pool of processes that no stop reaches and that end with the pool's block, however that is left."""
+
+    def __init__(self, number: int, prepare: Callable[..., Any] = bool, *arguments: Any, start: str = "spawn") -> None:
+        """prepare: called with `arguments` in each process first."""
+        super().__init__(number, multiprocessing.get_context(start), _prepare_worker, (prepare, *arguments))
+
+    def submit(self, *call: Any, **options: Any) -> Future[Any]:
+        with stops_held():  # it starts processes
+            return super().submit(*call, **options)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind:
+            self.shutdown(wait=False, cancel_futures=True)
+            children = multiprocessing.active_children()
+            for process in children:
+                process.kill()
+            for process in children:
+                process.join()
+        self.shutdown()
+
+
+def _prepare_worker(prepare: Callable[..., Any], *arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed leaves nobody to hand the result to."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)

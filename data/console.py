@@ -37,9 +37,10 @@ def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapp
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     else:
         stream.flush()
+    by_lines = stream is None or stream.line_buffering or stream.write_through  # the last with PYTHONUNBUFFERED
     return io.TextIOWrapper(
         io.BufferedWriter(_LastingFile(descriptor, "w", closefd=False)), errors="backslashreplace",
-        encoding=stream.encoding if stream else "utf-8", line_buffering=stream is None or stream.line_buffering,
+        encoding=stream.encoding if stream else "utf-8", line_buffering=by_lines,
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[object], str]]:
         "broken json": ([folder / "broken.jsonl"], f"{folder}/broken.jsonl: line 2: found invalid JSON"),
         "json not utf-8": ([folder / "latin.jsonl"], f"{folder}/latin.jsonl: line 1: byte 13: found 0xe9"),
         "no object": ([folder / "list.jsonl"], "line 3: found a list, expected a string in field 'text'"),
-        "no string": ([folder / "number.jsonl"], "line 1: found fields id, text, expected a string in field 'text'"),
+        "no string": ([folder / "number.jsonl"], "line 1: 'text': found a int, expected a string; leave the line out"),
         "no field": ([good, "--text_field=body"], "line 1: found fields id, text, expected a string in field 'body'"),
         "no parquet": ([folder / "not.parquet"], f"{folder}/not.parquet: found no readable parquet"),
         "no column": (
@@ -304,7 +304,7 @@ def test_other_settings_or_text_are_not_mixed_in(
     assert main(["files", str(source), *itertools.chain(*(options | change).items())]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {out}/progress.json: {message}")
-    assert f"delete {out} to start over or choose another --out" in line
+    assert "choose another --out, or to start over delete the shards that progress.json lists" in line
     assert shards_of(out) == before
 
 

@@ -67,6 +67,8 @@ def check_paths(paths: Sequence[Path]) -> None:
             raise DataError(f"{path}: found a folder, expected a file; name the files in it: {path / '*'}{kind}")
         if not path.is_file():
             raise DataError(f"{path}: found no such file, expected one to read; check the path")
+    if not any(path.stat().st_size for path in paths):
+        raise DataError(f"{paths[0]}: found an empty file, expected text; check what made it")
 
 
 def read_documents(paths: Sequence[Path], text_field: str, markers: Counter[str] | None = None) -> Iterator[Document]:
@@ -197,5 +199,9 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: row {number}: found no UTF-8 ({error}), expected text; leave the row out") from None
     except (pyarrow.ArrowException, OSError) as error:
+        with path.open("rb") as head:
+            kind = kind_of(head.read(64))
         state = f"after row {number}: " if number else ""
-        raise DataError(f"{path}: {state}found no readable parquet ({error}); fetch or make it again") from None
+        advice = f"it is {kind}" if kind != "parquet" and kind else "fetch or make it again"
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: {state}found no readable parquet ({reason}); {advice}") from None

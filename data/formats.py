@@ -67,7 +67,7 @@ def shard_advice(path: Path, magic: int) -> str:
     with path.open("rb") as file:
         head = file.read(64)
     kind, found = kind_of(head), int.from_bytes(head[:4], "little")
-    if found == magic or not head:
+    if found == magic or not any(head):  # empty, or zeros, as a crash leaves
         return MAKE_AGAIN
     if int.from_bytes(head[:4], "big") == magic:
         return f"it is big-endian: {_converted(path, '>u2', 1024)}"
@@ -78,8 +78,7 @@ def shard_advice(path: Path, magic: int) -> str:
     if kind == NPY:
         return f"it is {NPY}: {_converted(path, load='numpy.load(sys.argv[1]).ravel()')}"
     if kind == "parquet":
-        command = _into(path.with_suffix(".parquet"), "cat", path)
-        return f"it is a parquet file, for data.prepare to tokenize: {command}"
+        return f"it is a parquet file, for data.prepare to tokenize: {_into(path.with_suffix('.parquet'), 'cat', path)}"
     if kind == LFS:
         return f"it is {LFS}; git lfs pull fetches the file itself"
     if kind in ("an HTML page", "an XML message"):
@@ -88,7 +87,14 @@ def shard_advice(path: Path, magic: int) -> str:
         return f"it is {kind or LLM_C[found]}; correct the pattern"
     if dtype := _megatron_type(path.with_suffix(".idx")):
         return f"it is of a Megatron set: {_converted(path, dtype)}"
-    return f"if it is token ids alone, as nanoGPT writes them: {_converted(path, '<u2')}; otherwise {MAKE_AGAIN}"
+    if head.isascii() and head.decode().replace("\n", "").replace("\r", "").isprintable():
+        return f"it is text, for data.prepare to tokenize: {_into(path.with_suffix('.txt'), 'cat', path)}"
+    is_wide = max(head[2::4], default=0) < 4 and not any(head[3::4])  # the upper halves of ids below 2**18
+    dtype, words = ("<u4", "uint32") if is_wide else ("<u2", "uint16")
+    if path.stat().st_size % int(dtype[2:]):
+        return MAKE_AGAIN
+    alone = f"if it is {words} token ids alone, as nanoGPT writes them"
+    return f"{alone}: {_converted(path, dtype)}; otherwise {MAKE_AGAIN}"
 
 
 def _megatron_type(index: Path) -> str:

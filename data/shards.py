@@ -8,6 +8,7 @@ Check whole files, every token included:
     python -m data.shards 'data/sotu_byte/*.bin' --vocab_size 257
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -187,7 +188,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk does not take is of no use any more
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

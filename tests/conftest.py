@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: Triton then runs it in numpy, on CPU tensors
 
 import train_gpt
+from data.console import STOPS
 from data.shards import write_shard
 
 pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
@@ -31,6 +32,15 @@ TINY_VOCAB = 48
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """For tests of commands, which set how this process takes signals."""
+    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
+    yield
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
 
 
 @pytest.fixture

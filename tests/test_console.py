@@ -18,12 +18,7 @@ from data.console import STOPS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
-    yield
-    for stop, handler in handlers.items():
-        signal.signal(stop, handler)
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from data.shards import DataError, head_fingerprint, open_shard, write_shard
 from data.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def command(*arguments: object) -> list[str]:
@@ -465,15 +466,10 @@ def test_a_stop_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: signal.Signals
 ) -> None:
     monkeypatch.setattr(prepare, "write_set", lambda *_: signal.raise_signal(stop))
-    handlers = {each: signal.getsignal(each) for each in STOPS}
     for each in STOPS:
         signal.signal(each, signal.SIG_DFL)
-    try:
-        assert main(["sotu", f"--out={tmp_path}"]) == 130
-        signal.raise_signal(stop)  # a second one is not heard
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    assert main(["sotu", f"--out={tmp_path}"]) == 130
+    signal.raise_signal(stop)  # a second one is not heard
     assert capsys.readouterr().err == "error: interrupted; the same command goes on from the last whole shard\n"
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import stat
 import struct
 import subprocess
@@ -32,6 +33,7 @@ from data.shards import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def test_file_is_header_then_tokens_little_endian(tmp_path: Path) -> None:
@@ -365,3 +367,10 @@ def test_verify_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
         f"error: {tmp_path}/a.bin: token 2: found 256, expected less than vocab_size 256; "
         "use the vocab_size of the tokenizer that made the shard"
     ]
+
+
+def test_verify_is_stopped_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr("data.shards.verify", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(["a.bin", "--vocab_size", "256"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from checkpoint import CheckpointWriter, load_checkpoint
 from data.loader import TokenLoader, TokenStream, validation_batches
-from data.shards import DataError, find_shards, head_fingerprint, set_fingerprint
+from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer
 from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler, print_error
 from model import GPT, ModelConfig
@@ -194,6 +194,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         val_files=head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens),
     )
     start = find_start(config, data, machine)
+    refuse_overlap(loader.stream.files, val_stream.files)
     torch.manual_seed(config.seed)
     with machine.device:
         model = GPT(model_config(config), machine.dtype)

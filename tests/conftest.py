@@ -57,6 +57,15 @@ def same_signals() -> Iterator[None]:
 
 
 @pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    """For tests of commands, which set how this process takes signals."""
+    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
+    yield
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every torch.empty is full of NaN: an element that a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True)

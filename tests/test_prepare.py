@@ -1,6 +1,8 @@
 """Preparing data: bytes against a naive tokenization, resumption after a kill, and every refusal."""
 
+import errno
 import fcntl
+import gzip
 import hashlib
 import http.server
 import itertools
@@ -13,20 +15,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import prepare
+from data.console import STOPS
 from data.prepare import main, sotu_speeches
-from data.sets import Settings, write_set
-from data.shards import head_fingerprint, open_shard, write_shard
+from data.sets import Settings, save_progress, sole_writer, write_set
+from data.shards import DataError, head_fingerprint, open_shard, write_shard
 from data.tokenizer import get_tokenizer
 from tests.conftest import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def command(*arguments: object) -> list[str]:
@@ -132,7 +136,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[object], str]]:
         "broken json": ([folder / "broken.jsonl"], f"{folder}/broken.jsonl: line 2: found invalid JSON"),
         "json not utf-8": ([folder / "latin.jsonl"], f"{folder}/latin.jsonl: line 1: byte 13: found 0xe9"),
         "no object": ([folder / "list.jsonl"], "line 3: found a list, expected a string in field 'text'"),
-        "no string": ([folder / "number.jsonl"], "line 1: found fields id, text, expected a string in field 'text'"),
+        "no string": ([folder / "number.jsonl"], "line 1: 'text': found a int, expected a string; leave the line out"),
         "no field": ([good, "--text_field=body"], "line 1: found fields id, text, expected a string in field 'body'"),
         "no parquet": ([folder / "not.parquet"], f"{folder}/not.parquet: found no readable parquet"),
         "no column": (
@@ -182,6 +186,49 @@ def test_bad_input_is_one_line_and_leaves_no_shard(
     assert not list(out.glob("*.bin*"))
     good = tmp_path / "good.jsonl"  # and the folder is as good as new
     assert main(["files", str(good), f"--out={out}", "--encoding=byte", "--val_tokens=1000"]) == 0
+
+
+def test_packed_text_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    documents = some_documents(200)
+    plain = write_jsonl(tmp_path / "a.jsonl", documents)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    options = ["--encoding=byte", "--name=x", "--val_tokens=1000", "--shard_tokens=999"]
+    assert main(["files", str(plain), f"--out={tmp_path / 'plain'}", *options]) == 0
+    arguments = ["files", str(packed), f"--out={tmp_path / 'packed'}", *options]
+    assert main(arguments) == 0
+    assert shards_of(tmp_path / "packed") == shards_of(tmp_path / "plain")
+    kept = modification_times(tmp_path / "packed")
+    (tmp_path / "packed" / "x_train_000009.bin").unlink()
+    assert main(arguments) == 0
+    assert shards_of(tmp_path / "packed") == shards_of(tmp_path / "plain")
+    assert all(modification_times(tmp_path / "packed")[path] == kept[path] for path in sorted(kept)[:8])
+
+
+def test_end_of_text_in_the_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>three<|endoftext|>\n", encoding="utf-8")
+    jsonl = write_jsonl(tmp_path / "b.jsonl", ["four<|endoftext|>"])
+    arguments = [f"--out={tmp_path / 'out'}", "--encoding=byte", "--val_tokens=4"]
+    assert main(["files", str(tmp_path / "a.txt"), str(jsonl), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "written 3 times in .txt files: taken as the end of a document, which makes 3 documents" in said
+    assert "written 1 times in other documents: taken as text like any other" in said
+    expected = byte_tokens(["one", "two", "three", "four<|endoftext|>"])
+    paths = [tmp_path / "out" / name for name in ("out_val_000000.bin", "out_train_000001.bin")]
+    np.testing.assert_array_equal(np.concatenate([open_shard(path) for path in paths]), expected)
+
+
+def test_paths_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my run[1]"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", some_documents(50))
+    arguments = ["files", "~/my run[1]/a.jsonl", "--out=~/my run[1]", "--encoding=byte", "--val_tokens=100"]
+    assert main(arguments) == 0
+    names = ["--train_files=~/my run[1]/my run[1]_train_*.bin", "--val_files=~/my run[1]/my run[1]_val_*.bin"]
+    assert main(["ensure", *names]) == 0
+    assert main([*arguments, "--name=../x"]) == 2
+    assert "--name: found '../x', expected no folder in it; 'x' works" in capsys.readouterr().err
 
 
 def test_text_of_exactly_val_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +369,7 @@ def test_other_settings_or_text_are_not_mixed_in(
     assert main(["files", str(source), *itertools.chain(*(options | change).items())]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {out}/progress.json: {message}")
-    assert f"delete {out} to start over or choose another --out" in line
+    assert "choose another --out, or to start over delete the shards that progress.json lists" in line
     assert shards_of(out) == before
 
 
@@ -346,6 +393,101 @@ def test_second_process_waits_for_the_first(tmp_path: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_UN)
             assert process.wait(PATIENCE_S) == 0
     assert len(list(tmp_path.glob("*.bin"))) == 4
+
+
+def wait_in_a_thread(folder: Path, progress: Callable[[], bool]) -> None:
+    """Another writer's turn comes only once `progress` has let it."""
+    entered = threading.Event()
+
+    def write() -> None:
+        with sole_writer(folder):
+            entered.set()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    while not progress():
+        assert not entered.wait(0.01)
+    thread.join()
+    assert entered.is_set()
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_too_one_waits_for_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, waiting = sole_writer(tmp_path), f"waiting for process {os.getpid()} on {socket.gethostname()};"
+    first.__enter__()
+
+    def progress() -> bool:
+        if said := waiting in capsys.readouterr().err:
+            first.__exit__(None, None, None)
+        return said
+
+    wait_in_a_thread(tmp_path, progress)
+    assert [each.name for each in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_claim_of_another_machine_is_waited_for_and_the_advice_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".claim").write_text("1 elsewhere", encoding="utf-8")
+
+    def progress() -> bool:
+        line = capsys.readouterr().err
+        if said := f"{tmp_path}/.claim: waiting for process 1 on elsewhere; if that is gone, delete this file" in line:
+            (tmp_path / ".claim").unlink()
+        return said
+
+    wait_in_a_thread(tmp_path, progress)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_claim_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    (tmp_path / ".claim").write_text(f"{gone.pid} {socket.gethostname()}", encoding="utf-8")
+    settings = Settings("x", "byte", 3, 5, "test")
+    write_set(tmp_path, settings, lambda _: iter(["a" * 20]))
+    assert len(shards_of(tmp_path)) == 5
+    assert not (tmp_path / ".claim").exists()
+
+
+def test_a_whole_set_needs_no_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["files", str(write_jsonl(tmp_path / "a.jsonl", some_documents(50))), f"--out={tmp_path / 'out'}",
+                 "--encoding=byte", "--val_tokens=100"]  # fmt: skip
+    assert main(arguments) == 0
+
+    def read_only(folder: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr("data.sets.sole_writer", read_only)
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(["ensure", *patterns(tmp_path / "out")]) == 0
+    assert main([*arguments[:2], f"--out={tmp_path / 'other'}", *arguments[3:]]) == 2
+    assert capsys.readouterr().err == f"error: [Errno 30] Read-only file system: '{tmp_path / 'other'}'\n"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda stop: stop.name)
+def test_a_stop_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: signal.Signals
+) -> None:
+    monkeypatch.setattr(prepare, "write_set", lambda *_: signal.raise_signal(stop))
+    for each in STOPS:
+        signal.signal(each, signal.SIG_DFL)
+    assert main(["sotu", f"--out={tmp_path}"]) == 130
+    signal.raise_signal(stop)  # a second one is not heard
+    assert capsys.readouterr().err == "error: interrupted; the same command goes on from the last whole shard\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -495,6 +637,43 @@ def test_fineweb_download_fetches_what_is_missing(tmp_path: Path, hub: Hub) -> N
     (out / names[0]).unlink()
     assert download(3) == sorted([names[0], names[1], names[3]])
     assert shards_of(out) == {name: hub.files[name] for name in sorted(names[:4])}
+    assert (out / f"{names[1]}.unusable").stat().st_size == 1500  # it may have been someone's own
+
+
+def test_a_download_is_not_mixed_into_a_set_tokenized_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "_check_hub", lambda: None)
+    write_set(tmp_path, Settings("fineweb", "byte", 3, 5, "test"), lambda _: iter(["a" * 20]))
+    before = shards_of(tmp_path)
+    assert main(["fineweb", "--shards=9", f"--out={tmp_path}"]) == 2
+    assert "progress.json: found a set that was tokenized here" in capsys.readouterr().err
+    assert shards_of(tmp_path) == before
+
+
+def test_text_is_not_mixed_into_a_download(tmp_path: Path) -> None:
+    save_progress(tmp_path, None, [], complete=True)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1])
+    with pytest.raises(DataError, match=r"fineweb_val_000000.bin: found a shard that progress.json does not list"):
+        write_set(tmp_path, Settings("fineweb", "byte", 3, 5, "test"), lambda _: iter(["a" * 20]))
+    assert open_shard(tmp_path / "fineweb_val_000000.bin").tolist() == [1]
+
+
+def test_a_stream_that_breaks_off_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    class Raw:
+        def skip(self, start: int) -> Iterator[dict[str, str]]:
+            yield {"text": "a"}
+            raise RuntimeError("of\na library")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Raw())
+    monkeypatch.setattr(prepare, "_check_hub", lambda: None)
+    monkeypatch.setattr("data.tokenizer.get_tokenizer", lambda _: None)
+    assert main(["fineweb", "--tokenize", f"--out={tmp_path}"]) == 2
+    assert "after row 0: the stream broke off (of a library); the same command" in capsys.readouterr().err
 
 
 def test_fineweb_download_checks_what_came(tmp_path: Path, hub: Hub) -> None:
@@ -638,6 +817,27 @@ def test_ensure_says_how_to_get_what_it_cannot_make(tmp_path: Path, capsys: pyte
     fake_set(out, complete=False)
     assert main(["ensure", *patterns(out)]) == 2
     assert f"{out}/progress.json: found an unfinished set, expected a whole one" in capsys.readouterr().err
+
+
+def test_a_set_without_one_of_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = fake_set(tmp_path / "mine", complete=None)
+    (out / "a_val_0.bin").unlink()
+    assert main(["ensure", *patterns(out)]) == 2
+    assert f"'{out}/*_val_*.bin': found no file, expected at least one" in capsys.readouterr().err
+    save_progress(out, None, [], complete=False)  # killed before there were any
+    assert main(["ensure", *patterns(out)]) == 2
+    assert f"{out}/progress.json: found an unfinished set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[1]", "7", '{"percent": 7}', "\x00"])
+def test_a_progress_file_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    out = fake_set(tmp_path / "mine", complete=None)
+    (out / "progress.json").write_text(content, encoding="utf-8")
+    assert main(["ensure", *patterns(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{out}/progress.json: found " in line and "delete" not in line and "move it elsewhere" in line
+    (out / "progress.json").rename(tmp_path / "elsewhere")
+    assert main(["ensure", *patterns(out)]) == 0
 
 
 def test_damaged_progress_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,18 @@
 """The encodings, and the fast path of `encode_documents` against `encode_ordinary` one document at a time."""
 
 import random
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
 
 from data import tokenizer
+from data.documents import Document
 from data.shards import DataError
 from data.tokenizer import encode_documents, end_of_text, get_tokenizer, vocab_size
 
@@ -111,6 +114,51 @@ def test_lone_surrogates_become_replacement_characters(name: str) -> None:
         fast_tokens(documents, name), naive_tokens(["good", "bad \ufffd half", "\ufffd", "good"], name)
     )
     np.testing.assert_array_equal(fast_tokens(documents, "gpt2"), naive_tokens(documents, "gpt2"))
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\xa0", "\u3000", " \t\r\n\u2003"], ids=ascii)
+def test_long_runs_of_whitespace_are_cut_where_the_lookahead_cuts(monkeypatch: pytest.MonkeyPatch, space: str) -> None:
+    monkeypatch.setattr(tokenizer, "LONG_RUN", re.compile(tokenizer.LONG_RUN.pattern.replace("1000", "3")))
+    runs = [space * 2, space * 3, (space * 5)[:-1], space * 6]
+    documents = [f"\xa0{left}{run}{right}{run}{end}" for left in ("", "a", "\x1c") for run in runs
+                 for right in ("b", ".", "7", "'s", " c", "\x1c") for end in ("", "d")]  # fmt: skip
+    np.testing.assert_array_equal(fast_tokens(documents, "gpt2"), naive_tokens(documents, "gpt2"))
+    pieces = [list(tokenizer._without_long_runs(document)) for document in documents]
+    assert ["".join(each) for each in pieces] == documents and max(map(len, pieces)) > 1
+
+
+@pytest.mark.parametrize("first", ["", "\xa0"], ids=["usual", "unusual"])
+def test_a_million_spaces_do_not_overflow_a_stack(first: str) -> None:
+    """tiktoken itself fails on them where a word follows: a panic, which is no Exception."""
+    run = " " * 1_200_000
+    tokens = fast_tokens([f"{first}a{run}b{run}"], "gpt2")
+    encoding = get_tokenizer("gpt2")
+    expected = [50256, *encoding.encode_ordinary(f"{first}a"), *encoding.encode_ordinary(run[1:])]
+    np.testing.assert_array_equal(tokens, [*expected, *encoding.encode_ordinary(f" b{run}")])
+
+
+class Panic(BaseException):
+    """As tiktoken's, which no module exports."""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_cannot_be_encoded_is_named(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Many documents share a batch; and the last one is cut into parts."""
+
+    def encode(text: str) -> list[int]:
+        if "bad" in text:
+            raise Panic("overflow")
+        return [1]
+
+    monkeypatch.setattr(tokenizer, "get_tokenizer", lambda _: SimpleNamespace(encode_ordinary=encode))
+    monkeypatch.setattr(tokenizer, "BATCH_CHARS", 50)
+    documents = [Document("\xa0 good", f"a.txt: line {number}") for number in range(99)]
+    assert len(fast_tokens([*documents, *documents], "gpt2", threads)) == 4 * 99
+    long = Document("\xa0 good " * 99 + "bad " * 99, "b.txt: line 7")
+    for bad, place in ((Document("\xa0 bad", "a.txt: line 100"), "a.txt: line 100"), (long, "b.txt: line 7"),
+                       ("\xa0 bad", "document 100")):  # fmt: skip
+        with pytest.raises(DataError, match=f"^{place}: found text that the gpt2 encoding fails on .overflow"):
+            fast_tokens([*documents, bad, *documents], "gpt2", threads)
 
 
 def test_threads_keep_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,6 +362,11 @@ def test_an_unwritable_run_directory(trainer: Trainer, tmp_path: Path) -> None:
     assert_refused(trainer(f"--run_dir={tmp_path / 'file' / 'runs'}"), tmp_path, ["run_dir", "file/runs", "cannot be"])
 
 
+def test_a_validation_shard_is_not_trained_on(trainer: Trainer, tmp_path: Path, tiny_data: Path) -> None:
+    words = [f"found {tiny_data}/tiny_val_000000.bin in both", "*_train_*.bin"]
+    assert_refused(trainer(f"--train_files={tiny_data}/tiny_*.bin"), tmp_path, words)
+
+
 def test_a_bad_token_far_into_the_data_ends_the_run_with_its_place(trainer: Trainer, tmp_path: Path) -> None:
     tokens = np.zeros(4000, dtype=np.uint16)
     tokens[3000] = 500

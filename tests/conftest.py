@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: Triton then runs it in numpy, on CPU tensors
 
 import train_gpt
+from data import console
 from data.shards import write_shard
 
 pytest_plugins = ["tests.gpt2_vocabulary", "tests.records"]
@@ -31,6 +32,16 @@ TINY_VOCAB = 48
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_and_streams() -> Iterator[None]:
+    """As they were, after a command that ran in this process."""
+    handlers, streams = {stop: signal.getsignal(stop) for stop in console.STOPS}, (sys.stdout, sys.stderr)
+    yield
+    sys.stdout, sys.stderr = streams
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
 
 
 @pytest.fixture
@@ -91,10 +102,8 @@ def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     """trainer("--seed=1") runs the tiny recipe in this process, with its run directories under tmp_path/runs."""
 
     def run(*arguments: str) -> Result:
-        handler = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
         status = train_gpt.main([str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}", *arguments])
-        signal.signal(signal.SIGTERM, handler)
         return Result(status, *capfd.readouterr())
 
     return run

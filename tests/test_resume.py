@@ -30,7 +30,6 @@ def interrupted(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "set_schedule", stop_at_25)
-        patch.setattr(train_gpt, "ignore_further_stops", lambda: None)
         assert trainer("--checkpoint_every=10").returncode == 130
     (directory,) = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in directory.glob("*.pt")) == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
@@ -210,7 +209,12 @@ def test_a_full_disk_ends_the_run_with_a_sentence(trainer: Trainer, tmp_path: Pa
     assert "checkpoint_000015.pt could not be written (File too large); older checkpoints are as they were" in line
     (directory,) = (tmp_path / "runs").iterdir()
     assert summary(directory)["status"] == line.removeprefix("error: ")
-    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "writer.json",
+    ]
 
 
 def test_a_job_that_ended_is_not_trained_again_by_a_restart(

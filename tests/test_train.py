@@ -70,7 +70,12 @@ def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_da
     result = trainer("--target_loss=3.3", "--matrix_optimizer=muon")
     assert result.returncode == 0, result.stderr
     directory = only_run(tmp_path)
-    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "writer.json",
+    ]
     losses, final = metrics(directory, "val_loss"), summary(directory)
 
     # the log: sources, versions, then lines the field's tools parse

@@ -14,10 +14,14 @@ import copy
 import dataclasses
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C while torch is imported, which takes seconds
 
 import torch
 import torch.distributed as dist
@@ -454,13 +458,11 @@ def run_to_end(argv: list[str]) -> int:
             raise
         print(f"error: another rank was lost before training began ({lost_rank(error)})", file=sys.stderr)
         return 4
-    epochs = run.loader.epochs(config.train_steps)
-    opening = [
-        f"{run.model.num_params():,} parameters; {'; '.join(machine.notes)}; {epochs:.2f} epochs of training data",
-        routing_table(run.optimizers), *log.notes, *run.start.notes,
-    ]  # fmt: skip
     try:
         try:
+            facts = [f"{run.model.num_params():,} parameters", *machine.notes]
+            facts += [f"{run.loader.epochs(config.train_steps):.2f} epochs of training data"]
+            opening = ["; ".join(facts), routing_table(run.optimizers), *log.notes, *run.start.notes]
             summary = train(run, log, opening)
         finally:  # a further stop ends nothing now, and one that came in the last moment ends the run
             console.ignore_stops()

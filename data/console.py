@@ -5,6 +5,7 @@ What it prints is for whoever is there: a terminal that went away, a closed pipe
 shown ends nothing.
 """
 
+import atexit
 import io
 import math
 import os
@@ -23,6 +24,7 @@ _last_stop_s = -math.inf
 def prepare() -> None:
     """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails."""
     accept_stops()
+    atexit.register(_ignore_stops_for_good)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not where a test or a notebook has put its own
             setattr(sys, name, _lasting(getattr(sys, name), descriptor))
@@ -57,6 +59,13 @@ def _stop(number: int, frame: Any) -> None:
 
 def _ignore(number: int, frame: Any) -> None:
     pass
+
+
+def _ignore_stops_for_good() -> None:
+    """Lest an interpreter that is ending, and has no handlers any more, dies of one with another exit status."""
+    for stop in STOPS:
+        if signal.getsignal(stop) in (_stop, _ignore):
+            signal.signal(stop, signal.SIG_IGN)
 
 
 def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:

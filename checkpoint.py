@@ -4,8 +4,9 @@ A file is written under a temporary name, flushed to the disk and renamed. torch
 checksum for each tensor, so a file that was cut or changed since is noticed when it is read.
 """
 
-import os
+import contextlib
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.files import whole_file
 from machine import Machine
 
 State = dict[str, Any]
-DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (
+    OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)  # fmt: skip
+NAME, TEMPORARY = re.compile(r"checkpoint_(\d+)\.pt"), re.compile(r"checkpoint_\d+(\.pt)?\.tmp")
 
 
 class CheckpointWriter:
@@ -65,40 +71,50 @@ class CheckpointWriter:
 
     def wait(self) -> str | None:
         """As `settle` for this rank alone, for a run that ends early: returns why the write failed, or None."""
-        write, self._write = self._write, None
         try:
-            if write:
-                write.result()
+            if self._write:
+                self._write.result()
         except OSError as error:
+            self._write = None
             return (
                 f"{self._path} could not be written ({error.strerror or error}); older checkpoints are as they were; "
                 "make room, or choose another run_dir"
             )
+        self._write = None
         if self._path.is_file():
             self.newest = str(self._path)
         return None
 
     def _write_file(self, path: Path, state: State) -> None:
-        temporary = path.with_suffix(".tmp")
         try:
-            with temporary.open("wb") as file:
+            with whole_file(path, "wb") as file:
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the rename too
-            os.close(folder)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
+        except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch's writer trips over what the disk had said
                 raise error.__context__ from None
             raise
-        kept = [*self.earlier, *sorted(self.directory.glob("checkpoint_*.pt"))][-self.keep :]
-        for folder_of_run in {path.parent, *(old.parent for old in self.earlier)}:
-            for old in (*folder_of_run.glob("checkpoint_*.pt"), *folder_of_run.glob("checkpoint_*.tmp")):
-                if old not in kept:
-                    old.unlink(missing_ok=True)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """As far as that can be done: what cannot be deleted takes up room, and that is all."""
+        with contextlib.suppress(OSError):
+            kept = [*self.earlier, *checkpoints_in(self.directory)][-self.keep :]
+            for folder in dict.fromkeys([self.directory, *(old.parent for old in self.earlier)]):
+                half_written = (path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
+                for old in {*checkpoints_in(folder), *half_written} - {*kept}:
+                    with contextlib.suppress(OSError):
+                        old.unlink()
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints that a run has written there, oldest first; copies by other names are their makers'."""
+    return sorted((path for path in directory.glob("checkpoint_*.pt") if NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    found = NAME.fullmatch(path.name)
+    assert found
+    return int(found[1])
 
 
 def read_checkpoint(path: Path | str, mapped: bool = True) -> State:

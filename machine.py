@@ -24,6 +24,7 @@ from torch import Tensor
 from optim.polar import fast_half_dtype
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from the vendor's data sheets (sparsity not counted); the first
 # name that the device's name contains. A device that is not here has no MFU.
@@ -175,9 +176,43 @@ def launcher() -> str:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     parent = os.getppid()
-    stat = Path(f"/proc/{parent}/stat")  # field 22: clock ticks from boot to start, so a pid used again is another
-    started = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[19] if stat.exists() else ""
-    return "/".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(parent), started])
+    return "/".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(parent), start_ticks(parent)])
+
+
+def pid_scope() -> str:
+    """Where a process id means something: host, boot and container. Empty where that cannot be told."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return "/".join([platform.node(), boot, str(Path("/proc/self/ns/pid").readlink())])
+    return ""
+
+
+def start_ticks(pid: int) -> str:
+    """Clock ticks from boot to the start of a process of this scope, so that a pid used again is another; empty where
+    that cannot be told."""
+    stat = _proc_stat(pid)
+    return stat[19] if stat else ""
+
+
+def is_alive(pid: int, ticks: str) -> bool:
+    """Whether the process of this scope that has this id and these start ticks still runs; True if in doubt."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    stat = _proc_stat(pid)
+    return not stat or (stat[0] not in ("Z", "X") and stat[19] == ticks)  # Z: it ended and waits for its parent
+
+
+def _proc_stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the third on, which is the state; none where they cannot be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
 
 
 def lost_rank(error: BaseException) -> str:
@@ -230,9 +265,12 @@ class Clock:
 def prepare_compiler() -> None:
     """Have torch.compile keep what it makes where the next run finds it, and refuse to fall back to eager mode, which
     it does quietly after some number of shapes and windows."""
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    chosen, folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), ROOT / ".cache/inductor"
     if not chosen or chosen.startswith(tempfile.gettempdir()):  # torch names its own default there when it is imported
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).resolve().parent / ".cache/inductor")
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):  # else, in a checkout that is not ours to write, torch's default
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
@@ -241,7 +279,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -259,21 +298,43 @@ def versions() -> dict[str, str]:
 
 def output_of(*command: str) -> str:
     """What a command prints; empty if it is missing or fails."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(
-            command,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            encoding="utf-8",
-        ).stdout.strip()
-    return ""
+    return _call(*command)[0]
 
 
 def git_commit() -> str:
-    """The commit this was run from, ending in -dirty when files have changed since; empty outside git."""
-    return output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    """The commit this was run from, ending in -dirty when files have changed since; empty where there is none."""
+    return git_state()[0]
+
+
+def git_state() -> tuple[str, str]:
+    """(commit, "") as `git_commit` says it, or ("", why there is none): only a checkout of its own has one."""
+    top, problem = _call("git", "rev-parse", "--show-toplevel")
+    if not problem and Path(top).resolve() != ROOT:
+        problem = f"{ROOT} is no checkout of its own, it lies in that of {top}"
+    if not problem and _call("git", "cat-file", "-e", "HEAD:machine.py")[1]:
+        problem = f"the git repository in {ROOT} has no commit of these files"
+    if problem:
+        return "", problem
+    return _call("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _call(*command: str) -> tuple[str, str]:
+    """What a command prints, run in the checkout, and why it prints nothing, each empty in the other's case.
+
+    git looks at the checkout, whatever its variables name (in a hook of another repository, say), and writes nothing.
+    """
+    misleading = [key for key in os.environ if key.startswith("GIT_") and not key.startswith("GIT_CONFIG")]
+    variables = {key: value for key, value in os.environ.items() if key not in misleading}
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, env={**variables, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, encoding="utf-8", errors="replace", check=False,
+        )  # fmt: skip
+    except OSError as error:
+        return "", f"{command[0]} cannot be started ({error.strerror})"
+    if result.returncode:
+        return "", " ".join(result.stderr.removeprefix("fatal: ").split()) or f"{command[0]} failed"
+    return result.stdout.strip(), ""
 
 
 def peak_memory_mib(device: torch.device) -> float:

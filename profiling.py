@@ -37,7 +37,11 @@ class StepProfiler:
             yield
             self.clock.switch("profile")  # waits for the device, whose kernels are then in the profile
         path = self.log.directory / TRACE
-        found.export_chrome_trace(str(path))
+        try:
+            found.export_chrome_trace(str(path))
+        except BaseException:  # a stop too: no half of it
+            path.unlink(missing_ok=True)
+            raise
         self.log.line(f"profile of a step, the ten largest costs; the whole: {path}")
         for line in largest_costs(found.key_averages(), self.is_cuda):
             self.log.line(line)

@@ -5,16 +5,14 @@ it, except where its very file was named.
 """
 
 import dataclasses
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint import State, read_checkpoint, verify
+from checkpoint import State, checkpoints_in, read_checkpoint, step_of, verify
 from machine import Machine
-from runlog import is_running
+from runlog import WRITER, is_running, read_json
 
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
@@ -28,7 +26,6 @@ FIXED = (
     "track tokenizer val_tokens matrix_optimizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden seq_len "
     "softcap value_embeds embed_skip unet_skips joint_matrices mask_padding tie_head_steps small_batch_steps"
 )
-FILE_NAME = re.compile(r"checkpoint_(\d+)\.pt")
 
 
 @dataclass
@@ -51,7 +48,7 @@ def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
     if machine.rank == 0:
         try:
             start = _look(dataclasses.asdict(settings), dataclasses.asdict(type(settings)()), data, set(machine.job))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
     start, problem = machine.agree(start), machine.agree(problem)
     if start is None:
@@ -63,13 +60,15 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
     resume, start = config["resume"], Start()
     folder = Path(config["run_dir"])
     directories = [path for path in folder.glob("*/") if path.name.startswith(config["name"] + "-")]
-    summaries = {path: _summary(path) for path in directories}
+    summaries = {path: read_json(path / "summary.json") for path in directories}
     if job:
-        start.ended = next((s for s in summaries.values() if job & set(s.get("job", ())) and _is_complete(s)), None)
-        if start.ended or _go_on(start, directories, lambda state: bool(job & set(state["job"]))):
+        start.ended = next((s for s in summaries.values() if job & _names(s, "job") and _is_complete(s)), None)
+        writers = {path: read_json(path / WRITER) for path in directories}
+        of_job = [path for path, writer in writers.items() if not writer or job & _names(writer, "job")]
+        if start.ended or _go_on(start, _idle(of_job, job, start.notes), lambda state: bool(job & set(state["job"]))):
             return start
-        start.notes.clear()
     if resume == "auto":
+        start.notes.clear()
 
         def is_same(settings: dict[str, Any]) -> bool:
             return not differences(defaults | settings, config).keys() - set(WHERE_AND_HOW.split())
@@ -77,16 +76,36 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
         complete = {path.name for path, values in summaries.items() if _is_complete(values)}
         for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
             if _is_complete(values) and is_same(values.get("config", {})):
-                complete |= {*values.get("lineage", ()), Path(values.get("resumed_from") or ".").parent.name}
-        unfinished = [path for path in directories if path.name not in complete]
-        running = [path for path in unfinished if is_running(path)]
-        start.notes += [f"resume: {path} is still being written and left alone" for path in running]
-        idle = [path for path in unfinished if path not in running]
+                complete |= _names(values, "lineage") | {Path(values.get("resumed_from") or ".").parent.name}
+        idle = _idle([path for path in directories if path.name not in complete], job, start.notes)
         if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
             start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
     elif resume:
         _go_on_from(start, Path(resume), config, defaults, data)
     return start
+
+
+def _idle(directories: list[Path], job: set[str], notes: list[str]) -> list[Path]:
+    """Those that nobody writes, nor goes on from, for all that can be known; a note for each other with checkpoints."""
+    running = {path: is_running(path, job) for path in directories}
+    busy = {name: path for path in directories if running[path] is not False
+            for name in _names(read_json(path / WRITER), "lineage")}  # fmt: skip
+    idle = []
+    for path in directories:
+        checkpoints = checkpoints_in(path)
+        if running[path] is False and path.name not in busy:
+            idle.append(path)
+        elif checkpoints and running[path]:
+            notes.append(f"resume: {path} is still being written and left alone")
+        elif checkpoints and path.name in busy:
+            notes.append(f"resume: {path} is left alone, as {busy[path.name]} went on from it and is, or may be, alive")
+        elif checkpoints:
+            host = read_json(path / WRITER).get("pid_scope", "").partition("/")[0] or "some machine"
+            notes.append(
+                f"resume: {path} is left alone, as its run may be alive on {host}: no lock here can tell; if it is not,"
+                f" go on from it with --resume={checkpoints[-1]}"
+            )
+    return idle
 
 
 def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool]) -> bool:
@@ -96,8 +115,8 @@ def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool])
         return False
     path, state = found
     start.path, start.lineage = str(path), state["lineage"]
-    files = [file for directory in directories if directory.name in start.lineage for file in _checkpoints(directory)]
-    start.earlier = sorted((file for file in files if _step(file) <= state["step"]), key=_age)
+    files = [file for directory in directories if directory.name in start.lineage for file in checkpoints_in(directory)]
+    start.earlier = sorted((file for file in files if step_of(file) <= state["step"]), key=_age)
     return True
 
 
@@ -144,7 +163,7 @@ def _go_on_from(
 def _newest(
     directories: list[Path], fits: Callable[[State], bool], notes: list[str]
 ) -> tuple[Path, State] | None:  # fmt: skip
-    files = sorted((file for directory in directories for file in _checkpoints(directory)), key=_age, reverse=True)
+    files = sorted((file for directory in directories for file in checkpoints_in(directory)), key=_age, reverse=True)
     for path in files:
         try:
             state = _read(path)
@@ -158,7 +177,7 @@ def _newest(
 
 def _read(path: Path) -> State:
     state = read_checkpoint(path)
-    missing = [key for key in ("config", "data", "job", "lineage") if key not in state]
+    missing = [key for key in ("config", "data", "job", "lineage", "summary", "train_time_s") if key not in state]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
     return state
@@ -169,27 +188,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[An
     return {key: (then[key], value) for key, value in now.items() if then[key] != value}
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    return [path for path in directory.glob("checkpoint_*.pt") if FILE_NAME.fullmatch(path.name)]
-
-
-def _step(path: Path) -> int:
-    found = FILE_NAME.fullmatch(path.name)
-    assert found
-    return int(found[1])
-
-
 def _age(path: Path) -> tuple[int, str]:
     """Orders checkpoints: by step, then by the run directory's time."""
-    return _step(path), str(path)
+    return step_of(path), str(path)
 
 
-def _summary(directory: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return values
+def _names(values: dict[str, Any], key: str) -> set[str]:
+    """The names in a list of a file that may be another program's."""
+    names = values.get(key)
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _is_complete(summary: dict[str, Any]) -> bool:

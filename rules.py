@@ -1,6 +1,7 @@
 """What a run's settings have to satisfy beside having the right types."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ NOT_NEGATIVE = (
     "weight_decay warmup_steps target_loss neuron_stats checkpoint_every window window_start value_embeds z_loss "
     "tie_head_steps small_batch_steps short_row_steps"
 )
+LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
 
 
 def check_config(config: Any) -> None:
@@ -27,6 +29,7 @@ def check_config(config: Any) -> None:
         if value < 0 or (is_positive and value == 0) or not math.isfinite(value):
             rule = "positive" if is_positive else "0 or more"
             raise ValueError(f"{key} = {value} must be {rule}; the default is {getattr(type(config), key)}")
+    check_name(config.name)
     if not 0 <= config.cooldown_frac <= 1:
         raise ValueError(f"cooldown_frac = {config.cooldown_frac} must be between 0 and 1; 0.7 is usual")
     if config.head_dim % 2:
@@ -37,6 +40,17 @@ def check_config(config: Any) -> None:
             f"{vocab_size(config.tokenizer)} tokens; set that, or tokenizer = 'none' for ids of your own"
         )
     check_options(config)
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` can begin a directory's name, and stay within the folder that is in."""
+    if re.match(r"\w", name) and "/" not in name and name.isprintable() and len(name.encode()) <= LONGEST_NAME:
+        return
+    works = re.sub(r"[^\w.,=:+%@-]+", "_", name).lstrip("_.,=:+%@-").encode()[:LONGEST_NAME].decode(errors="ignore")
+    raise ValueError(
+        f"name = {name[:100]!r} must begin with a letter, a digit or _ and have no / and at most {LONGEST_NAME} bytes: "
+        f"the run directory's name begins with it; {works[:100] or 'run'!r} works"
+    )
 
 
 def check_options(config: Any) -> None:

@@ -5,6 +5,8 @@ How many tokens a step takes is the loader's to know (data/loader.py, tokens_bef
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +31,16 @@ def window_at(step: int, config: Any) -> int | None:
         return config.window or None
     grown = config.window_start + (config.window - config.window_start) * step / config.train_steps
     return min(config.window, math.ceil(grown / config.window_start) * config.window_start)
+
+
+def steps_of_each_kind(kind: Callable[[int], Any], first: int, end: int) -> list[int]:
+    """The first step of each kind from `first` up to `end`, for a `kind` whose parts each change in one direction: no
+    kind comes back then, and the next one is found without a look at every step between."""
+    steps = []
+    while first < end:
+        steps.append(first)
+        first += bisect_left(range(first, end), True, key=lambda step: kind(step) != kind(steps[-1]))
+    return steps
 
 
 def set_schedule(run: Any, step: int) -> None:

@@ -15,15 +15,20 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C while torch is imported, which takes seconds
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import CheckpointWriter, load_checkpoint
+from data import console
+from data.files import user_path
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer
@@ -31,11 +36,12 @@ from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, pr
 from model import GPT, ModelConfig
 from neuron_stats import NeuronStats
 from optim import MatrixOptimizer, build_optimizers, routing_table
+from outcome import exit_status, first_summary, status_after
 from profiling import StepProfiler
 from resume import Start, find_start
 from rules import check_config
 from runlog import RunLog
-from schedule import lr_scale, set_schedule, window_at
+from schedule import lr_scale, set_schedule, steps_of_each_kind, window_at
 from settings import parse_settings
 
 Optimizers = list[torch.optim.Optimizer]
@@ -134,7 +140,9 @@ def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file named first (if one is), then --key=value. ValueError says what is wrong."""
     config = parse_settings(Config, argv, description=__doc__)
     check_config(config)
-    return config
+    paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
+    of_users: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if path.startswith("~")}
+    return dataclasses.replace(config, **of_users)
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -167,6 +175,7 @@ class Run:
     start: Start  # anew, or from which checkpoint
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
+    summary: dict[str, Any] = field(default_factory=dict)  # of what was trained so far; train fills it
     # Of this step: keys that attention sees, on a GPU in its memory, where another compiles nothing anew ...
     window: int | Tensor | None = None
     is_tied: bool = False  # ... and whether embedding and head are one matrix
@@ -263,15 +272,14 @@ def warm_up(run: Run) -> None:
     states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
     c, is_cuda = run.config, run.machine.device.type == "cuda"
     with torch.random.fork_rng([run.machine.device] if is_cuda else []):
-        kinds = {  # a step of each kind: its shapes, and on a CPU the window, which is part of what is compiled there
-            (
-                step < c.small_batch_steps,
-                step < c.short_row_steps,
-                c.compile and not is_cuda and window_at(step, c),
-            ): step
-            for step in range(run.resumed["step"] if run.resumed else 0, c.train_steps)
-        }
-        for step in kinds.values():
+
+        def kind(
+            step: int,
+        ) -> tuple[Any, ...]:  # shapes, and on a CPU the window, which is part of what is compiled
+            window = c.compile and not is_cuda and window_at(step, c)
+            return step < c.small_batch_steps, step < c.short_row_steps, window
+
+        for step in steps_of_each_kind(kind, run.resumed["step"] if run.resumed else 0, c.train_steps):
             set_schedule(run, step)
             for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
                 group["lr"] = 0.0  # the dummy tokens must not make weights overflow
@@ -296,123 +304,104 @@ def check_finite(run: Run, value: float, what: str) -> None:
         raise FloatingPointError(f"the {what} is {value}; lower the learning rates")
 
 
-def ignore_further_stops() -> None:
-    """torchrun sends its own on top: the summary still gets written."""
-    for further in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(further, signal.SIG_IGN)
-
-
-def train(run: Run, log: RunLog) -> dict[str, Any]:
-    """Train until the schedule ends, the target stops the run, Ctrl-C or divergence; returns the summary."""
-    config, machine, clock = run.config, run.machine, run.clock
-    missed: dict[str, Any] = dict(time_to_target_s=None, steps_to_target=None, tokens_to_target=None)
-    summary = dict(status="finished", val_loss=None, val_step=None, steps=0, **missed)
-    first_step, start = 0, run.start
-    if run.resumed:
-        first_step, summary = run.resumed["step"], run.resumed["summary"]
-        clock.seconds["train"] = run.resumed["train_time_s"]
-        if run.resumed["config"]["target_loss"] != config.target_loss:
-            summary.update(missed, val_step=None)
-        log.continue_from(start.path, first_step)
+def train(run: Run, log: RunLog, opening: Sequence[str] = ()) -> dict[str, Any]:
+    """Train until the schedule ends, the target stops the run, Ctrl-C or divergence; returns the summary, which is
+    run.summary from the first. opening: the log's first lines."""
+    config, machine, start = run.config, run.machine, run.start
+    summary = run.summary = first_summary(run, log.directory)
     checkpoints = CheckpointWriter(
         log.directory, config.checkpoint_keep, config.checkpoint_async, machine, start.earlier, start.path or "none"
     )
-    lineage = [*start.lineage, log.directory.name]
-    summary.update(restarts=machine.restarts, resumed_from=start.path or None, lineage=lineage, job=machine.job)
+    try:
+        for line in opening:
+            log.line(line)
+        if start.path:
+            log.continue_from(start.path, summary["steps"])
+        take_steps(run, log, checkpoints)
+    except (DataError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+        if lost_rank(error):
+            console.ignore_stops()  # torchrun sends one to those that are left
+        checkpoints.wait()
+        summary["status"] = status_after(error, summary["steps"], config.micro_batch_tokens, checkpoints.newest)
+    run.clock.switch("summary")
+    return summary
+
+
+def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
+    """The steps themselves, with all that is done between them; run.summary tells how far they have come."""
+    config, machine, clock, summary = run.config, run.machine, run.clock, run.summary
+    first_step = summary["steps"]
+    if run.resumed:
+        clock.seconds["train"] = run.resumed["train_time_s"]
 
     def progress(step: int) -> str:
         seconds = clock.seconds["train"]
         return f"train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, step):.2f}ms"
 
-    step = first_step
     profiler = None
     if config.profile and machine.rank == 0:
         profiler = StepProfiler(log, clock, config.train_steps - first_step)
-    try:
-        clock.switch("warmup")
-        if config.compile:
-            log.line("compiling and warming up, off the clock ...")
-        warm_up(run)
-        for step in range(first_step, config.train_steps + 1):
-            is_last = step == config.train_steps
-            summary["steps"] = step
-            tokens, tokens_after = run.loader.tokens_before(step), run.loader.tokens_before(step + 1)
-            set_schedule(run, step)
-            if (step % config.val_every == 0 or is_last) and step != summary["val_step"]:
-                clock.switch("validation")
-                loss = evaluate(run)
-                check_finite(run, loss, "validation loss")
-                seconds = clock.seconds["train"]
-                summary.update(val_loss=loss, val_step=step)
-                log.metric(step=step, tokens=tokens, train_time_s=seconds, val_loss=loss)
-                log.line(f"step:{step}/{config.train_steps} val_loss:{loss:.5f} {progress(step)}")
-                if loss <= config.target_loss and summary["steps_to_target"] is None:
-                    summary.update(time_to_target_s=seconds, steps_to_target=step, tokens_to_target=tokens)
-                if config.stop_at_target and summary["steps_to_target"] is not None:
-                    summary["status"] = "stopped at target"
-                    break
-            if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
-                clock.switch("checkpoint")
-                checkpoints.save(
-                    step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
-                    config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=lineage,
-                    neurons=run.neurons and run.neurons.state,
-                )  # fmt: skip
-            if is_last:
+    clock.switch("warmup")
+    if config.compile:
+        log.line("compiling and warming up, off the clock ...")
+    warm_up(run)
+    for step in range(first_step, config.train_steps + 1):
+        is_last = step == config.train_steps
+        summary["steps"] = step
+        tokens, tokens_after = run.loader.tokens_before(step), run.loader.tokens_before(step + 1)
+        set_schedule(run, step)
+        if (step % config.val_every == 0 or is_last) and step != summary["val_step"]:
+            clock.switch("validation")
+            loss = evaluate(run)
+            check_finite(run, loss, "validation loss")
+            seconds = clock.seconds["train"]
+            summary.update(val_loss=loss, val_step=step)
+            log.metric(step=step, tokens=tokens, train_time_s=seconds, val_loss=loss)
+            log.line(f"step:{step}/{config.train_steps} val_loss:{loss:.5f} {progress(step)}")
+            if loss <= config.target_loss and summary["steps_to_target"] is None:
+                summary.update(time_to_target_s=seconds, steps_to_target=step, tokens_to_target=tokens)
+            if config.stop_at_target and summary["steps_to_target"] is not None:
+                summary["status"] = "stopped at target"
                 break
-            neurons = run.neurons if machine.rank == 0 and (step + 1) % (config.neuron_stats or 1) == 0 else None
-            if neurons:
-                clock.switch("neurons")
-                neurons.before_step()
-            clock.switch("train")
-            if run.loader.epoch(step) > run.loader.epoch(max(step - 1, 0)):
-                log.line(f"step:{step} epoch {run.loader.epoch(step) + 1} of the training data begins")
-            with profiler.step() if profiler else contextlib.nullcontext():
-                loss_sum = train_step(run, *run.batch(step))
-            log.bar.update()
-            if neurons:
-                clock.switch("neurons")
-                found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)), run.window)
-                seconds = clock.seconds["train"]
-                log.metric(step=step + 1, tokens=tokens_after, train_time_s=seconds, neurons=found)
-            if (step + 1) % config.log_every == 0:
-                clock.switch("logging")
-                loss = machine.sum(loss_sum).item() / (tokens_after - tokens)
-                check_finite(run, loss, "training loss")
-                values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
-                log.metric(step=step + 1, tokens=tokens_after, **values)
-                log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
-        if config.checkpoint_every:
+        if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
             clock.switch("checkpoint")
-            checkpoints.settle()
-    except FloatingPointError as error:
-        checkpoints.wait()
-        summary["status"] = f"diverged by step {step}: {error}; last good checkpoint: {checkpoints.newest}"
-    except (DataError, OSError) as error:
-        summary["status"] = f"failed at step {step}: {error}"
-    except torch.OutOfMemoryError:
-        summary["status"] = (
-            f"failed at step {step}: out of memory with micro_batch_tokens = {config.micro_batch_tokens}; a smaller "
-            "one changes neither the batch nor the loss"
-        )
-    except RuntimeError as error:
-        if not lost_rank(error):
-            raise
-        ignore_further_stops()
-        checkpoints.wait()
-        go_on = "" if checkpoints.newest == "none" else f" with --resume=auto to go on from {checkpoints.newest}"
-        summary["status"] = (
-            f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again{go_on}"
-        )
-    except KeyboardInterrupt:
-        ignore_further_stops()
-        summary["status"] = "interrupted"
-    clock.switch("summary")
-    return summary
+            checkpoints.save(
+                step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
+                config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=summary["lineage"],
+                neurons=run.neurons and run.neurons.state,
+            )  # fmt: skip
+        if is_last:
+            break
+        neurons = run.neurons if machine.rank == 0 and (step + 1) % (config.neuron_stats or 1) == 0 else None
+        if neurons:
+            clock.switch("neurons")
+            neurons.before_step()
+        clock.switch("train")
+        if run.loader.epoch(step) > run.loader.epoch(max(step - 1, 0)):
+            log.line(f"step:{step} epoch {run.loader.epoch(step) + 1} of the training data begins")
+        with profiler.step() if profiler else contextlib.nullcontext():
+            loss_sum = train_step(run, *run.batch(step))
+        log.bar.update()
+        if neurons:
+            clock.switch("neurons")
+            found = neurons.look(step + 1, *next(validation(config, machine, run.val_stream)), run.window)
+            seconds = clock.seconds["train"]
+            log.metric(step=step + 1, tokens=tokens_after, train_time_s=seconds, neurons=found)
+        if (step + 1) % config.log_every == 0:
+            clock.switch("logging")
+            loss = machine.sum(loss_sum).item() / (tokens_after - tokens)
+            check_finite(run, loss, "training loss")
+            values = dict(train_time_s=clock.seconds["train"], train_loss=loss, lr_scale=lr_scale(step, config))
+            log.metric(step=step + 1, tokens=tokens_after, **values)
+            log.line(f"step:{step + 1}/{config.train_steps} train_loss:{loss:.5f} {progress(step + 1)}")
+    if config.checkpoint_every:
+        clock.switch("checkpoint")
+        checkpoints.settle()
 
 
 def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     """Complete and write the summary; end the terminal's output with what people look for, and a sample."""
+    run.clock.switch("summary")
     config, machine, seconds = run.config, run.machine, run.clock.seconds
     tokens = run.loader.tokens_before(summary["steps"])
     tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
@@ -431,25 +420,26 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
         return
     if config.tokenizer != "none" and summary["status"] in ("finished", "stopped at target"):
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
-            prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
-            sample = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
-            text = get_tokenizer(config.tokenizer).decode(sample)
-            log.line(f"sample       {' '.join(text[:200].split())}")
-
-
-def exit_status(summary: dict[str, Any], config: Config) -> int:
-    """0, 1, 2, 3, 4 or 130, as at the top of this file."""
-    if summary["status"] == "interrupted":
-        return 130
-    if summary["status"].startswith("diverged"):
-        return 1
-    if summary["status"].startswith("failed"):
-        return 4 if "another rank was lost" in summary["status"] else 2
-    return 3 if config.require_target and summary["steps_to_target"] is None else 0
+            try:
+                console.accept_stops()
+                prompt, generator = [end_of_text(config.tokenizer)], torch.Generator().manual_seed(config.seed)
+                sample = run.model.generate(prompt, 200 if config.tokenizer == "byte" else 60, generator)
+                text = get_tokenizer(config.tokenizer).decode(sample)
+                log.line(f"sample       {' '.join(text[:200].split())}")
+            finally:
+                console.ignore_stops()
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop ends a run as Ctrl-C does
+    console.prepare()
+    try:
+        return run_to_end(argv)
+    except KeyboardInterrupt:  # before there is a run
+        console.ignore_stops()
+        return 130
+
+
+def run_to_end(argv: list[str]) -> int:
     try:
         config = load_config(argv)
         if config.compile:
@@ -458,7 +448,7 @@ def main(argv: list[str]) -> int:
         run = set_up(config, machine)
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return exit_status(run.start.ended, config)
-        log = RunLog(config, machine, run.data)
+        log = RunLog(config, machine, run.data, run.start.lineage)
     except (ValueError, OSError) as error:  # OSError: a full disk
         print_error(str(error))
         return 2
@@ -467,14 +457,16 @@ def main(argv: list[str]) -> int:
             raise
         print_error(f"another rank was lost before training began ({lost_rank(error)})", event="lost")
         return 4
+    try:
+        try:
+            facts = [f"{run.model.num_params():,} parameters", *machine.notes]
+            facts += [f"{run.loader.epochs(config.train_steps):.2f} epochs of training data"]
+            opening = ["; ".join(facts), routing_table(run.optimizers), *log.notes, *run.start.notes]
+            summary = train(run, log, opening)
+        finally:  # a further stop ends nothing now, and one that came in the last moment ends the run
+            console.ignore_stops()
     except KeyboardInterrupt:
-        return 130
-    epochs = run.loader.epochs(config.train_steps)
-    log.line(f"{run.model.num_params():,} parameters; {'; '.join(machine.notes)}; {epochs:.2f} epochs of training data")
-    log.line(routing_table(run.optimizers))
-    for note in run.start.notes:
-        log.line(note)
-    summary = train(run, log)
+        summary = (run.summary or first_summary(run, log.directory)) | {"status": "interrupted"}
     run.loader.close()
     log.bar.close()
     try:

@@ -5,16 +5,21 @@ What it prints is for whoever is there: a terminal that went away, a closed pipe
 shown ends nothing.
 """
 
+import atexit
 import contextlib
 import io
+import math
 import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ONE_STOP_S = 1.0  # stops that come together are one: a terminal that goes away, or torchrun's own on top
+_last_stop_s = -math.inf
 
 
 def run(command: Callable[[], int | None], go_on: str) -> int:
@@ -34,9 +39,8 @@ def run(command: Callable[[], int | None], go_on: str) -> int:
 
 def prepare() -> None:
     """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails, no stream is None."""
-    for stop in STOPS:
-        if signal.getsignal(stop) != signal.SIG_IGN:
-            signal.signal(stop, signal.default_int_handler)
+    accept_stops()
+    atexit.register(_ignore_stops_for_good)
     if sys.stdin is None:  # the descriptor is closed, and as the lowest that is free it is the one that is taken
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
@@ -44,10 +48,42 @@ def prepare() -> None:
             setattr(sys, name, _lasting(getattr(sys, name), descriptor))
 
 
+def accept_stops() -> None:
+    """A stop raises KeyboardInterrupt, from the start or again after `ignore_stops`."""
+    global _last_stop_s
+    _last_stop_s = -math.inf
+    _handle_stops(_stop)
+
+
 def ignore_stops() -> None:
     """A run that is ending writes its summary, whatever else is sent: torchrun, say, sends its own on top."""
+    _handle_stops(_ignore)  # not SIG_IGN, which would pass for the parent's choice
+
+
+def _handle_stops(handler: Callable[[int, Any], None]) -> None:
     for stop in STOPS:
-        signal.signal(stop, signal.SIG_IGN)
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, handler)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Two at once must not end what the first one sets going; one that was lost in a destructor can be sent again."""
+    global _last_stop_s
+    now_s = time.monotonic()
+    if now_s - _last_stop_s >= ONE_STOP_S:
+        _last_stop_s = now_s
+        raise KeyboardInterrupt
+
+
+def _ignore(number: int, frame: Any) -> None:
+    pass
+
+
+def _ignore_stops_for_good() -> None:
+    """Lest an interpreter that is ending, and has no handlers any more, dies of one with another exit status."""
+    for stop in STOPS:
+        if signal.getsignal(stop) in (_stop, _ignore):
+            signal.signal(stop, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -78,10 +78,13 @@ def try_lock(file: IO[Any], shared: bool = False) -> bool | None:
     return True
 
 
-def wait_for_lock(file: IO[Any]) -> None:
-    """Lock an open file until it is closed, once no other process holds it; not at all without locks."""
-    with contextlib.suppress(OSError):
+def wait_for_lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed, once no other process holds it. False without locks."""
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def user_path(path: str | Path) -> Path:

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: Triton then runs it in numpy, on CPU tensors
 
 import train_gpt
-from data.console import STOPS
+from data import console
 from data.shards import write_shard
 from experiments import neurons, sweep
 from tests import warm
@@ -48,19 +48,11 @@ def same_threads() -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    """Commands that run in this process leave its signals as they were."""
-    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
+def signals_and_streams() -> Iterator[None]:
+    """As they were, after a command that ran in this process."""
+    handlers, streams = {stop: signal.getsignal(stop) for stop in console.STOPS}, (sys.stdout, sys.stderr)
     yield
-    for stop, handler in handlers.items():
-        signal.signal(stop, handler)
-
-
-@pytest.fixture
-def signals_as_before() -> Iterator[None]:
-    """For tests of commands, which set how this process takes signals."""
-    handlers = {stop: signal.getsignal(stop) for stop in STOPS}
-    yield
+    sys.stdout, sys.stderr = streams
     for stop, handler in handlers.items():
         signal.signal(stop, handler)
 
@@ -123,10 +115,8 @@ def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     """trainer("--seed=1") runs the tiny recipe in this process, with its run directories under tmp_path/runs."""
 
     def run(*arguments: str) -> Result:
-        handler = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
         status = train_gpt.main([str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}", *arguments])
-        signal.signal(signal.SIGTERM, handler)
         return Result(status, *capfd.readouterr())
 
     return run

@@ -1,7 +1,9 @@
 """A checkpoint file is whole or absent, only the newest stay, damage is noticed, and a thread changes nothing."""
 
+import errno
 import os
 import resource
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +80,45 @@ def test_only_the_newest_stay_over_all_directories_of_a_run(tmp_path: Path, keep
     assert names(old.directory) == ["checkpoint_000010.pt"][: keep - 1]
     assert names(new.directory) == ["checkpoint_000015.pt", "checkpoint_000100.pt"][-keep:]
     assert names(stranger.directory) == ["checkpoint_000001.pt"]
+
+
+def test_a_million_steps_are_more_than_999999(tmp_path: Path) -> None:
+    checkpoints = writer(tmp_path, keep=2)
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        checkpoints.save(step, *model_and_optimizer(0))
+    assert names(tmp_path) == ["checkpoint_1000000.pt", "checkpoint_1000001.pt"]
+
+
+def test_what_others_put_beside_a_run_s_checkpoints_stays(tmp_path: Path) -> None:
+    theirs = ["checkpoint_000001_best.pt", "checkpoint_best.pt", "checkpoint_best.tmp"]
+    for name in theirs:
+        (tmp_path / name).write_bytes(b"mine")
+    checkpoints = writer(tmp_path, keep=1)
+    for step in (1, 2):
+        checkpoints.save(step, *model_and_optimizer(0))
+    assert names(tmp_path) == sorted([*theirs, "checkpoint_000002.pt"])
+
+
+def test_what_cannot_be_deleted_or_flushed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems: no fsync of folders, files of another user, folders that are stale."""
+    genuine = os.fsync, Path.unlink
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        genuine[0](descriptor)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "checkpoint_000001.pt":
+            raise PermissionError
+        genuine[1](path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    checkpoints = writer(tmp_path / "new", keep=1, earlier=(tmp_path / "gone/checkpoint_000000.pt",))
+    for step in (1, 2, 3):
+        checkpoints.save(step, *model_and_optimizer(0))
+    assert names(checkpoints.directory) == ["checkpoint_000001.pt", "checkpoint_000003.pt"]
 
 
 @contextmanager
@@ -180,6 +221,10 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None
         load_checkpoint(checkpoints.newest, nn.Linear(2, 2), optimizers, CPU)
     assert "\n" not in str(refusal.value)
     path = Path(checkpoints.newest)
+    for foreign in ([1, 2], 3, {"step": 1, "model": 2}):
+        torch.save(foreign, tmp_path / "foreign.pt")
+        with pytest.raises(ValueError, match="not a checkpoint of this model"):
+            load_checkpoint(str(tmp_path / "foreign.pt"), model, optimizers, CPU)
     os.truncate(path, 700)
     with pytest.raises(ValueError, match="not a checkpoint of this model") as refusal:
         load_checkpoint(checkpoints.newest, model, optimizers, CPU)

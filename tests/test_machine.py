@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import machine
 from machine import (
@@ -20,9 +23,14 @@ from machine import (
     Machine,
     check_device,
     find_machine,
+    git_commit,
+    git_state,
+    is_alive,
     lost_rank,
+    pid_scope,
     place_among_ranks,
     print_error,
+    start_ticks,
     versions,
 )
 from tests.conftest import ROOT
@@ -211,19 +219,91 @@ def test_training_step_after_step_never_waits_for_the_device(monkeypatch: pytest
     [("", ".cache/inductor"), (f"{tempfile.gettempdir()}/torchinductor_me", ".cache/inductor"), ("/mine", "/mine")],
     ids=["nothing", "torch's default", "the user's"],
 )
-def test_what_is_compiled_is_kept(before: str, after: str) -> None:
-    """In a process of its own, which has imported the compiler by then as a run has."""
-    code = (
-        "import torch._dynamo, machine; machine.prepare_compiler(); "
-        "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
-    if before:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = before
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
-    assert result.stdout.strip() == str(ROOT / after), result.stderr
+def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, dynamo: None, before: str, after: str) -> None:
+    """By a process which has imported the compiler by then, as a run has."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
+    if not before:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    machine.prepare_compiler()
+    assert cache_dir() == str(ROOT / after)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Its settings, as they were afterwards."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+
+
+def test_a_checkout_that_cannot_be_written_keeps_nothing_of_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamo: None
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_me")
+    (tmp_path / ".cache").write_text("no folder can be made here", encoding="utf-8")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    machine.prepare_compiler()
+    assert cache_dir() == f"{tempfile.gettempdir()}/torchinductor_me"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    folder.mkdir(exist_ok=True)
+    someone = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    return subprocess.check_output(["git", *someone, *arguments], cwd=folder, encoding="utf-8").strip()
+
+
+def test_a_commit_is_of_this_checkout_or_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "outer/inner"
+    monkeypatch.setattr(machine, "ROOT", inner)
+    git(outer, "init", "--quiet")
+    git(outer, "commit", "--quiet", "--allow-empty", "--message=other")
+    inner.mkdir()
+    (inner / "machine.py").write_text("", encoding="utf-8")
+    assert git_state() == ("", f"{inner} is no checkout of its own, it lies in that of {outer}")
+
+    git(inner, "init", "--quiet")
+    nothing = ("", f"the git repository in {inner} has no commit of these files")
+    assert git_state() == nothing
+    git(inner, "commit", "--quiet", "--allow-empty", "--message=files that are not these")
+    assert git_state() == nothing
+    git(inner, "add", "machine.py")
+    git(inner, "commit", "--quiet", "--message=these")
+    commit = git(inner, "rev-parse", "HEAD")
+    for variable in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):  # as in a hook of another repository
+        monkeypatch.setenv(variable, str(outer / ".git"))
+    assert git_state() == (commit, "")
+    (inner / "machine.py").write_text("changed", encoding="utf-8")
+    assert git_commit() == f"{commit}-dirty"
+
+    (inner / ".git/HEAD").unlink()
+    (outer / ".git/HEAD").unlink()
+    assert git_state()[1].startswith("not a git repository")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() == ("", "git cannot be started (No such file or directory)")
+
+
+def test_what_git_says_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a checkout that belongs to another user, say: with the remedy."""
+    script = tmp_path / "git"
+    told = "fatal: dubious\\nTo add:\\n\\n\\tgit config it\\n"
+    script.write_text(f"#!/bin/sh\nprintf '{told}' >&2; exit 128\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state() == ("", "dubious To add: git config it")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_process_is_told_from_a_later_one_of_the_same_id() -> None:
+    assert pid_scope() == pid_scope() != ""
+    process = subprocess.Popen(["sleep", "60"])
+    ticks = start_ticks(process.pid)
+    assert ticks.isdecimal()
+    assert is_alive(process.pid, ticks)
+    assert not is_alive(process.pid, "1")
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_alive(process.pid, ticks)  # it ended, and nobody has asked how
+    process.wait()
+    assert not is_alive(process.pid, ticks)
 
 
 def test_versions_name_what_computes() -> None:

@@ -254,7 +254,6 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "set_schedule", stop_at_25)
-        patch.setattr(train_gpt, "ignore_further_stops", lambda: None)
         assert trainer("--checkpoint_every=20").returncode == 130
     checkpoint = only(tmp_path / "runs") / "checkpoint_000020.pt"
     state = torch.load(checkpoint, weights_only=True)

@@ -30,7 +30,6 @@ from data.tokenizer import get_tokenizer
 from tests.conftest import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def command(*arguments: object) -> list[str]:

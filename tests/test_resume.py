@@ -1,17 +1,25 @@
 """--resume: which checkpoint is taken, what may have changed since, and what the log says about it."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import machine
 import train_gpt
-from resume import WHERE_AND_HOW, Start
+from machine import pid_scope, start_ticks
+from resume import WHERE_AND_HOW, Start, _idle
+from runlog import WRITER, is_running
 from tests.conftest import Result, Trainer
 from tests.test_checkpoint import files_no_larger_than
 from tests.test_train import assert_refused, metrics, summary, tiny_run
@@ -30,7 +38,6 @@ def interrupted(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "set_schedule", stop_at_25)
-        patch.setattr(train_gpt, "ignore_further_stops", lambda: None)
         assert trainer("--checkpoint_every=10").returncode == 130
     (directory,) = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in directory.glob("*.pt")) == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
@@ -132,6 +139,160 @@ def test_auto_takes_only_the_very_same_run(
         assert f"{interrupted} is still being written and left alone" in start().notes[0]
 
 
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has none."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.fixture
+def other_process() -> Iterator[subprocess.Popen[bytes]]:
+    """One that lives, and is not this one."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def run_directory(path: Path, pid: int, checkpoint: bool = True, **changes: Any) -> Path:
+    """As a run of that process leaves it, or of another one by `changes` of its writer.json."""
+    path.mkdir(parents=True)
+    writer = dict(pid=pid, start_ticks=start_ticks(pid), pid_scope=pid_scope(), has_lock=True, job=[], lineage=[])
+    for name, text in {"log.txt": "", WRITER: json.dumps(writer | changes)}.items():
+        (path / name).write_text(text, encoding="utf-8")
+    if checkpoint:
+        (path / "checkpoint_000010.pt").touch()
+    return path
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+ELSEWHERE = dict(pid_scope="node7/boot/pid:[1]")
+
+
+@linux
+def test_without_locks_a_process_of_this_machine_is_looked_up(
+    tmp_path: Path, no_locks: None, other_process: subprocess.Popen[bytes]
+) -> None:
+    alive = run_directory(tmp_path / "alive", other_process.pid, has_lock=False)
+    later = run_directory(tmp_path / "later", other_process.pid, start_ticks="1")
+    here = run_directory(tmp_path / "here", os.getpid())  # an earlier run of this very process
+    assert [is_running(path) for path in (alive, later, here)] == [True, False, False]
+    other_process.kill()
+    other_process.wait()
+    assert is_running(alive) is False
+
+
+@linux
+def test_without_locks_another_machine_s_process_may_be_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_locks: None
+) -> None:
+    elsewhere = run_directory(tmp_path / "elsewhere", 1, **ELSEWHERE, agent="job/node7/1/2")
+    older = run_directory(tmp_path / "older", 1)  # of a version that wrote no such file
+    (older / WRITER).unlink()
+    assert [is_running(path) for path in (elsewhere, older)] == [None, None]
+    assert is_running(elsewhere, ["job/node7/1/2"]) is False  # the agent that has started this process ended that one
+    assert is_running(elsewhere, ["job/node8/1/2"]) is None
+    (elsewhere / "summary.json").write_text('{"status": "interrupted"}', encoding="utf-8")
+    assert is_running(elsewhere) is False
+    assert is_running(tmp_path) is False  # no run's directory at all
+
+    monkeypatch.undo()  # with locks
+    lockless = run_directory(tmp_path / "lockless", 1, **ELSEWHERE, has_lock=False)
+    gone = run_directory(tmp_path / "gone", 1, **ELSEWHERE)
+    assert [is_running(path) for path in (older, gone, lockless)] == [False, False, None]
+
+
+@linux
+def test_what_may_be_alive_or_is_gone_on_from_is_left_alone(
+    tmp_path: Path, no_locks: None, other_process: subprocess.Popen[bytes]
+) -> None:
+    live = run_directory(tmp_path / "live", other_process.pid, lineage=["first"], checkpoint=False)
+    first = run_directory(tmp_path / "first", os.getpid())
+    elsewhere = run_directory(tmp_path / "elsewhere", 1, **ELSEWHERE)
+    dead = run_directory(tmp_path / "dead", os.getpid())
+    notes: list[str] = []
+    assert _idle([live, first, elsewhere, dead], set(), notes) == [dead]
+    assert notes == [
+        f"resume: {first} is left alone, as {live} went on from it and is, or may be, alive",
+        f"resume: {elsewhere} is left alone, as its run may be alive on node7: no lock here can tell; if it is not, go "
+        f"on from it with --resume={elsewhere}/checkpoint_000010.pt",
+    ]  # fmt: skip
+
+
+@linux
+def test_without_locks_auto_takes_a_killed_run_and_no_other(
+    trainer: Trainer, tmp_path: Path, interrupted: Path, no_locks: None, other_process: subprocess.Popen[bytes]
+) -> None:
+    (interrupted / "summary.json").unlink()
+    writer = json.loads((interrupted / WRITER).read_text(encoding="utf-8"))
+    assert (writer["pid"], writer["has_lock"]) == (os.getpid(), True)
+    live = writer | dict(pid=other_process.pid, start_ticks=start_ticks(other_process.pid))
+    (interrupted / WRITER).write_text(json.dumps(live), encoding="utf-8")
+    result = trainer("--resume=auto", "--checkpoint_every=1", "--checkpoint_keep=1")
+    assert f"resume: {interrupted} is still being written and left alone" in result.stdout
+    assert "resumed from" not in result.stdout
+    assert len(list(interrupted.glob("*.pt"))) == 2
+    anew = newest(tmp_path, interrupted)
+    assert json.loads((anew / WRITER).read_text(encoding="utf-8"))["has_lock"] is False
+    shutil.rmtree(anew)
+
+    other_process.kill()
+    other_process.wait()
+    result = trainer("--resume=auto")
+    assert f"resumed from {interrupted}/checkpoint_000020.pt at step 20" in result.stdout
+    went_on = newest(tmp_path, interrupted)
+    assert json.loads((went_on / WRITER).read_text(encoding="utf-8"))["lineage"] == [interrupted.name]
+
+
+def test_a_restart_leaves_an_attempt_alone_that_is_alive(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Path
+) -> None:
+    """Of the same job of torchrun, by an agent that was cut off from the others, say."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setattr(machine, "launcher", lambda: "agent")
+    shutil.rmtree(interrupted)
+    assert trainer("--checkpoint_every=2", "--train_steps=3").returncode == 0
+    first = newest(tmp_path)
+    (first / "summary.json").unlink()
+    with (first / "log.txt").open(encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        result = trainer("--train_steps=3")
+        assert f"resume: {first} is still being written and left alone" in result.stdout
+        assert "resumed from" not in result.stdout
+        assert "left alone" not in trainer("--train_steps=3", "--name=another").stdout
+    shutil.rmtree(newest(tmp_path, first, *(tmp_path / "runs").glob("another-*")))
+    assert f"resumed from {first}/checkpoint_000003.pt" in trainer("--train_steps=3").stdout
+
+
+def test_brackets_and_stars_are_letters_of_a_name(trainer: Trainer, tmp_path: Path) -> None:
+    where = [f"--run_dir={tmp_path}/[a]*/b?", "--name=x[1]*?", "--train_steps=3", "--checkpoint_every=2"]
+    assert trainer(*where).returncode == 0
+    (path,) = (tmp_path / "[a]*/b?").iterdir()
+    (path / "summary.json").unlink()
+    assert f"resumed from {path}/checkpoint_000003.pt" in trainer(*where, "--resume=auto").stdout
+
+
+def test_files_that_other_programs_have_touched_end_nothing(
+    trainer: Trainer, tmp_path: Path, interrupted: Path
+) -> None:
+    for name in ("log.txt", "metrics.jsonl"):
+        content = (interrupted / name).read_bytes()
+        (interrupted / name).write_bytes(b"\xef\xbb\xbf" + content + b'\xff\n[1]\n{"step": "x"}\n{}\n')
+    for index, content in enumerate([b"\xff", b"[]", b"\xef\xbb\xbf{", b'{"status": 3, "job": 1, "lineage": null}']):
+        other = tmp_path / f"runs/tiny-{index}"
+        other.mkdir()
+        for name in ("summary.json", WRITER):
+            (other / name).write_bytes(content)
+    torch.save([1], interrupted / "checkpoint_000030.pt")
+    result = trainer("--resume=auto")
+    assert f"resumed from {interrupted}/checkpoint_000020.pt at step 20" in result.stdout
+    directory = newest(tmp_path, interrupted, *(tmp_path / "runs").glob("tiny-?"))
+    assert sorted(metrics(directory, "val_loss")) == [0, 10, 20, 30, 40]
+
+
 def test_what_auto_ignores_are_settings() -> None:
     assert set(WHERE_AND_HOW.split()) <= {field.name for field in dataclasses.fields(Config)}
 
@@ -210,7 +371,12 @@ def test_a_full_disk_ends_the_run_with_a_sentence(trainer: Trainer, tmp_path: Pa
     assert "checkpoint_000015.pt could not be written (File too large); older checkpoints are as they were" in line
     (directory,) = (tmp_path / "runs").iterdir()
     assert summary(directory)["status"] == line.removeprefix("error: ")
-    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "writer.json",
+    ]
 
 
 def test_a_job_that_ended_is_not_trained_again_by_a_restart(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rules import check_config
 from settings import parse_settings
 from tests.conftest import ROOT
 from train_gpt import Config, load_config
@@ -60,6 +61,35 @@ def test_mistakes_on_the_command_line(arguments: list[str], words: list[str]) ->
     message = str(refusal.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exp/a", "/abs", "..", ".", "", "../up", ".hidden", "-x", "~", " a", "a\nb", "a\0b", "a\x1b[0m", "a" * 232,
+     "日" * 78, "\udce9"],
+    ids=ascii,
+)  # fmt: skip
+def test_a_name_that_cannot_begin_a_directory_s_is_refused_with_one_that_can(name: str) -> None:
+    with pytest.raises(ValueError, match=r"name = .* must begin with .*; '(.*)' works$") as refusal:
+        check_config(dataclasses.replace(Config(), name=name))
+    works = str(refusal.value).split("'")[-2]
+    assert load_config([f"--name={works}"]).name == works
+    assert "\n" not in str(refusal.value)
+
+
+def test_ordinary_names_are_taken() -> None:
+    for name in ("a" * 231, "日" * 77, "_x", "7", "matrix_lr=0.02,adam_betas=0.9:0.95", "a[b]*?", "50%2Fa b"):
+        assert load_config([f"--name={name}"]).name == name
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("run_dir", "resume", "train_files", "val_files")
+    config = load_config([f"--{key}=~/a/{key}*" for key in keys])
+    assert [getattr(config, key) for key in keys] == [f"{tmp_path}/a/{key}*" for key in keys]
+    default = load_config([])
+    assert [getattr(default, key) for key in keys] == [getattr(Config(), key) for key in keys]
+    assert load_config(["--run_dir=runs/~/./x/"]).run_dir == "runs/~/./x/"
 
 
 @pytest.mark.parametrize(

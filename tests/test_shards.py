@@ -33,7 +33,6 @@ from data.shards import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.usefixtures("signals_as_before")
 
 
 def test_file_is_header_then_tokens_little_endian(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The trainer as its users run it: schedules, log, clock, target, exact restore and resume, mistakes."""
 
+import dataclasses
 import fcntl
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +20,18 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import machine
+import runlog
 import train_gpt
+from checkpoint import CheckpointWriter, verify
+from data import console
 from data.shards import head_fingerprint, open_shard, write_shard
-from runlog import run_sources
-from schedule import lr_scale, momentum_at
+from leaderboard.runs import parse_log
+from runlog import RunLog, run_sources
+from schedule import lr_scale, momentum_at, steps_of_each_kind, window_at
 from tests.conftest import PATIENCE_S, ROOT, Result, Trainer
+from tests.test_checkpoint import files_no_larger_than
 from train_gpt import Config, load_config, set_up, train_step, warm_up
 
 
@@ -64,6 +73,35 @@ def test_momentum_rises_from_085() -> None:
     assert momentum_at(0, Config(momentum=0.5, momentum_warmup_steps=4)) == 0.5  # never above the target
 
 
+def test_the_kinds_of_steps_are_those_that_a_look_at_every_step_finds() -> None:
+    def kind(step: int) -> tuple[object, ...]:
+        return step < 7, step < 300, min(5, step // 90)
+
+    for first in (0, 6, 7, 200, 499, 500):
+        expected = [step for step in range(first, 500) if step == first or kind(step) != kind(step - 1)]
+        assert steps_of_each_kind(kind, first, 500) == expected
+
+
+def test_set_up_does_not_grow_with_the_steps(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at each of 300 million steps would take minutes."""
+    looks = []
+
+    def counting_window(step: int, config: Config) -> int | None:
+        looks.append(step)
+        return window_at(step, config)
+
+    monkeypatch.setattr(train_gpt, "window_at", counting_window)
+    monkeypatch.setattr(train_gpt, "train_step", lambda *_: None)
+    growth = ["--window=32", "--window_start=8", "--small_batch_steps=2", "--micro_batch_tokens=96"]
+    run = tiny_run(tiny_recipe, *growth, "--train_steps=300000000")
+    run.config = dataclasses.replace(run.config, compile=True)  # of which windows are a part
+    run.compiled = lambda *_: torch.zeros(())
+    warm_up(run)
+    run.loader.close()
+    kinds, steps_of_bisection = 4 + 1, 28 + 1  # windows 8, 16, 24, 32 and the first two steps; 2**28 < 3e8 < 2**29
+    assert len(looks) <= kinds * 2 * (steps_of_bisection + 1)
+
+
 # A run
 
 
@@ -71,7 +109,12 @@ def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_da
     result = trainer("--target_loss=3.3", "--matrix_optimizer=muon")
     assert result.returncode == 0, result.stderr
     directory = only_run(tmp_path)
-    assert sorted(path.name for path in directory.iterdir()) == ["log.txt", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "writer.json",
+    ]
     losses, final = metrics(directory, "val_loss"), summary(directory)
 
     # the log: sources, versions, then lines the field's tools parse
@@ -225,8 +268,126 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
     assert not list(only_run(tmp_path).glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path: Path, stop: signal.Signals) -> None:
+def send_in(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, *stops: signal.Signals, after: bool = False
+) -> None:
+    """Have a function of the trainer receive signals when it begins, or when it is done."""
+    genuine = getattr(place, name)
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        if after:
+            result = genuine(*args, **kwargs)
+        for stop in stops:
+            os.kill(os.getpid(), stop)
+        return result if after else genuine(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, stopped)
+
+
+@pytest.mark.parametrize("stop", console.STOPS, ids=lambda stop: stop.name)
+def test_every_stop_ends_a_run_with_its_summary(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    send_in(monkeypatch, train_gpt, "train_step", stop, signal.SIGTERM)  # the second on top, as torchrun sends it
+    result = trainer("--log_every=1")
+    assert (result.returncode, result.stderr) == (130, "")
+    assert summary(only_run(tmp_path))["status"] == "interrupted"
+    assert "run          interrupted" in (only_run(tmp_path) / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stop", console.STOPS, ids=lambda stop: stop.name)
+def test_what_the_parent_ignores_ends_nothing(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    signal.signal(stop, signal.SIG_IGN)
+    send_in(monkeypatch, train_gpt, "train_step", stop)
+    assert trainer("--train_steps=2").returncode == 0
+    assert signal.getsignal(stop) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "after", "status"),
+    [
+        (train_gpt, "load_config", False, None),
+        (train_gpt, "find_start", False, None),
+        (runlog, "run_sources", False, None),
+        (runlog, "whole_file", False, None),  # of writer.json: the directory is there, and goes again
+        (train_gpt, "first_summary", True, "interrupted"),
+        (train_gpt, "routing_table", False, "interrupted"),
+        (train_gpt, "warm_up", False, "interrupted"),
+        (train_gpt, "evaluate", False, "interrupted"),
+        (checkpoint, "to_host", False, "interrupted"),
+        (CheckpointWriter, "settle", False, "interrupted"),
+        (CheckpointWriter, "_write_file", False, "interrupted"),  # in its thread, while the run waits for it
+        (train_gpt, "train", True, "interrupted"),
+        (train_gpt, "finish", False, "finished"),
+        (RunLog, "summary", False, "finished"),
+        (RunLog, "closing", True, "finished"),
+        (train_gpt.GPT, "generate", False, "finished"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_stop_at_any_moment_leaves_whole_things(
+    trainer: Trainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    name: str,
+    after: bool,
+    status: str | None,
+) -> None:
+    """status None: there is no run directory."""
+    send_in(monkeypatch, place, name, signal.SIGHUP, after=after)
+    in_thread = name == "to_host"
+    sampled = ["--tokenizer=byte", "--vocab_size=257", "--train_steps=3", "--val_every=3"]
+    result = trainer(*sampled, "--checkpoint_every=2", f"--checkpoint_async={in_thread}")
+    assert (result.returncode, result.stderr) == (0 if status == "finished" else 130, "")
+    directories = list((tmp_path / "runs").glob("*"))
+    if status is None:
+        assert not directories
+        return
+    (directory,) = directories
+    assert summary(directory)["status"] == status
+    assert not list(directory.glob("*.tmp"))
+    for path in directory.glob("*.pt"):
+        verify(path)
+    if name == "_write_file":  # what was under way is finished first
+        assert [path.name for path in directory.glob("*.pt")] == ["checkpoint_000002.pt"]
+
+
+def test_a_terminal_that_is_gone_ends_nothing(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def isatty(self) -> bool:
+            raise ValueError("I/O operation on closed file")
+
+    for stdout, stderr in ((Gone(), Gone()), (None, None)):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert trainer("--train_steps=2", f"--run_dir={tmp_path / str(stdout is None)}").returncode == 0
+    for name in ("True", "False"):
+        (directory,) = (tmp_path / name).iterdir()
+        assert "run          finished" in (directory / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_terminal_that_cannot_show_the_sample_ends_nothing(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(train_gpt.GPT, "generate", lambda *_: [*"naïve café 日本".encode()])
+    result = trainer("--tokenizer=byte", "--vocab_size=257", "--train_steps=2", f"--run_dir={tmp_path}/caf\udce9")
+    assert result.returncode == 0
+    (log,) = tmp_path.glob("caf*/*/log.txt")
+    text = log.read_text(encoding="utf-8")  # its own directory's name, which is not in UTF-8, is told in \x escapes
+    assert "sample       naïve café 日本" in text
+    assert re.search(r"directory    .*caf\\udce9", text)
+
+
+def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "tests/warm_trainer.py", str(tiny_recipe), f"--run_dir={tmp_path / 'runs'}"]
     process = subprocess.Popen(
         [*command, "--train_steps=1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -237,7 +398,7 @@ def test_an_interrupted_run_leaves_a_whole_directory(tiny_recipe: Path, tmp_path
     for line in process.stdout:
         if line.startswith("step:20/1000000 val_loss"):
             break
-    process.send_signal(stop)
+    process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
@@ -285,6 +446,37 @@ def test_the_source_in_a_log_is_of_this_repository_alone() -> None:
     sources = run_sources()
     assert {"train_gpt.py", "optim/aurora.py", "data/shards.py"} <= set(sources)
     assert all((ROOT / path).read_text(encoding="utf-8") == source for path, source in sources.items())
+
+
+def test_source_that_is_no_plain_text_and_what_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "conda"))
+    monkeypatch.chdir(tmp_path)
+    files = {"latin.py": b"x = '\xe9'\n", "fast.so": b"\x7fELF\xff", ".cache/inductor/ab/cab.py": b"",
+             "conda/lib/re.py": b"", "relative.py": b"", "env/site-packages/other.py": b""}  # fmt: skip
+    for index, (name, content) in enumerate(files.items()):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        module = types.ModuleType(f"module_{index}")
+        module.__file__ = name if name == "relative.py" else str(path)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    gone = types.ModuleType("gone")
+    gone.__file__ = str(tmp_path / "gone.py")
+    monkeypatch.setitem(sys.modules, "gone", gone)
+    assert run_sources() == {
+        "gone.py": "# imported, and cannot be read now: No such file or directory\n",
+        "latin.py": "x = '\\xe9'\n",
+    }
+
+
+def test_a_log_without_a_commit_says_why(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "git_state", lambda: ("", "a tarball"))
+    assert "\nno git commit: a tarball\n" in trainer("--train_steps=1").stdout
+    log = parse_log((only_run(tmp_path) / "log.txt").read_text(encoding="utf-8"))
+    assert "git (no git commit: a tarball)" in log.machine
+    assert not log.broken
+    assert log.facts["git_commit"] == summary(only_run(tmp_path))["git_commit"] == ""
 
 
 # Mistakes: one line, exit status 2, nothing written
@@ -359,7 +551,18 @@ def test_a_mistake_is_one_line(trainer: Trainer, tmp_path: Path, arguments: list
 
 def test_an_unwritable_run_directory(trainer: Trainer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert_refused(trainer(f"--run_dir={tmp_path / 'file' / 'runs'}"), tmp_path, ["run_dir", "file/runs", "cannot be"])
+    for place in ("file/runs", "file"):
+        assert_refused(
+            trainer(f"--run_dir={tmp_path / place}"), tmp_path, ["run_dir", f"{place}'", "cannot be", "Not a"]
+        )
+
+
+def test_a_disk_that_is_full_at_once_is_left_as_it_was(trainer: Trainer, tmp_path: Path) -> None:
+    with files_no_larger_than(1000):
+        result = trainer()
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: run_dir = .* cannot be written \(File too large\); choose another.*\n", result.stderr)
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_validation_shard_is_not_trained_on(trainer: Trainer, tmp_path: Path, tiny_data: Path) -> None:

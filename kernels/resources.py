@@ -1,6 +1,8 @@
 """Registers and shared memory of every kernel as it would be launched, for GPUs that are not here.
 
-    python -m kernels.resources      a table; exit status 1 if a kernel spills, does not fit, or misses tensor cores
+    python -m kernels.resources [--usual]
+        a table; exit status 1 if a kernel spills, does not fit, or misses tensor cores; --usual: of each kernel only
+        the launch that takes most of a training step, a tenth of all of them
 
 The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
 caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
@@ -66,8 +68,9 @@ class Resources(NamedTuple):
         return self.spilled == 0 and self.shared <= self.shared_limit and (self.tensor_cores or not needs_tensor_cores)
 
 
-def launches(architecture: int) -> list[Launch]:
-    """Every kernel with every tile and variant that the optimizers and the public functions reach."""
+def launches(architecture: int, usual: bool = False) -> list[Launch]:
+    """Every kernel with every tile and variant that the optimizers and the public functions reach; or, of each kernel,
+    the launch of a 124 M model's training step."""
     caught: list[Launch] = []
 
     def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -78,6 +81,18 @@ def launches(architecture: int) -> list[Launch]:
         mock.patch("kernels.launch.architecture", return_value=architecture),
         mock.patch("kernels.launch.can_launch", return_value=True),
     ):
+        if usual:
+            what = "float16 768"
+            X, S = torch.empty(2, 2048, 768, dtype=torch.float16), torch.empty(2, 768, 768, dtype=torch.float16)
+            d = torch.empty(2, 2048)
+            gram(X, d, torch.empty(2), dtype=torch.float32)
+            symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
+            apply_symmetric(X, S, 2.0, d)
+            normalize_rows(X.float(), torch.float16)
+            what = "bfloat16 50304"
+            logits, targets = torch.empty(2, 50304, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
+            cross_entropy(logits, targets, 15.0, 50257, 0.0, -1, gradient=True)
+            return caught
         for dtype in DTYPES:
             for n in (768,) if dtype == torch.float32 else (768, 128):  # float32 has one tile, half formats two
                 X, S = torch.empty(2, 3 * n, n, dtype=dtype), torch.empty(2, n, n, dtype=dtype)
@@ -162,10 +177,12 @@ def compile_launch(launch: Launch) -> Resources:
     )  # fmt: skip
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["--usual"]):
+        raise ValueError(f"the one argument is --usual, and not {' '.join(argv)}")
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
-    unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture)}
+    unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture, bool(argv))}
     with Workers(os.cpu_count() or 1, start="fork") as pool:
         rows = list(pool.map(compile_launch, unique.values()))
     print("registers  spilled B  shared KiB  limit  tensor cores  sm   kernel")
@@ -184,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run(main, "the same command starts again"))
+    sys.exit(console.run(lambda: main(sys.argv[1:]), "the same command starts again"))

@@ -324,14 +324,14 @@ def test_the_trainer_runs_on_either_kernels_and_says_which(trainer: Trainer, mon
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is packaged for Linux")
-def test_every_shipped_kernel_compiles_for_every_architecture_without_spilling(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_each_kernel_compiles_for_every_architecture_without_spilling(
+    tmp_path: Path,
 ) -> None:
-    """In a process of its own, without the interpreter and from an empty cache; the table goes to the terminal."""
+    """As training launches it, in a process without the interpreter and from an empty cache; CI compiles the others."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.resources"],
+        [sys.executable, "-m", "kernels.resources", "--usual"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -339,8 +339,6 @@ def test_every_shipped_kernel_compiles_for_every_architecture_without_spilling(
         timeout=600,
         encoding="utf-8",
     )
-    with capsys.disabled():
-        print("\n" + result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if "_kernel" in line]
     for sm in ("80", "89", "90", "100"):
@@ -354,4 +352,4 @@ def test_every_shipped_kernel_compiles_for_every_architecture_without_spilling(
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter is off")
 def test_resources_are_not_asked_of_the_interpreter() -> None:
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        importlib.import_module("kernels.resources").main()
+        importlib.import_module("kernels.resources").main([])

@@ -228,8 +228,9 @@ def hostile(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
+    mp.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])  # loaded once, not by every rank
     with mock.patch.dict(os.environ, {"PYTHONWARNINGS": "ignore"}):
-        mp.spawn(worker, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
+        mp.start_processes(worker, (str(folder),), WORLD, start_method="forkserver")  # type: ignore[no-untyped-call]
     yield [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

@@ -138,8 +138,7 @@ def find_machine(device: str, dtype: str) -> Machine:
         notes.append(f"dtype = 'bfloat16' was asked for, but this {place.type} has no bfloat16 units")
     notes.append(f"matrix products in {chosen}, parameters in torch.float32".replace("torch.", ""))
     if world_size > 1:
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # on one machine, which may not know its own name
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):  # one machine: gloo need not look its name up
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         on_gpu = place.type == "cuda"
         dist.init_process_group(

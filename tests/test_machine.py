@@ -132,23 +132,23 @@ def test_what_is_left_of_another_launcher_is_in_the_log(monkeypatch: pytest.Monk
 
 
 def test_ranks_of_one_machine_ask_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither torchrun's name of this machine nor gloo's own search for it is used; several machines keep theirs."""
-    joined: list[tuple[str, str | None]] = []
+    """gloo would look this machine's name up; on several machines, or if its user has chosen, that stays as it is."""
+    joined: list[str | None] = []
 
     def join(*arguments: Any, **settings: Any) -> None:
-        joined.append((os.environ["MASTER_ADDR"], os.environ.get("GLOO_SOCKET_IFNAME")))
+        joined.append(os.environ.get("GLOO_SOCKET_IFNAME"))
 
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda into, value: None)
-    for name, value in (PLACE | {"MASTER_ADDR": "no-such-host.invalid"}).items():
+    for name, value in PLACE.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    for here in ("2", "4"):
+    for here, chosen in (("2", None), ("4", None), ("4", "eth1")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        if chosen:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
         find_machine("cpu", "float32")
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    assert joined == [("no-such-host.invalid", None), ("127.0.0.1", loopback)]
+    assert joined == [None, "lo0" if sys.platform == "darwin" else "lo", "eth1"]
 
 
 def test_an_error_is_printed_once_in_an_attempt(

@@ -2,7 +2,8 @@
 
     ./run.sh test --portable                                           all of VARIATIONS
     ./run.sh test --portable --only TEST_THREADS=4,HOME=none+TZ=Asia/Kathmandu
-                                                                       two runs, the second with two variations
+                                                                       two runs, the second with two variations;
+                                                                       TEST_BFLOAT16=other is what the CPU is not
     ./run.sh test --portable --only order=reversed -m "not slow" tests/test_polar.py
                                                                        other arguments are pytest's
 
@@ -25,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data.console import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_LOCALE = {"LC_ALL": "", "LANG": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
@@ -129,16 +132,16 @@ def why_not(variations: list[Variation], plain: dict[str, Any]) -> str:
     for variation in variations:
         if variation.fact and facts[variation.fact] != variation.value:
             return f"not here: {variation.fact} stays {facts[variation.fact]}"
-        if variation.fact and facts[variation.fact] == plain[variation.fact]:
-            return f"as plain: {variation.fact} is {facts[variation.fact]} anyway"
-    return "as plain: this very interpreter" if facts == plain else ""
+    if facts == plain and all(variation.fact or variation.python != sys.executable for variation in variations):
+        return "as plain, where it is so anyway"
+    return ""
 
 
 @contextlib.contextmanager
-def busy_loops(count: int) -> Iterator[None]:
+def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        yield
+        yield loops
     finally:
         for loop in loops:
             loop.kill()
@@ -169,18 +172,24 @@ def run_tests(variation: Variation, arguments: list[str], seed: int) -> tuple[di
             command, cwd=ROOT, env=environment_of(variation), stdout=subprocess.PIPE, encoding="utf-8",
             errors="backslashreplace",
         )  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line if re.search(r"\d+ \w+.* in [\d.]+s", line) else last
-        status = process.wait()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                last = line if re.search(r"\d+ \w+.* in [\d.]+s", line) else last
+            status = process.wait()
+        finally:  # it goes on alone only where this was stopped
+            process.terminate()
     counts = {word.rstrip("s"): int(count) for count, word in re.findall(r"(\d+) ([a-z]+)", last)}
     return counts, status == 0
 
 
 def main(arguments: list[str]) -> int:
+    prepare()
     known = {variation.name: [variation] for variation in [PLAIN, *VARIATIONS]}
     chosen = list(known.values())
+    plain, seed, rows, red = facts_of(PLAIN), int(time.time()), [], False
+    known["TEST_BFLOAT16=other"] = known[f"TEST_BFLOAT16={'absent' if plain['bfloat16'] else 'present'}"]
     if arguments[:1] == ["--only"] and len(arguments) > 1:
         try:
             chosen = [[part for name in run.split("+") for part in known[name]] for run in arguments[1].split(",")]
@@ -188,7 +197,6 @@ def main(arguments: list[str]) -> int:
             print(f"error: --only: {unknown} is none of {', '.join(known)}", file=sys.stderr)
             return 2
         arguments = arguments[2:]
-    plain, seed, rows, red = facts_of(PLAIN), int(time.time()), [], False
     for variations in chosen:
         variation = combine(variations)
         if reason := why_not(variations, plain):
@@ -205,4 +213,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

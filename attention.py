@@ -114,7 +114,7 @@ def _biases(inputs_BT: Tensor, docs_BT: Tensor | None, window: int | None) -> li
     position_T, biases = torch.arange(inputs_BT.size(1), device=inputs_BT.device), []
     for queries, keys in _spans(inputs_BT.size(1), window):
         visible = _visible(position_T, docs_BT, window, queries, keys)
-        biases.append(torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf))
+        biases.append(visible.new_zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, -torch.inf))
     return biases
 
 

@@ -74,7 +74,12 @@ class ModelConfig:
 def stacked(count: int, rows: int, config: ModelConfig) -> Tensor:
     """Room for `count` matrices [rows, D] above each other: a batch of them, or one matrix to the optimizer."""
     shape = (count * rows,) if config.joint_matrices else (count, rows)
-    return torch.empty(*shape, config.model_dim)
+    return empty(*shape, config.model_dim)
+
+
+def empty(*shape: int) -> Tensor:
+    """Room for a parameter: float32, whatever torch's default is."""
+    return torch.empty(*shape, dtype=torch.float32)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, seq_len: int, is_fused: bool = False) -> None:
         super().__init__()
         self.is_fused = is_fused
-        frequency_K = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1)[:-1]
+        frequency_K = 10000.0 ** -torch.linspace(0, 1, head_dim // 2 + 1, dtype=torch.float32)[:-1]
         angle_TK = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency_K)
         self.register_buffer("cos_TK", angle_TK.cos(), persistent=False)
         self.register_buffer("sin_TK", angle_TK.sin(), persistent=False)
@@ -112,7 +117,7 @@ class Attention(nn.Module):
         self.norm = fused.rms_norm if config.fused_norm else rms_norm
         attention_dim = config.num_heads * config.head_dim
         self.qkv = nn.Parameter(stacked(3, attention_dim, config))
-        self.out = nn.Parameter(torch.empty(config.model_dim, attention_dim))
+        self.out = nn.Parameter(empty(config.model_dim, attention_dim))
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend, value_BTHK: Tensor | None = None) -> Tensor:
         """`value_BTHK` is added to the values."""
@@ -129,7 +134,7 @@ class MLP(nn.Module):
         super().__init__()
         self.is_fused = config.fused_mlp
         self.gate_up = nn.Parameter(stacked(2, config.hidden_dim, config))
-        self.down = nn.Parameter(torch.empty(config.model_dim, config.hidden_dim))
+        self.down = nn.Parameter(empty(config.model_dim, config.hidden_dim))
 
     def activations(self, x_BTD: Tensor) -> Tensor:
         """What the neurons put out, [B, T, F]."""
@@ -161,20 +166,20 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.norm = fused.rms_norm if config.fused_norm else rms_norm
-        self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim)
+        self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim, dtype=torch.float32)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
-        self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False)
+        self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)
         self.rotary = Rotary(config.head_dim, config.seq_len, config.fused_norm)
         self.value_embeds = nn.ModuleList(
-            nn.Embedding(config.padded_vocab_size, config.num_heads * config.head_dim)
+            nn.Embedding(config.padded_vocab_size, config.num_heads * config.head_dim, dtype=torch.float32)
             for _ in range(config.value_embeds)
         )
         if config.value_embeds:
-            self.value_scale = nn.Parameter(torch.empty(2 * config.value_embeds))
+            self.value_scale = nn.Parameter(empty(2 * config.value_embeds))
         if config.embed_skip:
-            self.stream_scale, self.embed_scale = (nn.Parameter(torch.empty(config.num_layers)) for _ in range(2))
+            self.stream_scale, self.embed_scale = (nn.Parameter(empty(config.num_layers)) for _ in range(2))
         if config.unet_skips:
-            self.skip_scale = nn.Parameter(torch.empty(config.num_layers // 2))
+            self.skip_scale = nn.Parameter(empty(config.num_layers // 2))
         self.init_weights()
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ that makes neurons alike by design, as Aurora does, has fewer far below the medi
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,11 +141,12 @@ class NeuronStats:
                     "which this model has not; set neuron_stats = 0, or teach neuron_stats.py your MLP"
                 )
         self.model, self._before = model, list[Tensor]()
+        zeros = partial(torch.zeros, device="cpu")
         widths = [block.mlp.down.size(1) for block in blocks(model)]
         self.state = state or dict(
-            moved=[torch.zeros(len(MATRICES), F, dtype=torch.float64) for F in widths],  # sums of row norms
-            ever_dead=[torch.zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],
-            dead_since=[torch.zeros(len(MEASURES), F, dtype=torch.int64) for F in widths],  # 0: alive
+            moved=[zeros(len(MATRICES), F, dtype=torch.float64) for F in widths],  # sums of row norms
+            ever_dead=[zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],
+            dead_since=[zeros(len(MEASURES), F, dtype=torch.int64) for F in widths],  # 0: alive
             last=None,
         )
 
@@ -185,7 +187,7 @@ class NeuronStats:
     def _look_at_activations(self, layer: int, size: Tensor, step: int, row: Row) -> None:
         """size: mean and peak of each neuron [2, F]."""
         median = size.quantile(0.5, dim=-1)
-        limits = median[:, None] * torch.tensor(THRESHOLDS, dtype=torch.float64)
+        limits = median[:, None] * median.new_tensor(THRESHOLDS)
         dead = size[:, None] < limits[:, :, None]
         ever, since = self.state["ever_dead"][layer], self.state["dead_since"][layer]
         shares = dict(dead=dead, revived=ever & ~dead, ever_dead=ever.logical_or_(dead))
@@ -204,8 +206,8 @@ def _is_gated(mlp: object) -> bool:
     """Whether the MLP is laid out as model.MLP's, whatever its class."""
     if not isinstance(mlp, nn.Module) or not hasattr(mlp, "activations"):
         return False
-    shapes = {name: tuple(p.shape) for name, p in mlp.named_parameters()}
-    return "down" in shapes and shapes.get("gate_up") == (2, *reversed(shapes["down"]))
+    gate_up, down = getattr(mlp, "gate_up", None), getattr(mlp, "down", None)  # a compiled one has other names for them
+    return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.shape == (2, *reversed(down.shape))
 
 
 def in_words(row: Row) -> str:

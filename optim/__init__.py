@@ -69,11 +69,20 @@ MATRIX_OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
 }
 
 
+def is_of_head(name: str) -> bool:
+    """Whether a parameter belongs to a module called `head` that is not in a list of blocks, at whatever depth:
+    torch.compile, DistributedDataParallel and their like put names of their own before it."""
+    before, is_inside, _ = f".{name}".partition(".head.")
+    return bool(is_inside) and not any(part.isdigit() for part in before.split("."))
+
+
 def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimizer]:
     """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
 
-    `config` needs the optimizer fields of the trainer's Config. Raises ValueError for an unknown
-    `matrix_optimizer` and whatever the optimizers refuse.
+    Embeddings are the weights of nn.Embedding (a tied head is one of them) and the head is the module `head`; what
+    else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it. `config` needs the
+    optimizer fields of the trainer's Config. Raises ValueError for an unknown `matrix_optimizer`, a model without
+    matrices and whatever the optimizers refuse.
     """
     if config.matrix_optimizer not in MATRIX_OPTIMIZERS:
         names = ", ".join(MATRIX_OPTIMIZERS)
@@ -85,10 +94,16 @@ def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimize
     for name, p in model.named_parameters():
         if p in embeddings:
             routes["embed"].append((name, p))
-        elif name.startswith("head."):
+        elif is_of_head(name):
             routes["head"].append((name, p))
         else:
             routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))
+
+    if not routes["matrix"]:
+        raise ValueError(
+            f"matrix_optimizer = {config.matrix_optimizer!r}: the model has no matrices beside embeddings and head; "
+            "train it with torch.optim.AdamW alone"
+        )
 
     def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
         return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
@@ -102,7 +117,8 @@ def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimize
     matrix_optimizer = MATRIX_OPTIMIZERS[config.matrix_optimizer]([matrix_group], config)
     if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
         matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
-    return [matrix_optimizer, _adamw([g for g in groups if g["params"]], config)]
+    rest = [g for g in groups if g["params"]]
+    return [matrix_optimizer, _adamw(rest, config)] if rest else [matrix_optimizer]
 
 
 def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:

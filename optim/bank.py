@@ -30,16 +30,27 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 State = dict[str, Tensor]
 
 
-def matrices(tensor: Tensor, row_blocks: int) -> list[Tensor]:
-    """The matrices of a tensor [..., m, n] as views; each cut into `row_blocks` blocks of m / row_blocks rows."""
-    views = [tensor.unflatten(-2, (row_blocks, -1)) if row_blocks > 1 else tensor]
-    while views[0].ndim > 2:
+def layout(tensor: Tensor, row_blocks: int, flatten: bool | None) -> tuple[tuple[int, ...], int, int]:
+    """(leading sizes, rows, columns) of the matrices in a tensor [..., m, n], or with `flatten` [m, ...], each cut into
+    `row_blocks` blocks of m / row_blocks rows."""
+    dim = 0 if flatten else tensor.ndim - 2
+    blocks = (row_blocks,) if row_blocks > 1 else ()
+    return (*tensor.shape[:dim], *blocks), tensor.size(dim) // row_blocks, math.prod(tensor.shape[dim + 1 :])
+
+
+def matrices(tensor: Tensor, row_blocks: int, flatten: bool | None = None) -> list[Tensor]:
+    """The matrices of a tensor (see `layout`) as views. Flattened ones keep their dimensions, [m, ...]: in some orders
+    of memory they have no view of two."""
+    dim = 0 if flatten else tensor.ndim - 2
+    views = [tensor.unflatten(dim, (row_blocks, -1)) if row_blocks > 1 else tensor]
+    for _ in range(dim + (row_blocks > 1)):
         views = [part for view in views for part in view.unbind(0)]
     return views
 
 
 class Bank:
-    """Same-shape matrices of one param group; leading dimensions and row blocks of a parameter are batch.
+    """Same-shape matrices of one param group; leading dimensions (none with `flatten`) and row blocks of a parameter
+    are batch.
 
     `state` holds this rank's slots: tensors [P, ...], zeros in slots that are padding or not yet used.
     """
@@ -53,11 +64,12 @@ class Bank:
         process_group: dist.ProcessGroup | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        flatten: bool | None = None,
     ) -> None:
-        self.params, self.names, self.row_blocks = params, names, row_blocks
+        self.params, self.names, self.row_blocks, self.flatten = params, names, row_blocks, flatten
         self.comm_dtype, self.process_group = comm_dtype, process_group
         self.rank, self.num_ranks = rank, num_ranks
-        self.m, self.n = params[0].size(-2) // row_blocks, params[0].size(-1)
+        _, self.m, self.n = layout(params[0], row_blocks, flatten)
         self.dtype, self.device = params[0].dtype, params[0].device
         self.sizes = [p.numel() // (self.m * self.n) for p in params]  # matrices in each parameter
         self.size = sum(self.sizes)
@@ -91,17 +103,17 @@ class Bank:
         raise IndexError(row)
 
     def rows(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """One tensor (or None) for each parameter -> one view for each matrix of the bank."""
+        """One tensor (or None) for each parameter -> one view for each matrix of the bank, [m, n] or [m, ...]."""
         result: list[Tensor | None] = []
         for tensor, size in zip(tensors, self.sizes, strict=True):
-            result += [None] * size if tensor is None else matrices(tensor, self.row_blocks)
+            result += [None] * size if tensor is None else matrices(tensor, self.row_blocks, self.flatten)
         return result
 
     # Gradients in
 
     def start_reduction(self, slots: range) -> None:
         """Send the gradients of some slots to their owners; a missing gradient is sent as zeros."""
-        self.refuse_sparse()
+        self.refuse_unusable()
         if self._own_gradient is None:
             dtype = torch.float32 if self.num_ranks == 1 else self.comm_dtype
             self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=dtype, device=self.device)
@@ -112,7 +124,7 @@ class Bank:
         if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
             sent.zero_()
         places = [sent[i % self.num_ranks, i // self.num_ranks] for i in range(len(gradients))]
-        filled = [(place, g) for place, g in zip(places, gradients, strict=True) if g is not None]
+        filled = [(place.view(g.shape), g) for place, g in zip(places, gradients, strict=True) if g is not None]
         if filled:
             torch._foreach_copy_([place for place, _ in filled], [g for _, g in filled])
         work = None
@@ -122,8 +134,10 @@ class Bank:
             )
         self._sent.append((sent, work))
 
-    def refuse_sparse(self) -> None:
-        """ValueError for a gradient that is not an ordinary tensor."""
+    def refuse_unusable(self) -> None:
+        """ValueError for parameters without memory and for a gradient that is not an ordinary tensor."""
+        if self.device.type == "meta":
+            raise ValueError(f"{self.names[0]} is on the device meta; make the optimizer when the model has memory")
         for name, p in zip(self.names, self.params, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; a matrix optimizer needs it dense (sparse=False)")
@@ -175,10 +189,10 @@ class Bank:
     def own_masters(self) -> Tensor:
         """The float32 master copy of this rank's weights [P, m, n], made from the weights the first time."""
         if "master_weight" not in self.state:
-            master = torch.zeros(self.num_slots, self.m, self.n, device=self.device)
+            master = torch.zeros(self.num_slots, self.m, self.n, dtype=torch.float32, device=self.device)
             for slot, weight in enumerate(self.rows(self.params)[self.rank :: self.num_ranks]):
                 assert weight is not None
-                master[slot].copy_(weight)
+                master[slot].view(weight.shape).copy_(weight)
             self.state["master_weight"] = master
         return self.state["master_weight"]
 
@@ -207,11 +221,11 @@ class Bank:
         return everything
 
     def active_pairs(self, everything: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(weights, their results) of all matrices that have a gradient."""
+        """(weights, their results in the same shape) of all matrices that have a gradient."""
         results = everything.unbind(0)
         active = [p if p.grad is not None else None for p in self.params]
         pairs = [
-            (weight, results[i % self.num_ranks * self.num_slots + i // self.num_ranks])
+            (weight, results[i % self.num_ranks * self.num_slots + i // self.num_ranks].view(weight.shape))
             for i, weight in enumerate(self.rows(active))
             if weight is not None
         ]
@@ -220,12 +234,15 @@ class Bank:
     # State, whole and in parts
 
     def whole_state(self) -> Iterator[tuple[Tensor, State]]:
-        """(parameter, its state) with leading dimensions as the parameter's; every rank has to call this."""
+        """(parameter, its state) with leading sizes as in `layout`; every rank has to call this."""
         names = sorted(self.state)
         whole = [self._gather_state(self.state[name]).split(self.sizes) for name in names]
         for i, p in enumerate(self.params):
-            lead = (*p.shape[:-2], *((self.row_blocks,) if self.row_blocks > 1 else ()))
-            yield p, {name: parts[i].view(*lead, *parts[i].shape[1:]) for name, parts in zip(names, whole, strict=True)}
+            lead, _, _ = layout(p, self.row_blocks, self.flatten)
+            yield (
+                p,
+                {name: parts[i].view((*lead, *parts[i].shape[1:])) for name, parts in zip(names, whole, strict=True)},
+            )
 
     def _gather_state(self, own: Tensor) -> Tensor:
         """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""
@@ -243,11 +260,11 @@ class Bank:
             if name == "master_weight" and not self._is_master_of_these(whole):
                 continue
             rest = next(
-                whole[p][name].shape[p.ndim - 2 + (self.row_blocks > 1) :]
+                whole[p][name].shape[len(layout(p, self.row_blocks, self.flatten)[0]) :]
                 for p in self.params
                 if name in whole.get(p, {})
             )
-            own = torch.zeros(self.num_slots, *rest, device=self.device)
+            own = torch.zeros(self.num_slots, *rest, dtype=torch.float32, device=self.device)
             first = 0
             for p, size in zip(self.params, self.sizes, strict=True):
                 if name in whole.get(p, {}):
@@ -263,5 +280,5 @@ class Bank:
         or the format has changed."""
         pairs = [(whole.get(p, {}).get("master_weight"), p) for p in self.params]
         return self.needs_master and all(
-            master is not None and torch.equal(master.to(p.dtype).view(p.shape), p.detach()) for master, p in pairs
+            master is not None and torch.equal(master.to(p.dtype).reshape(p.shape), p.detach()) for master, p in pairs
         )

@@ -28,7 +28,8 @@ class GradientCheck:
             return None
         num_ranks, device = self.banks[0].num_ranks, gradients[0].device
         lengths = [num_ranks * bank.num_slots for bank in self.banks]
-        found = torch.zeros(2, sum(lengths), device=device)  # by bank, owner and slot: ranks where it is bad, present
+        # By bank, owner and slot: the ranks where it is bad, and those where it is present
+        found = torch.zeros(2, sum(lengths), dtype=torch.float32, device=device)
         for bank, gradient, part in zip(self.banks, gradients, found[0].split(lengths), strict=True):
             part.view(num_ranks, -1)[bank.rank] = _not_finite(gradient, is_deferred)
         if num_ranks > 1:

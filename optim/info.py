@@ -27,10 +27,8 @@ def nbytes(tensors: Any) -> int:
 
 def matrix_state_bytes(optimizer: MatrixOptimizer, bank: Bank, group: dict[str, Any]) -> int:
     """Bytes of state for one matrix of a bank: momentum, master weights where there are any, the rule's own."""
-    state: dict[str, Tensor] = {}
-    momentum = torch.empty(1, bank.m, bank.n, device="meta")
-    optimizer.orthogonalize(momentum, state, group)
-    return momentum.nbytes * (2 if bank.needs_master else 1) + nbytes(state.values())
+    own = torch.float32.itemsize * bank.m * bank.n * (2 if bank.needs_master else 1)
+    return own + nbytes(optimizer.rule_state(bank.m, bank.n, group).values())
 
 
 def replicated_state_bytes(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:

@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import backend
-from optim.bank import Bank, State
+from optim.bank import Bank, State, layout
+from optim.checks import OWN_STATE, check_parameters, fitted_state_dict, option_defaults, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.polar import check_polar_arguments
 from optim.reductions import Reductions, when_ready
@@ -41,15 +42,15 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-OWN_STATE = {"momentum_buffer", "master_weight"}  # the base class's, not a rule's
-
-
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base class: momentum, batches of equal shape, an owner for each matrix among the ranks, weight decay, the update.
 
     Parameters have two or more dimensions; the last two are the matrix, leading ones are batch (stacked weights,
     experts). Options of a param group, with their defaults as arguments here:
 
+    - `flatten`: each parameter is one matrix [size(0), rest], as convolution weights [out, in, kh, kw] are best taken.
+      False keeps the last two dimensions, as does None (the default) with a warning for parameters of four or more;
+      of three, stacks of matrices and one-dimensional convolutions cannot be told apart, so that nothing is said.
     - `row_blocks`: each matrix is this many equal blocks of rows that are orthogonalised apart (3 for a fused
       [3 D, D] of queries, keys and values, the number of heads or head groups for one block each).
     - `cautious`: weight decay only where it does not work against the update (Chen et al., arXiv 2510.12402).
@@ -63,8 +64,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     parameters everywhere; a parameter without one is skipped. Weights of 16 bits are changed through the optimizer or
     before its state is loaded, not behind its back. `kernels` is "auto" (Triton on CUDA), "triton" or "torch".
 
-    Raises ValueError for wrong hyperparameters and for parameters that are not matrices. A gradient that is not finite
-    raises FloatingPointError on all ranks before anything is touched. Looking makes a GPU wait at every step; with
+    Raises ValueError for wrong hyperparameters, for parameters that are not matrices (and what else optim/checks.py
+    refuses), and for a state dict that does not fit, which then changes nothing. A gradient that is not finite raises
+    FloatingPointError on all ranks before anything is touched. Looking makes a GPU wait at every step; with
     `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
     """
 
@@ -82,6 +84,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         polar_steps: int | None = None,
         cautious: bool = False,
         row_blocks: int = 1,
+        flatten: bool | None = None,
         kernels: str = "auto",
         comm_dtype: torch.dtype = torch.float32,
         defer_check: bool = False,
@@ -96,7 +99,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         defaults = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, scale=scale,
             polar_method=polar_method, polar_steps=polar_steps, cautious=cautious, row_blocks=row_blocks,
-            **(rule or {}),
+            flatten=flatten, **(rule or {}),
         )  # fmt: skip
         if comm_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
@@ -121,6 +124,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        warn_of_stacks(type(self).__name__, self._names(len(self.param_groups) - 1), self.param_groups[-1])
         if self._banks:  # made anew, with what they hold
             self._return_state()
 
@@ -132,21 +136,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if group["scale"] not in SCALES:
             raise ValueError(f"{rule}: scale = {group['scale']!r} is unknown; choose one of {', '.join(SCALES)}")
         check_polar_arguments(group["polar_method"], group["polar_steps"])
-        for name, p in zip(self._names(index), group["params"], strict=True):
-            if p.ndim < 2:
-                raise ValueError(
-                    f"{rule}: {name} has shape {tuple(p.shape)} and is no matrix; give it to torch.optim.AdamW"
-                )
-            if not p.is_floating_point():
-                raise ValueError(
-                    f"{rule}: {name} has dtype {p.dtype}; only real floating-point matrices can be updated"
-                )
-            if group["row_blocks"] < 1 or p.size(-2) % group["row_blocks"]:
-                raise ValueError(
-                    f"{rule}: row_blocks = {group['row_blocks']} must divide the {p.size(-2)} rows of {name}; 1 keeps "
-                    "matrices whole"
-                )
-            backend(self.kernels, p.device)
+        check_parameters(rule, self._names(index), group)
+        for device in {p.device for p in group["params"]}:
+            backend(self.kernels, device)
 
     def _names(self, index: int) -> list[str]:
         group = self.param_groups[index]
@@ -159,12 +151,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             kinds: dict[Any, list[int]] = defaultdict(list)
             for i, p in enumerate(group["params"]):
-                kinds[p.shape[-2:], p.dtype, p.device].append(i)
+                kinds[layout(p, group["row_blocks"], group["flatten"])[1:], p.dtype, p.device].append(i)
             names = self._names(index)
             for places in kinds.values():
                 bank = Bank(
                     [group["params"][i] for i in places], [names[i] for i in places], group["row_blocks"],
-                    self.comm_dtype, self.process_group, rank, num_ranks,
+                    self.comm_dtype, self.process_group, rank, num_ranks, group["flatten"],
                 )  # fmt: skip
                 result.append((bank, group))
         return result
@@ -189,6 +181,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._banks = []
         self._reductions = Reductions([], [])
         self._gradient_check = GradientCheck([])
+
+    def rule_state(self, m: int, n: int, group: dict[str, Any]) -> State:
+        """What the rule keeps for one m x n matrix, [1, ...], as tensors without memory."""
+        state, kernels, self.kernels = State(), self.kernels, "torch"  # the others do not run without memory
+        try:
+            self.orthogonalize(torch.empty(1, m, n, dtype=torch.float32, device="meta"), state, group)
+        finally:
+            self.kernels = kernels
+        return state
 
     # State: in the banks while in use, whole in `self.state` on its way in and out
 
@@ -218,11 +219,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self.state = kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but state stays float32 where torch would cast it to the parameter's dtype."""
+        """As in torch, but state stays float32 where torch would cast it to the parameter's dtype, options that the
+        saved groups lack stay as they are, and ValueError is raised for what does not fit, before anything changes."""
         taken: dict[str, Any] = {}  # what is loaded, after everyone's hooks have changed it
 
-        def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            taken.update(state_dict)
+        def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            taken.update(fitted_state_dict(self, state_dict))
+            return taken
 
         def keep_float32(optimizer: torch.optim.Optimizer) -> None:
             saved = [i for group in taken["param_groups"] for i in group["params"]]
@@ -250,6 +253,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forget_banks()
         self.__dict__.setdefault("process_group", None)  # which cannot be pickled: all ranks, for the unpickled
         self.__dict__.setdefault("_hooked", set())
+        for group in self.param_groups:  # of a pickle that is older than an option
+            group.update({**option_defaults(type(self)), **group})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MatrixOptimizer":
         twin = self.__class__.__new__(self.__class__)
@@ -381,7 +386,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
     """The learning rate, or zero after a bad gradient, decided on the device."""
-    return group["lr"] if is_finite is None else group["lr"] * is_finite
+    return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
 
 
 def by_matrix(flags: Tensor, value: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Reductions:
         self._finish_abandoned(self._is_abandoned)
         try:
             for bank in self.banks:
-                bank.refuse_sparse()
+                bank.refuse_unusable()
             while self._started < len(self._order):
                 self._start_next()
             gradients = [bank.own_gradient() for bank in self.banks]

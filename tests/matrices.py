@@ -4,7 +4,7 @@ import torch
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def uneven(m: int, n: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:

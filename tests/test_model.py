@@ -275,3 +275,23 @@ def test_sizes_of_the_recipes_by_building_them_on_meta(config: str, millions: in
         model = GPT(ModelConfig(**shape))
     assert round(model.num_params() / 1e6) == millions
     assert f"{model.num_params():,}" in (ROOT / f"configs/{config}.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("how", ["plain", "fused", "options"])
+def test_torch_s_default_dtype_changes_nothing(default: torch.dtype, how: str) -> None:
+    """Parameters, rotary tables, masks and arithmetic: the same bits."""
+    options = dict(value_embeds=1, embed_skip=True, unet_skips=True, z_loss=1e-3, tie_head=True, doc_token=3, window=5)
+    config, results = replace(SMALL, **dict(plain={}, fused=FUSED, options=options)[how]), []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            model = small_model(config)
+            loss = model(tokens(2, 24), tokens(2, 24, seed=1))
+            loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([loss.detach(), *model.parameters(), *model.buffers(), *gradients])
+    assert {value.dtype for value in results[1]} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

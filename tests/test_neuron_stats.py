@@ -348,3 +348,35 @@ def test_in_words_says_what_has_no_value() -> None:
     row["step"] = 10
     assert neuron_stats.in_words(row).startswith("step 10: 0.00% dead")
     assert neuron_stats.in_words(row).endswith("gate -, up -, down -")
+
+
+class Wrapped(nn.Module):
+    """As torch.compile and activation checkpointing wrap a module: its parameters get other names."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._orig_mod(x)
+
+
+def test_wrapped_mlps_and_torch_s_defaults_change_nothing() -> None:
+    expected, planted = Planted().look(), Planted()
+    for block in planted.model.blocks:
+        block.mlp = Wrapped(block.mlp)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")  # whatever is made without a device is of no use
+    try:
+        planted.stats = NeuronStats(planted.model)
+        found = planted.look()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert found == expected

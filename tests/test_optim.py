@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -608,6 +608,81 @@ def test_kernels_are_the_machine_s_own_and_no_part_of_a_checkpoint(monkeypatch: 
     optimizer = Muon([nn.Parameter(torch.zeros(4, 4))], kernels="torch")
     optimizer.load_state_dict(saved)
     assert optimizer.kernels == copy.deepcopy(optimizer).kernels == "torch"
+
+
+def tiny_gpt(**changes: Any) -> GPT:
+    shape = dict(vocab_size=50, num_layers=2, num_heads=2, head_dim=8, model_dim=16, seq_len=8)
+    return GPT(ModelConfig(**{**shape, **changes}))
+
+
+def routes(model: nn.Module) -> dict[str, set[nn.Parameter]]:
+    return {group["name"]: set(group["params"]) for o in build_optimizers(model, config()) for group in o.param_groups}
+
+
+@pytest.mark.parametrize("wrappers", ["_orig_mod", "module", "module _orig_mod", "_fsdp_wrapped_module", "model"])
+def test_a_wrapped_model_is_routed_as_without(wrappers: str) -> None:
+    """By torch.compile, DistributedDataParallel, both, and others, around the whole or around its parts."""
+    model = tiny_gpt()
+    expected = routes(model)
+    assert len(expected) == 3
+    whole: nn.Module = model
+    for name in reversed(wrappers.split()):
+        whole = nn.ModuleDict({name: whole})
+    assert routes(whole) == expected
+    model.head, model.embed = (nn.ModuleDict({wrappers.split()[0]: part}) for part in (model.head, model.embed))
+    model.blocks[1] = nn.ModuleDict({wrappers.split()[0]: model.blocks[1]})
+    assert routes(whole) == expected
+
+
+def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_the_head_s() -> None:
+    model = tiny_gpt()
+    model.blocks[0].attention.head = nn.Linear(16, 4, bias=False)
+    model.head = nn.Linear(16, 64)
+    assert model.blocks[0].attention.head.weight in routes(model)["matrix"]
+    assert routes(model)["head"] == set(model.head.parameters())
+
+
+def test_a_tied_head_is_an_embedding() -> None:
+    model = tiny_gpt()
+    model.head.weight = model.embed.weight
+    assert routes(model) == {"matrix": set(model.blocks.parameters()), "embed": {model.embed.weight}}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_model_without_matrices_is_refused_and_one_of_matrices_alone_is_not(name: str) -> None:
+    with pytest.raises(ValueError, match=f"matrix_optimizer = '{name}': the model has no matrices"):
+        build_optimizers(
+            nn.ModuleDict(dict(embed=nn.Embedding(8, 4), head=nn.Linear(4, 8))), config(matrix_optimizer=name)
+        )
+    (only,) = build_optimizers(nn.Linear(4, 8, bias=False), config(matrix_optimizer=name))
+    assert only.param_groups[0]["name"] == "matrix"
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def other_default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@RULES
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
+def test_torch_s_default_dtype_changes_nothing(rule: Make, deferred: bool, other_default_dtype: torch.dtype) -> None:
+    """Weights with a master copy and without, gradients that are missing, a state that is loaded: the same bits."""
+    results = []
+    for default in (torch.float32, other_default_dtype):
+        torch.set_default_dtype(default)
+        params = [nn.Parameter(randn(8, 4, seed=i).to((torch.float32, torch.bfloat16)[i % 2])) for i in range(4)]
+        optimizer = rule(params, lr=0.0213, weight_decay=0.1, defer_check=deferred)
+        for step in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if (i, step) in ((0, 1), (1, 2)) else randn(8, 4, seed=10 * step + i).to(p.dtype)
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        state = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+        assert {value.dtype for value in state} == {torch.float32}
+        results.append([*params, *state])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_an_unknown_matrix_optimizer_is_refused() -> None:

@@ -52,7 +52,9 @@ def make_params(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def make(rule: str, params: dict[str, nn.Parameter], **place: Any) -> MatrixOptimizer:
-    optimizer = RULES[rule]([(name, p) for name, p in params.items() if "fused" not in name], weight_decay=0.1, **place)
+    optimizer = RULES[rule](
+        [(name, p) for name, p in params.items() if "fused" not in name], weight_decay=0.1, flatten=False, **place
+    )
     fused = [(name, p) for name, p in params.items() if "fused" in name]
     optimizer.add_param_group(dict(params=fused, row_blocks=3, scale="match_rms_adamw"))
     return optimizer

@@ -123,7 +123,8 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _decoded(raw: bytes, path: Path, place: str, is_start: bool) -> str:
-    """UTF-8 without the byte-order mark that may begin a file. `place` is where in `path` the bytes are from."""
+    """UTF-8 without a byte-order mark, with which a file may begin, and a line of several put together. `place` is
+    where in `path` the bytes are from."""
     _, packed = _suffixes(path)
     show = UNPACK[PACKED[packed]] if packed else "cat"
     if is_start and kind_of(raw[:64]) == LFS:
@@ -134,7 +135,7 @@ def _decoded(raw: bytes, path: Path, place: str, is_start: bool) -> str:
         advice = text_advice(path, raw[:64] if is_start else b"", show)
         found = f"byte {error.start}: found {raw[error.start]:#04x}, expected UTF-8"
         raise DataError(f"{place}: {found}; {advice}") from None
-    return text.removeprefix("\ufeff") if is_start else text
+    return text.removeprefix("\ufeff")
 
 
 def _read_text(path: Path, markers: Counter[str]) -> Iterator[Document]:

@@ -483,9 +483,9 @@ def test_a_stop_is_one_line(
 ) -> None:
     monkeypatch.setattr(prepare, "write_set", lambda *_: signal.raise_signal(stop))
     for each in STOPS:
-        signal.signal(each, signal.SIG_DFL)
+        signal.signal(each, lambda *_: pytest.fail("taken as before"))
     assert main(["sotu", f"--out={tmp_path}"]) == 130
-    signal.raise_signal(stop)  # a second one is not heard
+    assert signal.getsignal(stop) == signal.SIG_IGN  # a second one is not heard
     assert capsys.readouterr().err == "error: interrupted; the same command goes on from the last whole shard\n"
 
 

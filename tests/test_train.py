@@ -25,7 +25,6 @@ import machine
 import runlog
 import train_gpt
 from checkpoint import CheckpointWriter, verify
-from data import console
 from data.shards import head_fingerprint, open_shard, write_shard
 from leaderboard.runs import parse_log
 from runlog import RunLog, run_sources
@@ -268,6 +267,9 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
     assert not list(only_run(tmp_path).glob("checkpoint*"))
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
 def send_in(
     monkeypatch: pytest.MonkeyPatch, place: Any, name: str, *stops: signal.Signals, after: bool = False
 ) -> None:
@@ -277,14 +279,16 @@ def send_in(
     def stopped(*args: Any, **kwargs: Any) -> Any:
         if after:
             result = genuine(*args, **kwargs)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         for stop in stops:
             os.kill(os.getpid(), stop)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # they arrive together
         return result if after else genuine(*args, **kwargs)
 
     monkeypatch.setattr(place, name, stopped)
 
 
-@pytest.mark.parametrize("stop", console.STOPS, ids=lambda stop: stop.name)
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.name)
 def test_every_stop_ends_a_run_with_its_summary(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
 ) -> None:
@@ -295,7 +299,7 @@ def test_every_stop_ends_a_run_with_its_summary(
     assert "run          interrupted" in (only_run(tmp_path) / "log.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("stop", console.STOPS, ids=lambda stop: stop.name)
+@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.name)
 def test_what_the_parent_ignores_ends_nothing(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
 ) -> None:

@@ -702,7 +702,8 @@ def test_fineweb_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2_
 
     def load_local(name: str, config: str, split: str, streaming: bool):
         assert (name, config) == ("HuggingFaceFW/fineweb", "sample-10BT")
-        return load("parquet", data_files=str(tmp_path / "raw.parquet"), split=split, streaming=streaming)
+        raw, cache = str(tmp_path / "raw.parquet"), str(tmp_path / "cache")  # there may be no home for a cache
+        return load("parquet", data_files=raw, split=split, streaming=streaming, cache_dir=cache)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
     monkeypatch.setattr(prepare, "_check_hub", lambda: None)

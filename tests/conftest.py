@@ -1,5 +1,7 @@
 """Shared fixtures: one torch thread, tiny shards that can be learnt, and the trainer in this process."""
 
+import codecs
+import locale
 import os
 import signal
 import subprocess
@@ -55,6 +57,13 @@ def signals_and_streams() -> Iterator[None]:
     sys.stdout, sys.stderr = streams
     for stop, handler in handlers.items():
         signal.signal(stop, handler)
+
+
+@pytest.fixture(autouse=True)
+def skip_what_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads templates of its own, which are UTF-8, in the locale's encoding."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "ascii":
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.skip("torch cannot compile in an ASCII locale"))
 
 
 @pytest.fixture

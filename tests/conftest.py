@@ -28,6 +28,7 @@ from data import console
 from data.shards import write_shard
 from experiments import neurons, sweep
 from tests import warm
+from tests.matrices import Float64
 
 pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.records"]
 
@@ -80,6 +81,13 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same arithmetic of the optimizers on every machine, whatever its bfloat16 units."""
     for module in ("muon", "normuon", "aurora", "riemannian_aurora"):
         monkeypatch.setattr(f"optim.{module}.fast_half_dtype", lambda device_type: torch.float32)
+
+
+@pytest.fixture
+def in_float64(float32_products: None) -> Iterator[None]:
+    """The optimizers' arithmetic in float64, for weights and gradients that are; see tests/matrices.py."""
+    with Float64():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -36,15 +36,16 @@ def test_polar_is_near_orthogonal_and_points_where_the_svd_does(method: str, sha
 
 @pytest.mark.parametrize("method", COEFFICIENTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("in_float64")
 def test_polar_applies_its_polynomials_to_the_singular_values(method: str, shape: tuple[int, int]) -> None:
-    """An independent route to the same matrix: SVD in float64, the scalar polynomials on S, back together."""
-    X = gaussian(*shape)
-    W, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    """An independent route to the same matrix: SVD, the scalar polynomials on S, back together."""
+    X = gaussian(*shape).double()
+    W, S, Vh = torch.linalg.svd(X, full_matrices=False)
     S = S / (S.norm() * (1.02 if method == "polar_express" else 1.0))
     for a, b, c in COEFFICIENTS[method]:
         S = a * S + b * S**3 + c * S**5
     expected = (W * S) @ Vh
-    torch.testing.assert_close(polar(X, method, dtype=torch.float32).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(polar(X, method, dtype=torch.float32), expected, rtol=0, atol=1e-9)
 
 
 def test_svd_method_is_the_exact_polar_factor() -> None:
@@ -53,13 +54,15 @@ def test_svd_method_is_the_exact_polar_factor() -> None:
 
 
 @pytest.mark.parametrize("method", [*COEFFICIENTS, "svd"])
+@pytest.mark.usefixtures("in_float64")
 def test_batch_equals_one_by_one_and_views_do_not_matter(method: str) -> None:
-    X = gaussian(12, 20, 2, 3)
+    X = gaussian(12, 20, 2, 3).double()
     batched = polar(X, method, dtype=torch.float32)
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(batched[i, j], polar(X[i, j].clone(), method, dtype=torch.float32))
-    torch.testing.assert_close(polar(X.mT, method, dtype=torch.float32), batched.mT, rtol=1e-4, atol=1e-5)
+            alone = polar(X[i, j].clone(), method, dtype=torch.float32)
+            torch.testing.assert_close(batched[i, j], alone, rtol=0, atol=1e-9)
+    torch.testing.assert_close(polar(X.mT, method, dtype=torch.float32), batched.mT, rtol=0, atol=1e-9)
 
 
 def test_bfloat16_is_close_to_float32() -> None:
@@ -229,12 +232,13 @@ def test_flops_are_those_of_the_published_counts() -> None:
     assert bank(True, "auto") < bank(True, "gram", torch.float16) < bank(True, "direct")
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_more_steps_than_the_method_has_repeat_the_last() -> None:
-    X = gaussian(40, 16)
-    once = polar(X, "polar_express", 5, torch.float32)
-    six, by_hand = polar(X, "polar_express", 6, torch.float32), once.double()
+    X = gaussian(40, 16).double()
+    six, by_hand = polar(X, "polar_express", 6, torch.float32), polar(X, "polar_express", 5, torch.float32)
     R, (a, b, c) = by_hand.mT @ by_hand, COEFFICIENTS["polar_express"][-1]
-    torch.testing.assert_close(six.double(), by_hand @ (a * torch.eye(16) + b * R + c * R @ R), rtol=0, atol=1e-4)
+    expected = by_hand @ (a * torch.eye(16, dtype=torch.float64) + b * R + c * R @ R)
+    torch.testing.assert_close(six, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ONE_STOP_S = 1.0  # stops that come together are one: a terminal that goes away, or torchrun's own on top
 _last_stop_s = -math.inf
+_is_held = _was_stopped = False
 
 
 def run(command: Callable[[], int | None], go_on: str) -> int:
@@ -68,9 +69,10 @@ def _handle_stops(handler: Callable[[int, Any], None]) -> None:
 
 def _stop(number: int, frame: Any) -> None:
     """Two at once must not end what the first one sets going; one that was lost in a destructor can be sent again."""
-    global _last_stop_s
+    global _last_stop_s, _was_stopped
+    _was_stopped = True
     now_s = time.monotonic()
-    if now_s - _last_stop_s >= ONE_STOP_S:
+    if not _is_held and now_s - _last_stop_s >= ONE_STOP_S:
         _last_stop_s = now_s
         raise KeyboardInterrupt
 
@@ -89,11 +91,19 @@ def _ignore_stops_for_good() -> None:
 @contextlib.contextmanager
 def stops_held() -> Iterator[None]:
     """Stops wait until the block ends. Processes started in it never see one: they are this one's to kill."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    global _is_held, _was_stopped
+    before, mask = (_is_held, _was_stopped), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
+        _is_held, _was_stopped = True, False  # a thread that does not block it may still take a stop for all of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # those that waited arrive here
+        finally:
+            was_stopped, (_is_held, _was_stopped) = _was_stopped, before
+        if was_stopped:
+            _stop(signal.SIGINT, None)
 
 
 def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import types
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,10 +280,10 @@ def send_in(
     def stopped(*args: Any, **kwargs: Any) -> Any:
         if after:
             result = genuine(*args, **kwargs)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         for stop in stops:
-            os.kill(os.getpid(), stop)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # they arrive together
+            signal.pthread_kill(threading.get_ident(), stop)  # os.kill's would go to a thread that does not block it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)  # they arrive together
         return result if after else genuine(*args, **kwargs)
 
     monkeypatch.setattr(place, name, stopped)

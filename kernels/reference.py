@@ -49,7 +49,9 @@ def gram(
     if row_scale is not None:
         X = (X * row_scale.unsqueeze(-1)).to(X.dtype)
     left, right = (X.mT, X) if side == "columns" else (X, X.mT)
-    return left @ right if dtype in (None, X.dtype) else _float32_product(left, right)
+    if dtype in (None, X.dtype) and not _is_slow(X):
+        return left @ right
+    return _float32_product(left, right).to(dtype or X.dtype)
 
 
 def _float32_product(A: Tensor, B: Tensor) -> Tensor:
@@ -61,6 +63,18 @@ def _float32_product(A: Tensor, B: Tensor) -> Tensor:
     return A.float() @ B.float()  # the CPU has no product with a wider result
 
 
+def _is_slow(A: Tensor) -> bool:
+    """CPUs have no products in float16; torch's loops for them take 10 to 50 times as long as float32's."""
+    return A.dtype == torch.float16 and A.device.type == "cpu"
+
+
+def _baddbmm(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float = 1) -> Tensor:
+    """beta C + alpha A B, summed in float32 and rounded once."""
+    if _is_slow(A):
+        return torch.baddbmm(C.float(), A.float(), B.float(), beta=beta, alpha=alpha).to(A.dtype)
+    return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+
+
 def symmetric_product(
     A: Tensor, B: Tensor, alpha: float = 1, beta: float = 0, gamma: float = 0, unrounded_A: Tensor | None = None
 ) -> Tensor:
@@ -69,7 +83,7 @@ def symmetric_product(
     `unrounded_A` float32 [B, n, n], from which A was rounded, takes its place in beta A.
     """
     if unrounded_A is None:
-        product = torch.baddbmm(A, A, B, beta=beta, alpha=alpha)
+        product = _baddbmm(A, A, B, beta, alpha)
     else:
         product = torch.add(beta * unrounded_A, _float32_product(A, B), alpha=alpha).to(A.dtype)
     return product.add_(B, alpha=gamma) if gamma else product
@@ -91,13 +105,9 @@ def apply_symmetric(
     is an empty tensor.
     """
     if X.stride(1) < X.stride(2):  # the transposed problem, so that Y is in X's order of memory
-        Y = (
-            torch.baddbmm(X.mT, S, X.mT, beta=alpha).mT
-            if side == "right"
-            else torch.baddbmm(X.mT, X.mT, S, beta=alpha).mT
-        )
+        Y = _baddbmm(X.mT, S, X.mT, alpha).mT if side == "right" else _baddbmm(X.mT, X.mT, S, alpha).mT
     else:
-        Y = torch.baddbmm(X, X, S, beta=alpha) if side == "right" else torch.baddbmm(X, S, X, beta=alpha)
+        Y = _baddbmm(X, X, S, alpha) if side == "right" else _baddbmm(X, S, X, alpha)
     if row_scale is not None:
         Y = Y * row_scale.unsqueeze(-1)
     if outputs == "matrix":

@@ -79,17 +79,18 @@ def is_of_head(name: str) -> bool:
 def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimizer]:
     """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
 
-    Embeddings are the weights of nn.Embedding (a tied head is one of them) and the head is the module `head`; what
-    else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it. `config` needs the
-    optimizer fields of the trainer's Config. Raises ValueError for an unknown `matrix_optimizer`, a model without
-    matrices and whatever the optimizers refuse.
+    Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is the module
+    `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
+    `config` needs the optimizer fields of the trainer's Config. Raises ValueError for an unknown `matrix_optimizer`, a
+    model without matrices and whatever the optimizers refuse.
     """
     if config.matrix_optimizer not in MATRIX_OPTIMIZERS:
         names = ", ".join(MATRIX_OPTIMIZERS)
         raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} is unknown; choose one of {names}")
     if config.comm_dtype not in COMM_DTYPES:
         raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = nn.Embedding, nn.EmbeddingBag
+    embeddings = {module.weight for module in model.modules() if isinstance(module, tables)}
     routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
     for name, p in model.named_parameters():
         if p in embeddings:

@@ -110,6 +110,10 @@ def _fitted_group(who: str, saved: dict[str, Any], own: dict[str, Any]) -> dict[
         raise ValueError(
             f"{who}: the state is of another kind of optimizer, whose groups have {_listed(saved)} and no polar_method"
         )
+    for key, default in (("row_blocks", 1), ("flatten", None)):  # what matrices are, and so the shape of their state
+        theirs, ours = saved.get(key, own[key]) or 0, own[key] or 0
+        if theirs != ours and own[key] != default:
+            raise ValueError(f"{who}: {key} = {saved[key]} in the state, and {own[key]} here; make the two equal")
     names, own_names = saved.get("param_names", []), own.get("param_names", [])
     if names != own_names and sorted(names) == sorted(own_names):
         theirs, ours = next(pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1])

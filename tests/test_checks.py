@@ -130,7 +130,7 @@ def test_what_may_be_a_convolution_is_said_once(
 ) -> None:
     named = [("plain", nn.Parameter(randn(8, 8))), ("conv.weight", nn.Parameter(randn(*shape)))]
     optimizer = stepped(Muon(named, **options))
-    stepped(Muon(named, flatten=False)).load_state_dict(optimizer.state_dict())
+    stepped(Muon(named, flatten=options.get("flatten", False))).load_state_dict(optimizer.state_dict())
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == warns
     assert all("Muon: the last two dimensions of conv.weight are" in text and "flatten=True" in text for text in said)
@@ -221,6 +221,25 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind: str) -> 
     assert str(optimizer.state_dict()) == str(reference.state_dict())
 
 
+def test_a_state_of_other_matrices_than_the_optimizer_was_made_for_is_refused() -> None:
+    def conv(**options: Any) -> MatrixOptimizer:
+        return stepped(Muon([("conv", nn.Parameter(randn(16, 8, 3, 3)))], **options))
+
+    stacks = conv(flatten=False).state_dict()
+    stacks["param_groups"][0]["flatten"] = None
+    with pytest.raises(ValueError, match="Muon: flatten = None in the state, and True here"):
+        conv(flatten=True).load_state_dict(stacks)
+    conv(flatten=False).load_state_dict(stacks)
+    del stacks["param_groups"][0]["flatten"]
+    with pytest.raises(ValueError, match=r"momentum_buffer in the state of conv has shape \(16, 8, 3, 3\).*\(16, 72\)"):
+        conv(flatten=True).load_state_dict(stacks)
+    with pytest.raises(ValueError, match="Muon: row_blocks = 1 in the state, and 2 here"):
+        Muon(named((6, 4)), row_blocks=2).load_state_dict(Muon(named((6, 4))).state_dict())
+    loaded = Muon(named((6, 4)))
+    loaded.load_state_dict(stepped(Muon(named((6, 4)), row_blocks=2)).state_dict())  # options come with a state
+    assert stepped(loaded).param_groups[0]["row_blocks"] == 2
+
+
 def test_a_rule_s_own_state_is_measured_as_the_rule_makes_it() -> None:
     optimizer, state = NorMuon(named((6, 4))), state_of(NorMuon(named((6, 4))))
     state["state"][0]["row_square"] = torch.ones(4)
@@ -228,6 +247,8 @@ def test_a_rule_s_own_state_is_measured_as_the_rule_makes_it() -> None:
         optimizer.load_state_dict(state)
     optimizer.load_state_dict(state_of(Muon(named((6, 4)))))  # no statistics yet
     stepped(optimizer)
+    with pytest.raises(ValueError, match=r"p0 has shape \(2, 6, 4\); it must be \(3, 6, 4\)"):
+        Muon(named((3, 6, 4))).load_state_dict(state_of(Muon(named((2, 6, 4)))))
 
 
 def test_a_rule_that_asks_for_values_may_have_state_of_its_own() -> None:

@@ -643,10 +643,11 @@ def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_the_head_s() ->
     assert routes(model)["head"] == set(model.head.parameters())
 
 
-def test_a_tied_head_is_an_embedding() -> None:
+def test_a_tied_head_and_a_bag_are_embeddings() -> None:
     model = tiny_gpt()
+    model.bag = nn.EmbeddingBag(50, 16)
     model.head.weight = model.embed.weight
-    assert routes(model) == {"matrix": set(model.blocks.parameters()), "embed": {model.embed.weight}}
+    assert routes(model) == {"matrix": set(model.blocks.parameters()), "embed": {model.embed.weight, model.bag.weight}}
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

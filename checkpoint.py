@@ -24,7 +24,7 @@ DAMAGE = (
     OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
     zipfile.BadZipFile,
 )  # fmt: skip
-NAME, TEMPORARY = re.compile(r"checkpoint_(\d+)\.pt"), re.compile(r"checkpoint_\d+(\.pt)?\.tmp")
+NAME, TEMPORARY = re.compile(r"checkpoint_(\d+)\.pt"), re.compile(r"checkpoint_\d+(\.pt)?(\.\d+)?\.tmp")
 
 
 class CheckpointWriter:
@@ -74,6 +74,7 @@ class CheckpointWriter:
         try:
             if self._write:
                 self._write.result()
+            self._thread.submit(int).result()  # also one that a stop kept from being noted above
         except OSError as error:
             self._write = None
             return (

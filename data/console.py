@@ -109,7 +109,11 @@ def stops_held() -> Iterator[None]:
 def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:
     """The same stream on a file that takes everything, in characters that it can show."""
     if stream is None:  # the descriptor is closed: taken now, lest the next file that is opened becomes the terminal
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.set_inheritable(descriptor, True)  # and becomes nothing else in a child
+        if nowhere != descriptor:
+            os.close(nowhere)
     else:
         stream.flush()
     by_lines = stream is None or stream.line_buffering or stream.write_through  # the last with PYTHONUNBUFFERED

@@ -17,11 +17,12 @@ from typing import IO, Any
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, text in UTF-8 or bytes (`mode` "wb"), that gets its name when the block ends well, whole and on
     the disk; until then, and for good after an error, `path` is as it was. A device or a pipe is written as it is."""
+    path = path.resolve()  # a link stays one, to the new content
     if path.exists() and not path.is_file():
         with path.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # where there are no locks, another may write it too
     try:
         with naming(path), temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

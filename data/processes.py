@@ -1,4 +1,4 @@
-"""Processes that a command starts: a stop is for the command to act on, and whatever ends it ends them. A leaf."""
+"""Processes that a command starts: a stop is for the command to act on, and whatever ends it ends them."""
 
 import contextlib
 import ctypes
@@ -46,7 +46,9 @@ def end_group(process: subprocess.Popen[Any], grace_s: float = GRACE_S) -> None:
 class Workers(ProcessPoolExecutor):
     """A pool of processes that no stop reaches and that end with the pool's block, however that is left."""
 
-    def __init__(self, number: int, prepare: Callable[..., Any] = bool, *arguments: Any, start: str = "spawn") -> None:
+    def __init__(
+        self, number: int, prepare: Callable[..., Any] | None = None, *arguments: Any, start: str = "spawn"
+    ) -> None:
         """prepare: called with `arguments` in each process first."""
         super().__init__(number, multiprocessing.get_context(start), _prepare_worker, (prepare, *arguments))
 
@@ -56,8 +58,8 @@ class Workers(ProcessPoolExecutor):
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind:
+            children = list((self._processes or {}).values())  # which SIGTERM, the executor's own, does not reach
             self.shutdown(wait=False, cancel_futures=True)
-            children = multiprocessing.active_children()
             for process in children:
                 process.kill()
             for process in children:
@@ -65,9 +67,10 @@ class Workers(ProcessPoolExecutor):
         self.shutdown()
 
 
-def _prepare_worker(prepare: Callable[..., Any], *arguments: Any) -> None:
+def _prepare_worker(prepare: Callable[..., Any] | None, *arguments: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    prepare(*arguments)
+    if prepare:
+        prepare(*arguments)
 
 
 def _end_with_parent() -> None:

@@ -199,7 +199,11 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
     if num_done >= num_runs:
         return []
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(TRAINER), "--help"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    command = [sys.executable, str(TRAINER), "--help"]
+    started = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if started.returncode:
+        last = (started.stderr.decode(errors="replace").splitlines() or ["?"])[-1]
+        raise ValueError(f"{TRAINER} cannot be started: {last}")
     start_s, total_s, lines = time.perf_counter() - start, 0.0, []
     for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
         run_s = seconds_of_a_run(options, group, threads, start_s)

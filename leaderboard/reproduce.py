@@ -57,9 +57,11 @@ def run_again(record: Record, seed: int, tree: Path) -> Run:
     world_size = int(run.log.facts["world_size"])
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
     command = [sys.executable, *launch, "train_gpt.py", "record.toml"]
+    # run.sh names the checkout in these two where it cannot be written, and its modules are not the record's
+    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     process = subprocess.Popen(  # an older source may read its files as the locale has it
         [*command, *(f"--{key}={value}" for key, value in settings.items())], cwd=tree, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONUTF8": "1"}, start_new_session=True, preexec_fn=die_with_parent,
+        env={**variables, "PYTHONUTF8": "1"}, start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     try:
         status = process.wait()

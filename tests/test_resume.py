@@ -247,11 +247,18 @@ def test_without_locks_auto_takes_a_killed_run_and_no_other(
     assert json.loads((went_on / WRITER).read_text(encoding="utf-8"))["lineage"] == [interrupted.name]
 
 
+def as_torchrun_starts_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of torchrun's only rank."""
+    place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    for name, value in (place | {"TORCHELASTIC_RUN_ID": "one"}).items():
+        monkeypatch.setenv(name, value)
+
+
 def test_a_restart_leaves_an_attempt_alone_that_is_alive(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: Path
 ) -> None:
     """Of the same job of torchrun, by an agent that was cut off from the others, say."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    as_torchrun_starts_one(monkeypatch)
     monkeypatch.setattr(machine, "launcher", lambda: "agent")
     shutil.rmtree(interrupted)
     assert trainer("--checkpoint_every=2", "--train_steps=3").returncode == 0
@@ -386,7 +393,7 @@ def test_a_job_that_ended_is_not_trained_again_by_a_restart(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun restarts a run that exits with 3: the second attempt must give the same status and do nothing."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    as_torchrun_starts_one(monkeypatch)
     missed = ["--train_steps=3", "--target_loss=0.5", "--require_target"]
     assert trainer(*missed).returncode == 3
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -280,9 +280,10 @@ def send_in(
     def stopped(*args: Any, **kwargs: Any) -> Any:
         if after:
             result = genuine(*args, **kwargs)
+        main_thread = threading.main_thread().ident or 0
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-        for stop in stops:
-            signal.pthread_kill(threading.get_ident(), stop)  # os.kill's would go to a thread that does not block it
+        for stop in stops:  # os.kill's would go to a thread that does not block it
+            signal.pthread_kill(main_thread, stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)  # they arrive together
         return result if after else genuine(*args, **kwargs)
 

@@ -12,13 +12,13 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ STATUS = struct.Struct("i")
 def start_server() -> None:
     """Start the server for this process and all that it starts. It loads nothing before it is needed, and ends with
     this process."""
-    address = f"{tempfile.mkdtemp()}/warm"
+    if not hasattr(os, "pidfd_open"):
+        return
+    address = f"@warm-{secrets.token_hex(8)}"  # not a file: @ stands for the NUL of Linux's abstract names
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(address)
+        listener.bind(address.replace("@", "\0"))
         listener.listen(64)
         command = [sys.executable, __file__, "--serve", str(listener.fileno())]
         start_server.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])  # type: ignore[attr-defined]
@@ -49,14 +51,14 @@ def start_server() -> None:
 
 def run(arguments: list[str]) -> int:
     """Have `python ARGUMENTS...` run by the server; returns its status, or ends by the signal that it ended by."""
-    if SERVER not in os.environ or not hasattr(os, "pidfd_open"):
+    if SERVER not in os.environ:
         os.execv(sys.executable, [sys.executable, *arguments])
     ignored = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     request = dict(
         arguments=arguments, environment=dict(os.environ), folder=str(Path.cwd()), ignored=ignored, parent=os.getppid()
     )  # fmt: skip
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(os.environ[SERVER])
+        server.connect(os.environ[SERVER].replace("@", "\0"))
         for number in PASSED_ON:
             if number not in ignored:
                 signal.signal(number, lambda number, _: server.send(bytes([number])))
@@ -85,7 +87,7 @@ def serve(listener: socket.socket) -> None:
             sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
             for module in PRELOADED:
                 importlib.import_module(module)
-            del sys.path[0]
+            del sys.path[0], sys.modules["__mp_main__"]  # multiprocessing's other name for this script
             is_loaded = True
         client, _ = listener.accept()
         if os.fork() == 0:

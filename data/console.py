@@ -7,6 +7,7 @@ shown ends nothing.
 
 import atexit
 import contextlib
+import errno
 import io
 import math
 import os
@@ -28,7 +29,11 @@ def run(command: Callable[[], int | None], go_on: str) -> int:
     OSError, told in one line, or 130 when it was stopped, with a line that says how to go on."""
     prepare()
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        if isinstance(sys.stdout.buffer, io.BufferedWriter) and isinstance(sys.stdout.buffer.raw, _LastingFile):
+            sys.stdout.buffer.raw.raise_if_full()
+        return status
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -124,12 +129,20 @@ def _lasting(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapp
 
 
 class _LastingFile(io.FileIO):
-    """A file that drops what its other end no longer takes."""
+    """A file that drops what its other end no longer takes, and remembers if that was a full disk."""
+
+    full: OSError | None = None
+
+    def raise_if_full(self) -> None:
+        if self.full:
+            raise OSError(self.full.errno, f"{self.full.strerror}: what was printed is not whole")
 
     def write(self, data: Any) -> int:
         try:
             while (written := super().write(data)) is None:  # a terminal that another program has set not to wait
                 select.select([], [self], [])
             return written
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self.full = error
             return len(data)

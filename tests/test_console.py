@@ -99,3 +99,15 @@ def test_a_command_with_all_streams_closed_ends_as_ever() -> None:
     )
     command = ["bash", "-c", '"$0" -c "$1" >&- 2>&- <&-', sys.executable, program]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 7
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_a_command_says_that_the_disk_its_words_went_to_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    stream = console._lasting(text_file(descriptor, encoding="utf-8"), descriptor)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert console.run(lambda: print("a table"), "start again") == 2
+    assert "No space left on device: what was printed is not whole" in capsys.readouterr().err
+    os.close(descriptor)

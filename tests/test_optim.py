@@ -635,6 +635,43 @@ def test_a_wrapped_model_is_routed_as_without(wrappers: str) -> None:
     assert routes(whole) == expected
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda gpt: nn.Sequential(gpt),
+        lambda gpt: nn.ModuleList([gpt]),
+        lambda gpt: nn.ModuleDict({"0": gpt}),
+        lambda gpt: nn.Sequential(nn.ModuleDict({"module": gpt})),
+        lambda gpt: nn.ModuleList([nn.Sequential(gpt), nn.Identity()]),
+    ],
+    ids=["sequential", "list", "dict", "sequential module", "list of two"],
+)
+def test_a_model_in_a_list_is_routed_as_without(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = tiny_gpt()
+    attention = model.blocks[0].attention
+    attention.head, attention.bias_table = nn.Linear(16, 4, bias=False), nn.Embedding(8, 2)
+    expected = routes(model)
+    assert expected["head"] == {model.head.weight}
+    assert attention.head.weight in expected["matrix"]
+    assert routes(wrap(model)) == expected
+
+
+def test_every_model_has_its_head_and_blocks_alone_have_none() -> None:
+    pair = nn.ModuleList([tiny_gpt(), tiny_gpt()])
+    assert routes(pair)["head"] == {model.head.weight for model in pair}
+    blocks = tiny_gpt().blocks
+    blocks[0].attention.head = nn.Linear(16, 4, bias=False)
+    assert set(routes(blocks)) == {"matrix"}
+    around = nn.ModuleDict(dict(trunk=tiny_gpt(), head=nn.Linear(16, 3, bias=False)))
+    assert routes(around)["head"] == {around["head"].weight, around["trunk"].head.weight}
+
+
+def test_a_parametrized_embedding_is_one() -> None:
+    model = tiny_gpt()
+    nn.utils.parametrizations.weight_norm(model.embed)
+    assert routes(model)["embed"] == set(model.embed.parameters())
+
+
 def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_the_head_s() -> None:
     model = tiny_gpt()
     model.blocks[0].attention.head = nn.Linear(16, 4, bias=False)

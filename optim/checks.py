@@ -145,8 +145,8 @@ def fitted_state_dict(optimizer: "MatrixOptimizer", state_dict: Mapping[str, Any
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
             found = _listed(group) if isinstance(group, Mapping) else repr(group)
             raise ValueError(
-                f"{who}: group {index} of the state dict has {found}; it must be a dict with a list of numbers as "
-                "params, as state_dict() gives it"
+                f"{who}: group {index} of the state dict has {found}; it must be a dict with a list of its parameters' "
+                "numbers as params, as state_dict() gives it"
             )
     saved_sizes, sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
     if saved_sizes != sizes:

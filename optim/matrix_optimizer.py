@@ -222,6 +222,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state stays float32 where torch would cast it to the parameter's dtype, options that the
         saved groups lack stay as they are, and ValueError is raised for what does not fit, before anything changes."""
+        if state_dict is None:  # torch would copy it before any hook
+            raise ValueError(f"{type(self).__name__}: the state dict is None; give what state_dict() returned")
         taken: dict[str, Any] = {}  # what is loaded, after everyone's hooks have changed it
 
         def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def of_group(**options: Any) -> dict[str, Any]:
     return state
 
 
-REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
+REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "adamw": (lambda: state_of(torch.optim.AdamW(named((6, 4), (3, 4)))), ["another kind of optimizer", "betas"]),
     "sgd": (lambda: state_of(torch.optim.SGD(named((6, 4), (3, 4)), momentum=0.9)), ["another kind", "dampening"]),
     "torch's muon": (lambda: state_of(torch.optim.Muon(named((6, 4), (3, 4)))), ["another kind", "ns_steps"]),
@@ -213,6 +213,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "keys of text": (lambda: dict(changed(), state={"0": {}}), ["entries for 0"]),
     "a rate of text": (lambda: of_group(lr="1e-3"), ["lr = '1e-3' is of type str", "0.02"]),
     "no rate": (lambda: of_group(lr=None), ["lr = None", "real number"]),
+    "nothing": (lambda: None, ["the state dict is None"]),
     "state that is none": (lambda: dict(changed(), state=None), ["state of type NoneType"]),
     "state that is a list": (lambda: dict(changed(), state=[{}, {}]), ["state of type list"]),
     "groups that are none": (lambda: dict(changed(), param_groups=None), ["param_groups of type NoneType"]),

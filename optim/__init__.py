@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 Groups = list[dict[str, Any]]
+TABLES = nn.Embedding, nn.EmbeddingBag
 COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,18 +70,28 @@ MATRIX_OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
 }
 
 
-def is_of_head(name: str) -> bool:
-    """Whether a parameter belongs to a module called `head` that is not in a list of blocks, at whatever depth:
-    torch.compile, DistributedDataParallel and their like put names of their own before it."""
-    before, is_inside, _ = f".{name}".partition(".head.")
-    return bool(is_inside) and not any(part.isdigit() for part in before.split("."))
+def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: bool = False) -> set[nn.Parameter]:
+    """Those of every child called `head` of a model, at whatever depth: torch.compile, DistributedDataParallel,
+    nn.Sequential and their like put modules of their own around it.
+
+    A module in a list (`is_listed`) is a model where it holds an embedding, and not one where it is a block of another
+    (`is_in_model`), whose `head` is a matrix like its others.
+    """
+    children = dict(module.named_children())
+    is_model = "head" in children
+    if is_model and is_listed:
+        is_model = not is_in_model and any(isinstance(part, TABLES) for part in module.modules())
+    found = set(children["head"].parameters()) if is_model else set[nn.Parameter]()
+    for name, child in children.items():
+        found |= head_parameters(child, name.isdigit() or (is_listed and not is_model), is_in_model or is_model)
+    return found
 
 
 def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimizer]:
     """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
 
-    Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is the module
-    `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
+    Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
+    module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
     `config` needs the optimizer fields of the trainer's Config. Raises ValueError for an unknown `matrix_optimizer`, a
     model without matrices and whatever the optimizers refuse.
     """
@@ -89,13 +100,14 @@ def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimize
         raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} is unknown; choose one of {names}")
     if config.comm_dtype not in COMM_DTYPES:
         raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
-    tables = nn.Embedding, nn.EmbeddingBag
-    embeddings = {module.weight for module in model.modules() if isinstance(module, tables)}
+    tables = [module for module in model.modules() if isinstance(module, TABLES)]
+    embeddings = {p for table in tables for p in table.parameters()}  # of a parametrized one, what it is made from
+    heads = head_parameters(model)
     routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
     for name, p in model.named_parameters():
         if p in embeddings:
             routes["embed"].append((name, p))
-        elif is_of_head(name):
+        elif p in heads:
             routes["head"].append((name, p))
         else:
             routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels import backend
 from optim.bank import State
+from optim.checks import INTEGER, REAL, TEXT, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.polar import (
     SAFETY,
@@ -156,6 +157,9 @@ def is_balanced(sides: str, m: int, n: int) -> bool:
     return m != n and sides in ("both", "tall" if m > n else "wide")
 
 
+RULE_OPTIONS = {"iterations": (INTEGER, 2), "beta": (REAL, 0.5), "sides": (TEXT, "both"), "variant": (TEXT, "release")}
+
+
 class Aurora(MatrixOptimizer):
     """Muon with equal row norms. `sides` names the matrices it balances ("both", "tall" or "wide"); the others get
     Muon's update. `iterations` polar factors a step (1 is known as Muon-EQ; `variant` "warm" always takes one) and
@@ -178,6 +182,7 @@ class Aurora(MatrixOptimizer):
     def _check_group(self, index: int) -> None:
         super()._check_group(index)
         group = self.param_groups[index]
+        check_kinds("Aurora", group, RULE_OPTIONS)
         check_aurora_arguments("Aurora", group["iterations"], group["beta"], group["variant"])
         check_sides("Aurora", group["sides"])
 

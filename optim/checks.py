@@ -1,9 +1,12 @@
 """What a matrix optimizer refuses: parameters that it cannot move, and state dicts that do not fit its own."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +19,44 @@ if TYPE_CHECKING:
     from optim.matrix_optimizer import MatrixOptimizer
 
 OWN_STATE = {"momentum_buffer", "master_weight"}  # the base class's, not a rule's
+REAL, INTEGER, FLAG, TEXT = "a real number", "an integer", "True or False", "a string"
+OPTIONS: dict[str, tuple[str, Any]] = {  # of every group: the kind, and a value that works
+    "lr": (REAL, 0.02),
+    "momentum": (REAL, 0.95),
+    "weight_decay": (REAL, 0.1),
+    "nesterov": (FLAG, True),
+    "scale": (TEXT, "spectral"),
+    "polar_method": (TEXT, "polar_express"),
+    "polar_steps": (INTEGER, None),
+    "cautious": (FLAG, False),
+    "row_blocks": (INTEGER, 1),
+    "flatten": (FLAG, None),
+}
 PLACE = ("kernels", "comm_dtype", "defer_check", "process_group", "rule")  # arguments that are no options of a group
+
+
+def check_kinds(who: str, group: Mapping[str, Any], options: Mapping[str, tuple[str, Any]] = OPTIONS) -> None:
+    """ValueError for the first option of another kind than `options` says: {name: (kind, a value that works)}. None is
+    allowed where it is that value."""
+    for key, (kind, example) in options.items():
+        value = group[key]
+        if not (is_of_kind(value, kind) or (value is None and example is None)):
+            or_none = "" if example is not None else " or None"
+            raise ValueError(
+                f"{who}: {key} = {value!r} is of type {type(value).__name__}; it must be {kind}{or_none}, "
+                f"for example {key} = {example!r}"
+            )
+
+
+def is_of_kind(value: Any, kind: str) -> bool:
+    """Numbers may be NumPy's, and real ones a tensor of one element, as torch's capturable learning rates are."""
+    if kind == FLAG:
+        return isinstance(value, bool)
+    if kind == TEXT:
+        return isinstance(value, str)
+    if kind == REAL and isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, Integral if kind == INTEGER else Real) and not isinstance(value, bool)
 
 
 def check_parameters(who: str, names: list[str], group: Mapping[str, Any]) -> None:
@@ -41,6 +81,10 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
         raise ValueError(f"{who}: {name} has shape {tuple(p.shape)} and is no matrix; give it to torch.optim.AdamW")
     if not p.is_floating_point():
         raise ValueError(f"{who}: {name} has dtype {p.dtype}; only real floating-point matrices can be updated")
+    if p.dtype.itemsize == 1:
+        raise ValueError(
+            f"{who}: {name} has dtype {p.dtype}, which cannot be computed with; make it torch.bfloat16 or wider"
+        )
     if p.numel() == 0:
         raise ValueError(f"{who}: {name} has shape {tuple(p.shape)} and so no elements; leave it out")
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
@@ -60,8 +104,17 @@ def warn_of_stacks(who: str, names: list[str], group: Mapping[str, Any]) -> None
             f"{who}: the last two dimensions of {_listed(deep)} are taken as the matrices; for convolution weights "
             "set flatten=True in their param group, which makes [out, in, kh, kw] one matrix [out, in * kh * kw], for "
             "stacks flatten=False",
-            stacklevel=4,
+            stacklevel=_level_of_caller(),
         )
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel`, for the function that calls this, of the first line outside torch and this package."""
+    inside = {Path(path).resolve().parent for path in (__file__, torch.__file__)}
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and not inside.isdisjoint(Path(frame.f_code.co_filename).resolve().parents):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def option_defaults(kind: type) -> dict[str, Any]:
@@ -83,6 +136,18 @@ def fitted_state_dict(optimizer: "MatrixOptimizer", state_dict: Mapping[str, Any
     if not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(f"{who}: a state dict has state and param_groups, and this one has {_listed(state_dict)}")
     entries, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(entries, Mapping) or not isinstance(groups, list):
+        raise ValueError(
+            f"{who}: the state dict has a state of type {type(entries).__name__} and param_groups of type "
+            f"{type(groups).__name__}; they must be a dict and a list, as state_dict() gives them"
+        )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            found = _listed(group) if isinstance(group, Mapping) else repr(group)
+            raise ValueError(
+                f"{who}: group {index} of the state dict has {found}; it must be a dict with a list of its parameters' "
+                "numbers as params, as state_dict() gives it"
+            )
     saved_sizes, sizes = ([len(group["params"]) for group in each] for each in (groups, own_groups))
     if saved_sizes != sizes:
         raise ValueError(
@@ -114,7 +179,7 @@ def _fitted_group(who: str, saved: dict[str, Any], own: dict[str, Any]) -> dict[
         theirs, ours = saved.get(key, own[key]) or 0, own[key] or 0
         if theirs != ours and own[key] != default:
             raise ValueError(f"{who}: {key} = {saved[key]} in the state, and {own[key]} here; make the two equal")
-    names, own_names = saved.get("param_names", []), own.get("param_names", [])
+    names, own_names = saved.get("param_names") or [], own.get("param_names", [])
     if names != own_names and sorted(names) == sorted(own_names):
         theirs, ours = next(pair for pair in zip(names, own_names, strict=True) if pair[0] != pair[1])
         raise ValueError(f"{who}: the state is of {theirs} where the optimizer has {ours}; keep the parameters' order")
@@ -126,18 +191,25 @@ def _check_entry(
 ) -> None:
     """ValueError unless the state of one parameter is empty, or momentum and whatever else in its matrices' shape."""
     who = type(optimizer).__name__
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{who}: the state of {name} is {entry!r}; it must be a dict, empty before the first step")
     if entry and "momentum_buffer" not in entry:
         raise ValueError(f"{who}: the state of {name} has {_listed(entry)}, and no momentum_buffer")
     lead, m, n = layout(p, group["row_blocks"], group["flatten"])
     shapes = dict.fromkeys(OWN_STATE, torch.Size((m, n)))
     if not OWN_STATE.issuperset(entry):
-        with suppress(NotImplementedError, RuntimeError):  # a rule that asks for values has none to look at here
+        with suppress(RuntimeError):  # a rule that asks for values has none to look at here
             shapes |= {key: value.shape[1:] for key, value in optimizer.rule_state(m, n, group).items()}
     for key, value in entry.items():
         if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
             found = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f"{who}: {key} in the state of {name} is {found}; it must be a dense tensor of real numbers"
+            )
+        if value.is_meta and not p.is_meta:
+            raise ValueError(
+                f"{who}: {key} in the state of {name} is on the device meta, without values; load the state with its "
+                "values, as torch.load(path, map_location='cpu') does"
             )
         if value.shape[: len(lead)] != lead or (key in shapes and value.shape[len(lead) :] != shapes[key]):
             expected = ", ".join(map(str, (*lead, *shapes.get(key, ["..."]))))

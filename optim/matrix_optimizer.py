@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels import backend
 from optim.bank import Bank, State, layout
-from optim.checks import OWN_STATE, check_parameters, fitted_state_dict, option_defaults, warn_of_stacks
+from optim.checks import OWN_STATE, check_kinds, check_parameters, fitted_state_dict, option_defaults, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.polar import check_polar_arguments
 from optim.reductions import Reductions, when_ready
@@ -130,6 +130,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, index: int) -> None:
         group, rule = self.param_groups[index], type(self).__name__
+        check_kinds(rule, group)
         for key, low, high in (("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf)):
             if not low <= group[key] < high:
                 raise ValueError(f"{rule}: {key} = {group[key]} must be at least {low} and below {high}")
@@ -221,6 +222,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but state stays float32 where torch would cast it to the parameter's dtype, options that the
         saved groups lack stay as they are, and ValueError is raised for what does not fit, before anything changes."""
+        if state_dict is None:  # torch would copy it before any hook
+            raise ValueError(f"{type(self).__name__}: the state dict is None; give what state_dict() returned")
         taken: dict[str, Any] = {}  # what is loaded, after everyone's hooks have changed it
 
         def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +256,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forget_banks()
         self.__dict__.setdefault("process_group", None)  # which cannot be pickled: all ranks, for the unpickled
         self.__dict__.setdefault("_hooked", set())
-        for group in self.param_groups:  # of a pickle that is older than an option
-            group.update({**option_defaults(type(self)), **group})
+        options = option_defaults(type(self))
+        self.defaults = {**options, **self.defaults}  # of a pickle that is older than an option
+        for group in self.param_groups:
+            group.update({**options, **group})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MatrixOptimizer":
         twin = self.__class__.__new__(self.__class__)

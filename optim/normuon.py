@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.reference import TINY
 from optim.bank import State
+from optim.checks import REAL, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.polar import fast_half_dtype, polar
 
@@ -38,6 +39,7 @@ class NorMuon(MatrixOptimizer):
 
     def _check_group(self, index: int) -> None:
         super()._check_group(index)
+        check_kinds("NorMuon", self.param_groups[index], {"beta2": (REAL, 0.95)})
         beta2 = self.param_groups[index]["beta2"]
         if not 0 <= beta2 < 1:
             raise ValueError(f"NorMuon: beta2 = {beta2} must be at least 0 and below 1; 0.95 is the usual choice")

@@ -32,6 +32,7 @@ from torch import Tensor
 from kernels.reference import TINY
 from optim.aurora import check_sides, is_balanced
 from optim.bank import State
+from optim.checks import INTEGER, REAL, TEXT, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.polar import as_matrices, fast_half_dtype, polar
 
@@ -109,6 +110,15 @@ def _row_multipliers(M: Tensor, U: Tensor, B: Tensor, cg_steps: int) -> Tensor:
     return centred(solution)
 
 
+RULE_OPTIONS = {
+    "sides": (TEXT, "both"),
+    "outer_steps": (INTEGER, 3),
+    "cg_steps": (INTEGER, 20),
+    "step_size": (REAL, 0.1),
+    "retraction_steps": (INTEGER, 2),
+}
+
+
 class RiemannianAurora(MatrixOptimizer):
     """Aurora by Riemannian ascent; the options are `riemannian_polar`'s, `sides` is Aurora's."""
 
@@ -130,6 +140,7 @@ class RiemannianAurora(MatrixOptimizer):
     def _check_group(self, index: int) -> None:
         super()._check_group(index)
         group = self.param_groups[index]
+        check_kinds("RiemannianAurora", group, RULE_OPTIONS)
         check_sides("RiemannianAurora", group["sides"])
         for key in ("outer_steps", "cg_steps", "retraction_steps"):
             if group[key] < 1:

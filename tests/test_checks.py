@@ -51,6 +51,7 @@ def sharded() -> nn.Parameter:
         (lambda: nn.Parameter(torch.eye(3).to_sparse()), ["sparse_coo", "dense"]),
         (lambda: nn.UninitializedParameter(), ["no shape yet", "batch"]),
         (expanded, ["share memory", "clone()"]),
+        (lambda: nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "bfloat16"]),
         (sharded, ["DTensor", "whole parameters"]),
     ],
     ids=[
@@ -63,6 +64,7 @@ def sharded() -> nn.Parameter:
         "sparse",
         "lazy",
         "expanded",
+        "float8",
         "DTensor",
     ],
 )
@@ -133,6 +135,7 @@ def test_what_may_be_a_convolution_is_said_once(
     stepped(Muon(named, flatten=options.get("flatten", False))).load_state_dict(optimizer.state_dict())
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == warns
+    assert all(warning.filename == __file__ for warning in recwarn)
     assert all("Muon: the last two dimensions of conv.weight are" in text and "flatten=True" in text for text in said)
 
 
@@ -161,6 +164,10 @@ def test_options_that_a_state_or_pickle_lacks_are_the_optimizer_s_own(rule: Call
         old = pickle.loads(pickle.dumps(saved))  # knows nothing of the option, and takes its default
         assert old.param_groups[0][option] == type(saved)(named((6, 4))).defaults[option]
         old.param_groups[0][option] = value
+        del saved.defaults[option]
+        older = pickle.loads(pickle.dumps(saved))
+        older.add_param_group(dict(params=[("added", nn.Parameter(randn(3, 4)))], lr=0.1))
+        assert older.param_groups[1][option] == type(saved)(named((6, 4))).defaults[option]
         results = [stepped(each, seed=1).param_groups[0]["params"][0] for each in (whole, old, copy.deepcopy(whole))]
         assert torch.equal(results[0], results[1])
 
@@ -186,7 +193,7 @@ def of_group(**options: Any) -> dict[str, Any]:
     return state
 
 
-REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
+REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "adamw": (lambda: state_of(torch.optim.AdamW(named((6, 4), (3, 4)))), ["another kind of optimizer", "betas"]),
     "sgd": (lambda: state_of(torch.optim.SGD(named((6, 4), (3, 4)), momentum=0.9)), ["another kind", "dampening"]),
     "torch's muon": (lambda: state_of(torch.optim.Muon(named((6, 4), (3, 4)))), ["another kind", "ns_steps"]),
@@ -204,6 +211,19 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], list[str]]] = {
     "complex": (lambda: changed(momentum_buffer=torch.ones(3, 4) * 1j), ["p1", "torch.complex64"]),
     "no momentum": (lambda: changed(momentum_buffer=None, velocity=torch.ones(3, 4)), ["p1 has velocity"]),
     "keys of text": (lambda: dict(changed(), state={"0": {}}), ["entries for 0"]),
+    "a rate of text": (lambda: of_group(lr="1e-3"), ["lr = '1e-3' is of type str", "0.02"]),
+    "no rate": (lambda: of_group(lr=None), ["lr = None", "real number"]),
+    "nothing": (lambda: None, ["the state dict is None"]),
+    "state that is none": (lambda: dict(changed(), state=None), ["state of type NoneType"]),
+    "state that is a list": (lambda: dict(changed(), state=[{}, {}]), ["state of type list"]),
+    "groups that are none": (lambda: dict(changed(), param_groups=None), ["param_groups of type NoneType"]),
+    "a group that is none": (lambda: dict(changed(), param_groups=[None]), ["group 0 of the state dict has None"]),
+    "a group of nothing": (lambda: dict(changed(), param_groups=[dict(lr=0.1)]), ["group 0", "has lr;", "params"]),
+    "an entry that is none": (lambda: dict(changed(), state={1: None}), ["state of p1 is None"]),
+    "without values": (
+        lambda: changed(momentum_buffer=torch.ones(3, 4, device="meta")),
+        ["momentum_buffer in the state of p1 is on the device meta", "torch.load"],
+    ),
     "a wrong option": (lambda: of_group(lr=-1.0), ["lr = -1.0"]),
 }  # fmt: skip
 

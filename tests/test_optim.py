@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -550,6 +551,43 @@ def test_wrong_settings_are_refused(rule: Make, settings: dict[str, Any], words:
     assert all(word in str(refusal.value) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("rule", "option", "values", "words"),
+    [
+        (Muon, "lr", ["0.1", None, True, 1j, torch.ones(2)], ["a real number", "lr = 0.02"]),
+        (Muon, "momentum", ["0.9", None, False], ["a real number", "momentum = 0.95"]),
+        (Muon, "weight_decay", ["0.1", None, True], ["a real number", "weight_decay = 0.1"]),
+        (Muon, "row_blocks", [2.0, "1", None, True], ["an integer", "row_blocks = 1"]),
+        (Muon, "polar_steps", [2.5, 5.0, "5", True], ["an integer or None"]),
+        (Muon, "flatten", ["no", 0, 1], ["True or False or None"]),
+        (Muon, "cautious", ["false", None, 1], ["True or False", "cautious = False"]),
+        (Muon, "nesterov", ["no", None, 0], ["True or False", "nesterov = True"]),
+        (Muon, "scale", [["a"], None, 1], ["a string", "spectral"]),
+        (Muon, "polar_method", [["a"], None], ["a string", "polar_express"]),
+        (NorMuon, "beta2", ["0.9", None], ["a real number", "0.95"]),
+        (Aurora, "iterations", [2.0, "2"], ["an integer", "iterations = 2"]),
+        (Aurora, "variant", [["warm"]], ["a string"]),
+        (RiemannianAurora, "step_size", ["0.1"], ["a real number"]),
+        (RiemannianAurora, "cg_steps", [2.5], ["an integer"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_settings_of_another_type_are_refused(rule: Make, option: str, values: list[Any], words: list[str]) -> None:
+    for value in values:
+        with pytest.raises(ValueError) as refusal:
+            rule([nn.Parameter(torch.ones(2, 2))], **{option: value})
+        told = str(refusal.value)
+        assert all(word in told for word in [f"{option} = {value!r} is of type {type(value).__name__}", *words]), told
+
+
+def test_numbers_may_be_numpy_s_or_a_tensor_s() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    for lr in (1, np.float32(0.1), torch.tensor(0.1)):
+        optimizer = Muon([p], lr=lr, polar_steps=np.int64(3), row_blocks=np.int64(2), flatten=True)
+        p.grad = randn(2, 2)
+        optimizer.step()
+
+
 def test_vectors_are_sent_to_adamw_and_a_refused_group_leaves_no_trace() -> None:
     optimizer = Muon([nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ValueError, match=r"gain has shape \(4,\).*AdamW"):
@@ -633,6 +671,43 @@ def test_a_wrapped_model_is_routed_as_without(wrappers: str) -> None:
     model.head, model.embed = (nn.ModuleDict({wrappers.split()[0]: part}) for part in (model.head, model.embed))
     model.blocks[1] = nn.ModuleDict({wrappers.split()[0]: model.blocks[1]})
     assert routes(whole) == expected
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda gpt: nn.Sequential(gpt),
+        lambda gpt: nn.ModuleList([gpt]),
+        lambda gpt: nn.ModuleDict({"0": gpt}),
+        lambda gpt: nn.Sequential(nn.ModuleDict({"module": gpt})),
+        lambda gpt: nn.ModuleList([nn.Sequential(gpt), nn.Identity()]),
+    ],
+    ids=["sequential", "list", "dict", "sequential module", "list of two"],
+)
+def test_a_model_in_a_list_is_routed_as_without(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = tiny_gpt()
+    attention = model.blocks[0].attention
+    attention.head, attention.bias_table = nn.Linear(16, 4, bias=False), nn.Embedding(8, 2)
+    expected = routes(model)
+    assert expected["head"] == {model.head.weight}
+    assert attention.head.weight in expected["matrix"]
+    assert routes(wrap(model)) == expected
+
+
+def test_every_model_has_its_head_and_blocks_alone_have_none() -> None:
+    pair = nn.ModuleList([tiny_gpt(), tiny_gpt()])
+    assert routes(pair)["head"] == {model.head.weight for model in pair}
+    blocks = tiny_gpt().blocks
+    blocks[0].attention.head = nn.Linear(16, 4, bias=False)
+    assert set(routes(blocks)) == {"matrix"}
+    around = nn.ModuleDict(dict(trunk=tiny_gpt(), head=nn.Linear(16, 3, bias=False)))
+    assert routes(around)["head"] == {around["head"].weight, around["trunk"].head.weight}
+
+
+def test_a_parametrized_embedding_is_one() -> None:
+    model = tiny_gpt()
+    nn.utils.parametrizations.weight_norm(model.embed)
+    assert routes(model)["embed"] == set(model.embed.parameters())
 
 
 def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_the_head_s() -> None:

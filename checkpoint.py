@@ -121,11 +121,18 @@ def step_of(path: Path) -> int:
 def read_checkpoint(path: Path | str, mapped: bool = True) -> State:
     """All that a checkpoint holds, on the CPU; mapped: tensors are read from the file when they are used.
 
-    Raises ValueError with the reason if it cannot be read; checksums are looked at by `verify` alone.
+    Raises ValueError with the reason if it cannot be read; checksums are looked at by `verify` alone. A name that the
+    locale cannot express is no damage: OSError.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # torch maps the file whose name these letters are in UTF-8, which is not this one
+        mapped = False
     try:
         state: State = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         _ = state["step"], state["model"]
+    except UnicodeEncodeError as error:
+        raise OSError(f"{path} cannot be opened ({error})") from None
     except DAMAGE as error:
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
     return state

@@ -31,8 +31,7 @@ from torch.distributed.run import parse_args, run
 from data.console import STOPS, prepare
 from data.loader import tokens_before
 from data.prepare import ensure
-from machine import check_device
-from runlog import ROOT
+from machine import ROOT, check_device
 from train_gpt import Config, load_config
 
 # How launchers tell a process its place, and torchrun its options, its program and its folder for errors.
@@ -67,10 +66,11 @@ def torchrun_arguments(config: Config, environment: dict[str, str]) -> list[str]
         arguments += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]
         return [*arguments, f"--rdzv_id={uuid.uuid4()}"]
     endpoint = environment.get("RDZV_ENDPOINT", "")
-    if not re.fullmatch(r".+:\d{1,5}", endpoint):
+    found = re.fullmatch(r".+:([0-9]+)", endpoint)
+    if not found or not 1 <= int(found[1]) <= 65535:
         raise ValueError(
-            f"NNODES = {numbers['NNODES']} needs RDZV_ENDPOINT=host:port, the same on every node, such as node0:29500; "
-            f"it is {endpoint!r}"
+            f"NNODES = {numbers['NNODES']} needs RDZV_ENDPOINT=host:port, the same on every node, with a port from 1 "
+            f"to 65535, such as node0:29500; it is {endpoint!r}"
         )
     arguments += [f"--nnodes={numbers['NNODES']}", "--rdzv_backend=c10d"]
     return [*arguments, f"--rdzv_endpoint={endpoint}", "--rdzv_id=nanogpt-aurora"]
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         return 130
     if names := forget_other_launchers(os.environ):
         print(f"not obeyed, as they are of another launcher: {' '.join(names)} (see launch.py)", file=sys.stderr)
-    is_alone = "--local_addr=127.0.0.1" in arguments
+    is_alone = int(os.environ.get("NNODES") or 1) == 1
     if is_alone:  # torchrun looks the name up for every rank, which takes long where nobody knows it
         socket.getfqdn = lambda name="": name or socket.gethostname()
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store for each attempt; see fresh_store in machine.py

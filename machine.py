@@ -98,15 +98,15 @@ def place_among_ranks() -> tuple[int, int, int] | None:
     """
     numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
     if all(number.isdecimal() for number in numbers) and os.environ.get("MASTER_ADDR"):
-        rank, world_size, local_rank, _ = map(int, numbers)
-        if rank < world_size:
+        rank, world_size, local_rank, port = map(int, numbers)
+        if rank < world_size and 1 <= port <= 65535:
             return rank, world_size, local_rank
     elif "" in numbers[:2] or numbers[:2] == ["0", "1"]:
         return None
     raise ValueError(
         f"RANK={numbers[0]} and WORLD_SIZE={numbers[1]} in the environment tell of other processes, but all of RANK, "
-        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are needed, RANK below WORLD_SIZE; start with ./run.sh or "
-        "torchrun, which set them, or unset RANK WORLD_SIZE to train in one process"
+        "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are needed, RANK below WORLD_SIZE, MASTER_PORT from 1 to "
+        "65535; start with ./run.sh or torchrun, which set them, or unset RANK WORLD_SIZE to train in one process"
     )
 
 
@@ -229,10 +229,14 @@ def print_error(text: str, event: str = "") -> None:
     """Print one line that begins with `error:`, unless another rank of this node has done so in this attempt.
 
     Ranks that end of the same thing have the same text, or name the same `event`. torchrun gives every attempt of its
-    ranks a folder; without one each process speaks for itself.
+    ranks, which are its children, a folder; without one, or where another process left it, each speaks for itself.
     """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        digest = hashlib.sha256((event or text).encode()).hexdigest()
+    is_rank = False
+    with contextlib.suppress(ValueError):
+        is_rank = place_among_ranks() is not None
+    if is_rank and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        said = f"{os.getppid()} {event or text}".encode(errors="surrogateescape")
+        digest = hashlib.sha256(said).hexdigest()
         try:
             (Path(file).parent.parent / f"said_{digest}").touch(exist_ok=False)
         except FileExistsError:
@@ -265,7 +269,8 @@ def prepare_compiler() -> None:
     """Have torch.compile keep what it makes where the next run finds it, and refuse to fall back to eager mode, which
     it does quietly after some number of shapes and windows."""
     chosen, folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), ROOT / ".cache/inductor"
-    if not chosen or chosen.startswith(tempfile.gettempdir()):  # torch names its own default there when it is imported
+    default = f"{tempfile.gettempdir()}/torchinductor_"  # torch's, which it names when it is imported, begins so
+    if not chosen or chosen.startswith(default):
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):  # else, in a checkout that is not ours to write, torch's default

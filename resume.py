@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import State, checkpoints_in, read_checkpoint, step_of, verify
+from data.files import user_path, user_text
 from machine import Machine
 from runlog import WRITER, is_running, read_json
 
@@ -58,8 +59,8 @@ def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
 
 def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str], job: set[str]) -> Start:
     resume, start = config["resume"], Start()
-    folder = Path(config["run_dir"])
-    directories = [path for path in folder.glob("*/") if path.name.startswith(config["name"] + "-")]
+    folder = user_path(config["run_dir"])
+    directories = [path for path in folder.glob("*/") if user_text(path.name).startswith(config["name"] + "-")]
     summaries = {path: read_json(path / "summary.json") for path in directories}
     if job:
         start.ended = next((s for s in summaries.values() if job & _names(s, "job") and _is_complete(s)), None)
@@ -81,7 +82,7 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
         if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
             start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
     elif resume:
-        _go_on_from(start, Path(resume), config, defaults, data)
+        _go_on_from(start, user_path(resume), config, defaults, data)
     return start
 
 

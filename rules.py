@@ -48,8 +48,8 @@ def check_name(name: str) -> None:
         return
     works = re.sub(r"[^\w.,=:+%@-]+", "_", name).lstrip("_.,=:+%@-").encode()[:LONGEST_NAME].decode(errors="ignore")
     raise ValueError(
-        f"name = {name[:100]!r} must begin with a letter, a digit or _ and have no / and at most {LONGEST_NAME} bytes: "
-        f"the run directory's name begins with it; {works[:100] or 'run'!r} works"
+        f"name = {name[:100]!r} must begin with a letter, a digit or _ and have no /, no control characters "
+        f"and at most {LONGEST_NAME} bytes: the run directory's name begins with it; {works[:100] or 'run'!r} works"
     )
 
 

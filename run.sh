@@ -55,20 +55,30 @@ fail() {
     exit 2
 }
 
-# works VENV: its interpreter is there, new enough, and the one whose packages the environment holds.
+# works VENV: its interpreter is there, new enough, at home in this environment, and the one whose packages it holds.
 works() {
     "$1/bin/python" -c 'import os, sys, sysconfig
-sys.exit(sys.version_info < (3, 11) or not os.path.isdir(sysconfig.get_path("purelib")))' >/dev/null 2>&1
+is_home = os.path.samefile(sys.prefix, sys.argv[1]) and os.path.isdir(sysconfig.get_path("purelib"))
+sys.exit(sys.version_info < (3, 11) or not is_home)' "$1" >/dev/null 2>&1
 }
 
-# make_venv VENV: a virtual environment with pip, from nothing.
+# make_venv VENV: a virtual environment with pip, from nothing. What was there is moved away, unless a mark of this
+# script in it says that it is ours to delete: of an installation, or of one that was cut off.
 make_venv() {
-    local python=${PYTHON:-python3} options=()
+    local python=${PYTHON:-python3} options=() old=$1.unusable
     case $python in /*) ;; */*) python=$here/$python ;; esac
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         fail "$python is missing or older than 3.11; install Python, or name another: PYTHON=python3.12 ./run.sh"
     ! grep -qs 'include-system-site-packages = true' "$1/pyvenv.cfg" || options=(--system-site-packages)
-    rm -rf "$1"
+    if ls "$1"/installed-* >/dev/null 2>&1; then
+        rm -rf "$1"
+    elif [ -e "$1" ] || [ -L "$1" ]; then
+        while [ -e "$old" ] || [ -L "$old" ]; do old+='~'; done
+        mv "$1" "$old"
+        echo "$1 cannot be used and was not made here: moved to $old" >&2
+    fi
+    mkdir -p "$1"
+    touch "$1/installed-in-part"
     "$python" -m venv "$1" ${options[@]+"${options[@]}"} >&2 || {
         rm -rf "$1"
         fail "$python could not make $1, see above; Debian and Ubuntu have what it needs in the package python3-venv"
@@ -78,7 +88,7 @@ make_venv() {
 # pip_install ARGUMENTS...: into $venv.
 pip_install() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-user --target= "$@" ||
-        fail "pip could not install into $venv, see above; the same command tries again, after rm -r $venv from nothing"
+        fail "pip could not install into $venv, see above; the same command tries again; from nothing, once $venv is moved away"
 }
 
 # install NAME REQUIREMENTS...: sets venv and python to a virtual environment that has what these very files ask for,
@@ -97,9 +107,11 @@ install() {
     if [ -e "$venv/$stamp" ] && works "$venv"; then return; fi
     ( # one at a time, and without packages of other environments, which pip would take for installed
         unset PYTHONPATH
-        if command -v flock >/dev/null && ! flock -n 9; then
+        status=0
+        ! command -v flock >/dev/null || flock -n 9 || status=$?
+        if [ "$status" = 1 ]; then # of another status is a file system without locks
             echo "Waiting for another ./run.sh to end its installation ..." >&2
-            flock 9 || true # a file system without locks
+            flock 9 || true
         fi
         if [ -e "$venv/$stamp" ] && works "$venv"; then exit; fi
         echo "Installing into $venv (once; a few minutes) ..." >&2
@@ -152,10 +164,11 @@ case ${1:-} in
     *) words=0 ;;
 esac
 [ ! "$here" -ef "$root" ] || words=$#
+[ -n "${1-none}" ] || shift # "$RECIPE" of none
 for argument in "$@"; do
     shift
     case $((words -= 1)):$argument in
-        [0-9]*:* | *:-* | *:/*) ;;
+        [0-9]*:* | *: | *:-* | *:/*) ;;
         *)
             if [ -e "$here/$argument" ]; then
                 argument=$here/$argument

@@ -15,9 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.files import try_lock, wait_for_lock, whole_file
-from machine import ROOT as ROOT
-from machine import Machine, git_state, is_alive, launcher, output_of, pid_scope, start_ticks, versions
+from data.files import try_lock, user_path, wait_for_lock, whole_file
+from machine import ROOT, Machine, git_state, is_alive, launcher, output_of, pid_scope, start_ticks, versions
 from neuron_stats import in_words
 
 
@@ -66,13 +65,14 @@ class RunLog:
             train_fingerprint=data["train_files"], val_fingerprint=data["val_files"], config=dataclasses.asdict(config),
         )  # fmt: skip
         stamp = self.facts["start_utc"].replace("-", "").replace(":", "")
-        self.directory, problem = Path(config.run_dir) / f"{config.name}-{stamp}-{secrets.token_hex(3)}", None
+        name, problem = f"{config.name}-{stamp}-{secrets.token_hex(3)}", None
+        self.directory = user_path(Path(config.run_dir, name))
         if self.active:
             try:
                 self._open(machine, lineage)
-            except (OSError, UnicodeEncodeError) as error:  # the latter: a name that the locale has no letters for
+            except OSError as error:
                 problem = (
-                    f"run_dir = {config.run_dir!r} cannot be written ({getattr(error, 'strerror', None) or error}); "
+                    f"run_dir = {config.run_dir!r} cannot be written ({error.strerror or error}); "
                     "choose another, such as /tmp/runs"
                 )
         problem = machine.agree(problem)

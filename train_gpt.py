@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from checkpoint import CheckpointWriter, load_checkpoint
 from data import console
-from data.files import user_path
+from data.files import user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer
@@ -138,11 +139,13 @@ class Config:
 
 def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file named first (if one is), then --key=value. ValueError says what is wrong."""
-    config = parse_settings(Config, argv, description=__doc__)
+    recipe = [word for word in argv[:1] if not word.startswith("-")]  # a file by its name, the rest words
+    words = [user_text(word) for word in argv[len(recipe) :]]
+    config = parse_settings(Config, [*recipe, *words], description=__doc__)
     check_config(config)
     paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
-    of_users: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if path.startswith("~")}
-    return dataclasses.replace(config, **of_users)
+    meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if user_path(path) != Path(path)}
+    return dataclasses.replace(config, **meant)
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -272,10 +275,8 @@ def warm_up(run: Run) -> None:
     states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
     c, is_cuda = run.config, run.machine.device.type == "cuda"
     with torch.random.fork_rng([run.machine.device] if is_cuda else []):
-
-        def kind(
-            step: int,
-        ) -> tuple[Any, ...]:  # shapes, and on a CPU the window, which is part of what is compiled
+        # Shapes, and on a CPU the window, which is part of what is compiled.
+        def kind(step: int) -> tuple[Any, ...]:
             window = c.compile and not is_cuda and window_at(step, c)
             return step < c.small_batch_steps, step < c.short_row_steps, window
 

@@ -156,7 +156,8 @@ def python(script: list[str], recipe: Path, *arguments: str, **environment: str)
 
 
 def torchrun(ranks: int, restarts: int = 0, script: str = "train_gpt.py") -> list[str]:
-    options = ["--standalone", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+    meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]  # look up no host's name
+    options = [*meeting, f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
     return ["-m", "torch.distributed.run", *options, "tests/warm.py", script]
 
 

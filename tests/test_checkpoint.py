@@ -55,6 +55,20 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
 
 
+def test_a_folder_whose_name_is_no_utf8_is_no_damage(tmp_path: Path) -> None:
+    checkpoints = writer(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    model, optimizers = model_and_optimizer(0)
+    checkpoints.save(7, model, optimizers)
+    verify(checkpoints.newest)
+    for mapped in (True, False):
+        assert read_checkpoint(checkpoints.newest, mapped)["step"] == 7
+
+
+def test_a_name_that_cannot_be_given_to_the_system_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot be opened"):
+        read_checkpoint(tmp_path / "\ud800.pt")
+
+
 def test_hyperparameters_are_those_asked_for_now(tmp_path: Path) -> None:
     model, optimizers = model_and_optimizer(0)
     checkpoints = writer(tmp_path)

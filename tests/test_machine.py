@@ -107,6 +107,8 @@ def test_a_recipe_for_a_gpu_says_why_there_is_none(
         ({"LOCAL_RANK": ""}, "all of RANK, WORLD_SIZE, LOCAL_RANK"),
         ({"MASTER_ADDR": ""}, "unset RANK WORLD_SIZE"),
         ({"MASTER_PORT": "tcp://1"}, "MASTER_PORT are needed"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT from 1 to 65535"),
     ],
     ids=str,
 )
@@ -154,6 +156,8 @@ def test_ranks_of_one_machine_ask_for_no_name(monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_is_printed_once_in_an_attempt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     for attempt, rank, text, event in [
         ("0", "1", "a file is missing", ""),  # the first rank may be the one that sees nothing
         ("0", "0", "a file is missing", ""),
@@ -172,6 +176,24 @@ def test_an_error_is_printed_once_in_an_attempt(
         print_error("alone")
     said = ["a file is missing", "another file is", "lost: connection reset", "a file is missing", "a file is missing"]
     assert capsys.readouterr().err.splitlines() == [f"error: {text}" for text in [*said, "alone", "alone"]]
+
+
+@pytest.mark.parametrize("left", ["RANK", "MASTER_PORT"])
+def test_an_outer_launcher_s_folder_silences_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
+) -> None:
+    """Neither a process that is no rank, nor one that has the variables of the rank that started it."""
+    for name, value in (PLACE | dict(TORCHELASTIC_ERROR_FILE=str(tmp_path / "0/0/error.json"))).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "0/0").mkdir(parents=True)
+    for parent in (7, 8):
+        monkeypatch.setattr(os, "getppid", lambda parent=parent: parent)
+        print_error("a rank's child's")
+    monkeypatch.delenv(left)
+    for _ in range(2):
+        print_error("no rank's")
+    texts = ["a rank's child's"] * 2 + ["no rank's"] * 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {text}" for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +238,13 @@ def test_training_step_after_step_never_waits_for_the_device(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("", ".cache/inductor"), (f"{tempfile.gettempdir()}/torchinductor_me", ".cache/inductor"), ("/mine", "/mine")],
-    ids=["nothing", "torch's default", "the user's"],
+    [
+        ("", ".cache/inductor"),
+        (f"{tempfile.gettempdir()}/torchinductor_me", ".cache/inductor"),
+        ("/mine", "/mine"),
+        (f"{tempfile.gettempdir()}/mine", f"{tempfile.gettempdir()}/mine"),
+    ],
+    ids=["nothing", "torch's default", "the user's", "the user's for a while"],
 )
 def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, dynamo: None, before: str, after: str) -> None:
     """By a process which has imported the compiler by then, as a run has."""

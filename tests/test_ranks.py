@@ -103,6 +103,8 @@ def test_what_torchrun_is_told(environment: dict[str, str], expected: list[str])
         ({"NNODES": "2"}, ["NNODES = 2", "RDZV_ENDPOINT=host:port"]),
         ({"NNODES": "2", "RDZV_ENDPOINT": "node0"}, ["such as node0:29500; it is 'node0'"]),
         ({"NNODES": "2", "RDZV_ENDPOINT": "node0:"}, ["it is 'node0:'"]),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0:0"}, ["a port from 1 to 65535", "it is 'node0:0'"]),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "node0:65536"}, ["it is 'node0:65536'"]),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ import torch
 import machine
 import train_gpt
 from machine import pid_scope, start_ticks
-from resume import WHERE_AND_HOW, Start, _idle
+from resume import WHERE_AND_HOW, Start, _idle, find_start
 from runlog import WRITER, is_running
 from tests.conftest import Result, Trainer
 from tests.test_checkpoint import files_no_larger_than
@@ -166,6 +166,24 @@ def run_directory(path: Path, pid: int, checkpoint: bool = True, **changes: Any)
     if checkpoint:
         (path / "checkpoint_000010.pt").touch()
     return path
+
+
+def test_a_run_s_name_is_found_as_an_ascii_locale_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = run_directory(tmp_path / "é-run-1", os.getpid(), checkpoint=False)
+    config = Config(name="é-run", run_dir=str(tmp_path), resume="auto")
+    state = dict(
+        step=10, model={}, config=dataclasses.asdict(config), data={}, job=[], lineage=["é-run-1"], summary={},
+        train_time_s=1.0,
+    )  # fmt: skip
+    torch.save(state, directory / "checkpoint_000010.pt")
+    genuine = Path.glob
+
+    def as_read(folder: Path, pattern: str) -> list[Path]:
+        return [Path(os.fsencode(path).decode("ascii", "surrogateescape")) for path in genuine(folder, pattern)]
+
+    monkeypatch.setattr(Path, "glob", as_read)
+    alone = machine.Machine(0, 1, torch.device("cpu"), torch.float32, ())
+    assert find_start(config, {}, alone).path == f"{tmp_path}/\udcc3\udca9-run-1/checkpoint_000010.pt"
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,55 @@ def test_settings_of_pip_that_cannot_be_put_right_are_said(checkout: Checkout) -
     assert checkout.train(PIP_CONF="global.index-url='https://mirror.example/simple'")[0] == 0
 
 
+def test_an_interpreter_that_is_at_home_elsewhere_is_no_environment(tmp_path: Path) -> None:
+    """pip would install into the Python that it is a link to."""
+    script = (ROOT / "run.sh").read_text(encoding="utf-8")
+    (works,) = re.findall(r"^works\(\) \{\n.*?^\}\n", script, flags=re.MULTILINE | re.DOTALL)
+    venv = tmp_path / "a venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages").mkdir(parents=True)
+    python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    (venv / "bin/python").symlink_to(python)
+    command = ["bash", "-c", f'{works}works "$1"', "bash", str(venv)]
+    assert subprocess.run(command).returncode == 1
+    (venv / "pyvenv.cfg").write_text(f"home = {python.parent}\n", encoding="utf-8")
+    assert subprocess.run(command).returncode == 0
+
+
+def test_what_may_not_be_ours_is_moved_and_not_deleted(installed: Checkout) -> None:
+    mark = next(installed.bin.parent.glob("installed-*"))
+    for moved in ([".venv.unusable"], [".venv.unusable", ".venv.unusable~"]):
+        mark.unlink()
+        (installed.bin.parent / "mine").write_text(moved[-1], encoding="utf-8")
+        other_version(installed)
+        status, stderr = installed.train()
+        assert status == 0, stderr
+        assert stderr.splitlines()[1] == f".venv cannot be used and was not made here: moved to {moved[-1]}"
+        assert [(installed.root / name / "mine").read_text(encoding="utf-8") for name in moved] == moved
+        assert [path.name for path in installed.bin.parent.iterdir() if path.name != "bin"] == [mark.name]
+
+
+def test_what_is_ours_is_made_again_in_its_place(installed: Checkout) -> None:
+    """Whole once, or cut off before pip came."""
+    mark = next(installed.bin.parent.glob("installed-*"))
+    for name in (mark.name, "installed-in-part"):
+        mark.rename(installed.bin.parent / name)
+        other_version(installed)
+        assert installed.train() == (0, "Installing into .venv (once; a few minutes) ...\n")
+    assert not (installed.root / ".venv.unusable").exists()
+
+
+@pytest.mark.parametrize(("status", "waits"), [(1, True), (71, False)], ids=["held", "no locks"])
+def test_only_a_lock_that_another_holds_is_waited_for(
+    checkout: Checkout, tmp_path: Path, status: int, waits: bool
+) -> None:
+    flock = tmp_path / "flock"
+    flock.write_text(f'#!/bin/sh\n[ "$1" != -n ] || exit {status}\n', encoding="utf-8")
+    flock.chmod(0o755)
+    done, stderr = checkout.train(PATH=f"{tmp_path}:{SYSTEM}")
+    assert (done, "Waiting" in stderr) == (0, waits)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Called from anywhere
 
@@ -265,6 +315,9 @@ def test_what_the_user_names_is_where_the_user_is(installed: Checkout, tmp_path:
         (["sweep", "mine.toml", "--seeds", "2"], f"-m experiments.sweep {at}/mine.toml --seeds 2"),
         (["leaderboard", "add", "../at"], f"-m leaderboard add {at}/../at"),
         (["requirements.txt"], "launch.py requirements.txt"),
+        ([""], "launch.py configs/sotu_cpu.toml"),
+        (["", "--seed=1"], "launch.py configs/sotu_cpu.toml --seed=1"),
+        (["mine.toml", "--name", ""], f"launch.py {at}/mine.toml --name "),
     ]:
         assert installed.run(installed.command(*arguments), cwd=at) == (0, "")
         assert installed.calls()[0] == f"python {expected}"

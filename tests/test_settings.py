@@ -1,6 +1,7 @@
 """Where settings come from and how mistakes in them are worded: one line naming source, key and what would work."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], words: list[str]) ->
 def test_a_name_that_cannot_begin_a_directory_s_is_refused_with_one_that_can(name: str) -> None:
     with pytest.raises(ValueError, match=r"name = .* must begin with .*; '(.*)' works$") as refusal:
         check_config(dataclasses.replace(Config(), name=name))
+    assert "no control characters" in str(refusal.value)
     works = str(refusal.value).split("'")[-2]
     assert load_config([f"--name={works}"]).name == works
     assert "\n" not in str(refusal.value)
@@ -90,6 +92,18 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest
     default = load_config([])
     assert [getattr(default, key) for key in keys] == [getattr(Config(), key) for key in keys]
     assert load_config(["--run_dir=runs/~/./x/"]).run_dir == "runs/~/./x/"
+
+
+def test_words_and_files_of_an_ascii_locale_are_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "é-run"\ntrain_files = "é/a_*.bin"\n', encoding="utf-8")
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    as_read = "\udcc3\udca9"  # é
+    config = load_config([str(recipe), f"--author=Zo{as_read}", f"--run_dir={as_read}", "--val_files=b_*.bin"])
+    assert (config.author, config.name) == ("Zoé", "é-run")
+    assert (config.run_dir, config.train_files) == (as_read, f"{as_read}/a_*.bin")
+    assert (config.val_files, config.resume) == ("b_*.bin", "")
 
 
 @pytest.mark.parametrize(

@@ -448,6 +448,15 @@ def test_a_log_opens_with_the_facts_that_its_summary_repeats(trainer: Trainer, t
     assert {"start_utc", "git_commit", "device", "val_fingerprint", "config"} <= facts.keys()
 
 
+def test_a_run_directory_has_its_name_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "git_state", lambda: ("", ""))
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    rank = machine.Machine(1, 1, torch.device("cpu"), torch.float32, ())  # one that writes nothing
+    log = RunLog(Config(name="é", run_dir="/d"), rank, dict(train_files="", val_files=""))
+    assert str(log.directory).startswith("/d/\udcc3\udca9-2")
+
+
 def test_the_source_in_a_log_is_of_this_repository_alone() -> None:
     sources = run_sources()
     assert {"train_gpt.py", "optim/aurora.py", "data/shards.py"} <= set(sources)

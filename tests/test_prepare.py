@@ -23,6 +23,7 @@ import pytest
 
 from data import prepare
 from data.console import STOPS
+from data.formats import interpreter
 from data.prepare import main, sotu_speeches
 from data.sets import Settings, save_progress, sole_writer, write_set
 from data.shards import DataError, head_fingerprint, open_shard, write_shard
@@ -786,7 +787,7 @@ def test_ensure_downloads_as_many_shards_as_the_run_reads(
     out = tmp_path / "fineweb10B"
     assert main(["ensure", *patterns(out), f"--train_tokens={train_tokens}"]) == 2  # for nothing came, in truth
     assert asked == [(shards, out)]
-    assert f"make them: python -m data.prepare fineweb --shards 10 --out {out}" in capsys.readouterr().err
+    assert f"make them: {interpreter()} -m data.prepare fineweb --shards 10 --out {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("complete", "downloads"), [(False, 1), (True, 0), (None, 0)])
@@ -813,7 +814,7 @@ def test_ensure_says_how_to_get_what_it_cannot_make(tmp_path: Path, capsys: pyte
     assert main(["ensure", *patterns(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: shards '{out}/*_train_*.bin': found no file, expected at least one")
-    assert line.endswith("python -m data.prepare files --help")
+    assert line.endswith(f"{interpreter()} -m data.prepare files --help")
     fake_set(out, complete=False)
     assert main(["ensure", *patterns(out)]) == 2
     assert f"{out}/progress.json: found an unfinished set, expected a whole one" in capsys.readouterr().err

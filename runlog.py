@@ -16,8 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data.files import try_lock, wait_for_lock, whole_file
+from data.processes import is_alive, pid_scope, start_ticks
 from machine import ROOT as ROOT
-from machine import Machine, git_state, is_alive, launcher, output_of, pid_scope, start_ticks, versions
+from machine import Machine, git_state, launcher, output_of, versions
 from neuron_stats import in_words
 
 

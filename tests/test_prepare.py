@@ -124,6 +124,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[object], str]]:
 
     good = write_jsonl(folder / "good.jsonl", some_documents(50))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "a.csv").write_text("text\na\n", encoding="utf-8")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     (folder / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (folder / "list.jsonl").write_text('{"text": "a"}\n\n["b"]\n', encoding="utf-8")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.processes import start_ticks
 from optim.polar import fast_half_dtype
 
 T = TypeVar("T")
@@ -176,42 +177,6 @@ def launcher() -> str:
         return ""
     parent = os.getppid()
     return "/".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(parent), start_ticks(parent)])
-
-
-def pid_scope() -> str:
-    """Where a process id means something: host, boot and container. Empty where that cannot be told."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return "/".join([platform.node(), boot, str(Path("/proc/self/ns/pid").readlink())])
-    return ""
-
-
-def start_ticks(pid: int) -> str:
-    """Clock ticks from boot to the start of a process of this scope, so that a pid used again is another; empty where
-    that cannot be told."""
-    stat = _proc_stat(pid)
-    return stat[19] if stat else ""
-
-
-def is_alive(pid: int, ticks: str) -> bool:
-    """Whether the process of this scope that has this id and these start ticks still runs; True if in doubt."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    stat = _proc_stat(pid)
-    return not stat or (stat[0] not in ("Z", "X") and stat[19] == ticks)  # Z: it ended and waits for its parent
-
-
-def _proc_stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the third on, which is the state; none where they cannot be read."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.rpartition(")")[2].split()
 
 
 def lost_rank(error: BaseException) -> str:

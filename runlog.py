@@ -16,7 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data.files import try_lock, user_path, wait_for_lock, whole_file
-from machine import ROOT, Machine, git_state, is_alive, launcher, output_of, pid_scope, start_ticks, versions
+from data.processes import is_alive, pid_scope, start_ticks
+from machine import ROOT, Machine, git_state, launcher, output_of, versions
 from neuron_stats import in_words
 
 

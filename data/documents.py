@@ -18,21 +18,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from data.formats import LFS, UNPACK, kind_of, text_advice
+from data.formats import LFS, UNPACK, interpreter, is_text, kind_by_zeros, kind_of, text_advice
 from data.shards import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 PACKED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
 OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "": Path.open}
-BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what reading can raise: a packed file, or from a bad disk
+BROKEN = (EOFError, OSError, zlib.error, lzma.LZMAError)  # raised in reading a damaged packed file, or by a bad disk
 CONVERT = {  # how to come to what is read, from files of other suffixes
     ".zst": "zstd -d {path}",
     ".zip": "unzip {path}",
     ".tar": "tar -xf {path}",
     ".tgz": "tar -xf {path}",
-    ".json": 'a list becomes lines by: python -c "import json, sys; [print(json.dumps(row)) for row in '
+    ".json": 'a list becomes lines by: {python} -c "import json, sys; [print(json.dumps(row)) for row in '
     "json.load(open(sys.argv[1], encoding='utf-8'))]\" {path} > {stem}.jsonl",
-    ".csv": 'python -c "import sys; from pyarrow import csv, parquet; '
+    ".csv": '{python} -c "import sys; from pyarrow import csv, parquet; '
     'parquet.write_table(csv.read_csv(sys.argv[1]), sys.argv[2])" {path} {stem}.parquet',
 }
 
@@ -52,21 +52,26 @@ def check_paths(paths: Sequence[Path]) -> None:
     """DataError for a file that cannot be read by its name."""
     for path in paths:
         kind, packed = _suffixes(path)
+        if path.is_dir():
+            raise DataError(f"{path}: found a folder, expected a file; name the files in it: {path}/*{kind}")
+        if not path.is_file():
+            found = "neither a file nor a folder" if path.exists() else "no such file"
+            raise DataError(f"{path}: found {found}, expected a file to read; check the path")
         if kind not in (".txt", ".jsonl", ".parquet") or (packed and kind == ".parquet"):
             if packed and kind != ".tar":
                 unpack = f"{UNPACK[PACKED[packed]]} {{path}} > {{stem}}"
-                advice = unpack if kind else f"rename it, to {{stem}}.txt{packed} say"
+                advice = unpack if kind else f"rename it, for example to {{stem}}.txt{packed}"
             else:
                 advice = CONVERT.get(kind, "if it is plain text, rename it to {stem}.txt")
-            words = {"path": shlex.quote(str(path)), "stem": shlex.quote(str(path.with_suffix("")))}
+            words = {
+                "path": shlex.quote(str(path)),
+                "stem": shlex.quote(str(path.with_suffix(""))),
+                "python": interpreter(),
+            }
             raise DataError(
                 f"{path}: found suffix {path.suffix!r}, expected .txt, .jsonl or .parquet, the first two maybe with "
                 f"{', '.join(PACKED)} behind; {advice.format(**words)}"
             )
-        if path.is_dir():
-            raise DataError(f"{path}: found a folder, expected a file; name the files in it: {path / '*'}{kind}")
-        if not path.is_file():
-            raise DataError(f"{path}: found no such file, expected one to read; check the path")
     if not any(path.stat().st_size for path in paths):
         raise DataError(f"{paths[0]}: found an empty file, expected text; check what made it")
 
@@ -118,8 +123,20 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         except BROKEN as error:
             expected = f"a whole {PACKED[packed]} file" if packed else "a readable one"
             raise DataError(
-                f"{path}: byte {file.tell()} of the text: found {error}, expected {expected}; fetch or make it again"
+                f"{path}: byte {file.tell()} of the text: found {error}, expected {expected}; {_damage_advice(path)}"
             ) from None
+
+
+def _damage_advice(path: Path) -> str:
+    """What can be done about a file that cannot be read to its end, or is not packed as its name says."""
+    _, packed = _suffixes(path)
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head, stem = file.read(64), shlex.quote(str(path.with_suffix("")))
+        if packed and (kind := kind_of(head)) in PACKED.values() and kind != PACKED[packed]:
+            return f"it is packed by {kind}: rename it to {stem}{next(end for end in PACKED if PACKED[end] == kind)}"
+        if packed and head and is_text(head):
+            return f"it is not packed: rename it to {stem}"
+    return "fetch or make it again"
 
 
 def _decoded(raw: bytes, path: Path, place: str, is_start: bool) -> str:
@@ -129,12 +146,16 @@ def _decoded(raw: bytes, path: Path, place: str, is_start: bool) -> str:
     show = UNPACK[PACKED[packed]] if packed else "cat"
     if is_start and kind_of(raw[:64]) == LFS:
         raise DataError(f"{place}: found no text, expected some; {text_advice(path, raw[:64], show)}")
+    head = raw[:65536]
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        advice = text_advice(path, raw[:64] if is_start else b"", show)
+        advice = text_advice(path, head if is_start else b"", show)
         found = f"byte {error.start}: found {raw[error.start]:#04x}, expected UTF-8"
         raise DataError(f"{place}: {found}; {advice}") from None
+    if kind_by_zeros(head):
+        found = f"{head.count(0)} NUL bytes in the first {len(head)}"
+        raise DataError(f"{place}: found {found}, expected UTF-8; {text_advice(path, head, show)}")
     return text.removeprefix("\ufeff")
 
 
@@ -167,10 +188,8 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
                 raise DataError(f"{place}: found invalid JSON ({error}), expected an object") from None
             if not isinstance(row, dict) or text_field not in row:
                 found = f"fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise DataError(
-                    f"{place}: found {found[:200]}, expected a string in field {text_field!r}; "
-                    "name the field with --text_field"
-                )
+                advice = "name the field with --text_field" if isinstance(row, dict) else "make each line an object"
+                raise DataError(f"{place}: found {found[:200]}, expected a string in field {text_field!r}; {advice}")
             if not isinstance(row[text_field], str):
                 found = "null" if row[text_field] is None else f"a {type(row[text_field]).__name__}"
                 raise DataError(f"{place}: {text_field!r}: found {found}, expected a string; leave the line out")
@@ -184,8 +203,11 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            columns = {field.name: str(field.type) for field in file.schema_arrow}
-            if columns.get(text_field) not in ("string", "large_string"):
+            columns = {
+                field.name: str(field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type)
+                for field in file.schema_arrow
+            }
+            if columns.get(text_field) not in ("string", "large_string", "string_view"):
                 found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
                 raise DataError(
                     f"{path}: found columns {found}, expected a string column {text_field!r}; name it with --text_field"

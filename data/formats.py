@@ -3,10 +3,15 @@
 The commands that are given run in the repository's root and leave the file itself as it is.
 """
 
+import codecs
+import os
 import shlex
+import sys
+import unicodedata
 from pathlib import Path
 
 UNPACK = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc"}
+ZEROS = "zeros"
 LFS = "a Git LFS pointer"
 NPY = "a .npy array"
 SIGNATURES = {
@@ -38,6 +43,21 @@ MEGATRON_TYPES = {1: "u1", 4: "<i4", 5: "<i8", 8: "<u2"}  # the code of the toke
 MAKE_AGAIN = "the data.prepare command that made it will make it again; one from elsewhere has to be fetched again"
 
 
+def interpreter() -> str:
+    """The Python that runs this, for a command in the current folder: it has the packages, others may not."""
+    path = sys.executable
+    return shlex.quote(os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path)
+
+
+def is_text(head: bytes) -> bool:
+    """Whether these first bytes, maybe cut within a character, are those of UTF-8 text without control characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character in "\t\n\r" or unicodedata.category(character) != "Cc" for character in text)
+
+
 def kind_of(head: bytes) -> str:
     """What the file is that begins with `head`; "" if nothing tells."""
     if head.lstrip().startswith(b"<"):
@@ -45,10 +65,24 @@ def kind_of(head: bytes) -> str:
     return next((kind for start, kind in SIGNATURES.items() if head.startswith(start)), "")
 
 
+def kind_by_zeros(head: bytes) -> str:
+    """What a text file is that begins with `head` and holds many NUL bytes: zeros, or an encoding of characters of 2 or
+    4 bytes; "" if they are few."""
+    if bytes(8) in head or (0 in head and not head.strip(b"\0\r\n")):
+        return ZEROS
+    if head.count(0) * 20 < len(head) or not head:
+        return ""
+    width = 4 if head.count(bytes(2)) * 8 >= len(head) else 2
+    is_little = head[width - 1 :: width].count(0) > head[::width].count(0)
+    return f"UTF-{8 * width}{'LE' if is_little else 'BE'}"
+
+
 def text_advice(path: Path, head: bytes, show: str) -> str:
     """What `path`, which is no UTF-8 text, looks like, and how to make one of it. `show` is the command that prints
     its bytes, of which `head` are the first."""
-    kind = kind_of(head)
+    kind = kind_of(head) or kind_by_zeros(head)
+    if kind == ZEROS:
+        return "it holds zeros, as a crash leaves them; fetch or make it again"
     if kind in UNPACK:
         return f"it is packed by {kind}: {_into(path, UNPACK[kind], path)}"
     if kind == "parquet":
@@ -58,7 +92,7 @@ def text_advice(path: Path, head: bytes, show: str) -> str:
     if kind and not kind.startswith("UTF"):
         return f"it is {kind}; give the text in it"
     name = path if show == "cat" else path.with_suffix("")  # shown, it is no longer packed
-    encoding, state = (kind, "it is") if kind else ("LATIN1", "if it is")
+    encoding, state = kind or "LATIN1", "it is" if kind_of(head) else "if it is"
     return f"{state} {encoding}: {_into(name, show, path, f' | iconv -f {encoding} -t UTF-8')}"
 
 
@@ -87,7 +121,7 @@ def shard_advice(path: Path, magic: int) -> str:
         return f"it is {kind or LLM_C[found]}; correct the pattern"
     if dtype := _megatron_type(path.with_suffix(".idx")):
         return f"it is of a Megatron set: {_converted(path, dtype)}"
-    if head.isascii() and head.decode().replace("\n", "").replace("\r", "").isprintable():
+    if is_text(head):
         return f"it is text, for data.prepare to tokenize: {_into(path.with_suffix('.txt'), 'cat', path)}"
     is_wide = max(head[2::4], default=0) < 4 and not any(head[3::4])  # the upper halves of ids below 2**18
     dtype, words = ("<u4", "uint32") if is_wide else ("<u2", "uint16")
@@ -111,7 +145,7 @@ def _converted(path: Path, dtype: str = "", offset: int = 0, load: str = "") -> 
     load = load or f"numpy.fromfile(sys.argv[1], '{dtype}', offset={offset})"
     code = f"import sys, numpy; from data.shards import write_shard; write_shard(sys.argv[2], {load})"
     limit = "" if dtype[-2:] in ("u1", "u2") else " (ids above 65535 cannot be converted: tokenize the text anew)"
-    return _into(path, f'python -c "{code}"', path, to=" ") + limit
+    return _into(path, f'{interpreter()} -c "{code}"', path, to=" ") + limit
 
 
 def _into(target: Path, command: str, path: Path, pipe: str = "", to: str = " > ") -> str:

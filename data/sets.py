@@ -5,10 +5,11 @@ tokens, the next one begins: a run that was killed goes on from there and ends w
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
-import socket
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import try_lock, wait_for_lock, whole_file
+from data.processes import is_alive, pid_scope, start_ticks
 from data.shards import DataError, ShardWriter, Tokens, open_shard
 
 PROGRESS = "progress.json"
@@ -196,21 +198,21 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def _claim(path: Path) -> Iterator[None]:
     """Where there are no locks, a file that only one process can make says who writes. One of this machine that is
     gone has lost its claim; whether one of another machine lives cannot be known, so its claim is waited for."""
-    host, seen = socket.gethostname(), None
+    scope, seen = pid_scope() or platform.node(), None
     while True:
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(f"{os.getpid()} {host}")
+                file.write(f"{os.getpid()} {start_ticks(os.getpid())} {scope}")
             break
         except FileExistsError:
             with suppress(FileNotFoundError):  # it was given up just now
                 owner = path.read_text(encoding="utf-8")
-                pid, _, its_host = owner.partition(" ")
-                if its_host == host and not _is_running(int(pid)):
-                    path.unlink()
-                elif owner != seen:
+                pid, ticks, its_scope = (owner.split(" ", 2) + [""] * 3)[:3]
+                if its_scope == scope and not is_alive(int(pid), ticks) and _remove_stale(path, owner):
+                    continue
+                if owner != seen:
                     seen = owner
-                    other = f"process {pid} on {its_host}" if its_host else "another process"
+                    other = f"process {pid} on {its_scope.partition('/')[0]}" if its_scope else "another process"
                     print(f"{path}: waiting for {other}; if that is gone, delete this file", file=sys.stderr)
                 time.sleep(0.1)
     try:
@@ -219,11 +221,17 @@ def _claim(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def _remove_stale(path: Path, owner: str) -> bool:
+    """Remove the claim of a process that is gone; False while another waiter does. That one alone may, and only while
+    the claim is still `owner`'s: what has been made in its place meanwhile stays."""
+    remover = path.with_name(f"{path.name}_{hashlib.sha256(owner.encode()).hexdigest()[:16]}")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        remover.touch(exist_ok=False)
+    except FileExistsError:
         return False
-    except PermissionError:  # another user's
-        pass
+    try:
+        if path.read_text(encoding="utf-8") == owner:
+            path.unlink()
+    finally:
+        remover.unlink()
     return True

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from data import console
 from data.files import naming, sync_folder, user_path
-from data.formats import shard_advice
+from data.formats import interpreter, shard_advice
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -81,18 +81,18 @@ def how_to_get(pattern: str) -> str:
     there = f"correct the pattern (there are {' and '.join(sorted(patterns)[:4])}), or " if patterns else ""
     if folder.name in KNOWN_SETS:
         elsewhere = "" if folder == Path("data", folder.name) else f" --out {shlex.quote(str(folder))}"
-        return f"{there}make them: python -m data.prepare {KNOWN_SETS[folder.name]}{elsewhere}"
+        return f"{there}make them: {interpreter()} -m data.prepare {KNOWN_SETS[folder.name]}{elsewhere}"
     there = there or "correct the pattern, or "
-    return f"{there}make shards of your own text: python -m data.prepare files --help"
+    return f"{there}make shards of your own text: {interpreter()} -m data.prepare files --help"
 
 
 def refuse_overlap(train_files: Sequence[Path], val_files: Sequence[Path]) -> None:
-    """DataError if a file, by whatever names, is both trained on and validated on: the loss would mean nothing."""
-    trained_on = {(status.st_dev, status.st_ino): path for path in train_files if (status := path.stat())}
+    """DataError if a shard, by whatever name or as a copy, is both trained on and validated on: the loss would mean
+    nothing. Shards are told apart as `set_fingerprint` does it."""
+    trained_on = {set_fingerprint([open_shard(path)]): path for path in train_files}
     for path in val_files:
-        status = path.stat()
-        if other := trained_on.get((status.st_dev, status.st_ino)):
-            alias = "" if other == path else f", which is {path}"
+        if other := trained_on.get(set_fingerprint([open_shard(path)])):
+            alias = "" if other == path else f", which holds the same as {path},"
             raise DataError(
                 f"train_files and val_files: found {other}{alias} in both, expected no shard to be in both; use "
                 "patterns that part them, as *_train_*.bin and *_val_*.bin do"

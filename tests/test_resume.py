@@ -17,7 +17,7 @@ import torch
 
 import machine
 import train_gpt
-from machine import pid_scope, start_ticks
+from data.processes import pid_scope, start_ticks
 from resume import WHERE_AND_HOW, Start, _idle, find_start
 from runlog import WRITER, is_running
 from tests.conftest import Result, Trainer

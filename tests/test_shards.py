@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from data.formats import interpreter
 from data.shards import (
     DataError,
     ShardWriter,
@@ -135,10 +137,10 @@ FOREIGN_WIDE = ("llm.c of 32 bits", "nanoGPT of 32 bits", "npy", "Megatron")
 def follow(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Does what a shell would, but starts no Python: that takes a while."""
     words = shlex.split(command)
-    if "python" not in words:
+    if "-c" not in words:
         subprocess.run(["bash", "-c", command], check=True)
         return
-    assert words[:2] == ["mkdir", "-p"] and words[3:6] == ["&&", "python", "-c"]
+    assert words[:2] == ["mkdir", "-p"] and words[3:6] == ["&&", *shlex.split(interpreter()), "-c"]
     Path(words[2]).mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(sys, "argv", ["-c", *words[7:]])
     exec(words[6], {})
@@ -154,9 +156,24 @@ def follow(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (b"PK\x03\x04" + bytes(2000), "a zip archive, as torch.save"),
         (shard_bytes(magic=20240522), "multiple-choice questions of llm.c"),
         (b"It was the best of times, " * 99, "text, for data.prepare to tokenize"),
+        ("\tL'été où naïve 漢字 ".encode() * 99, "text, for data.prepare to tokenize"),
+        (("é" * 99).encode(), "text, for data.prepare to tokenize"),
+        (("a" + "é" * 99).encode(), "text, for data.prepare to tokenize"),
         (bytes(3000), "data.prepare command that made it will make it again"),
     ],
-    ids=["html", "HTML", "lfs", "parquet", "zip", "questions", "text", "zeros"],
+    ids=[
+        "html",
+        "HTML",
+        "lfs",
+        "parquet",
+        "zip",
+        "questions",
+        "text",
+        "tabs and accents",
+        "accents",
+        "cut in a character",
+        "zeros",
+    ],
 )
 def test_what_is_no_shard_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.bin").write_bytes(content)
@@ -280,16 +297,16 @@ def test_no_match_says_what_is_there(tmp_path: Path) -> None:
         open_shard(tmp_path)
 
 
-@pytest.mark.parametrize("alias", ["same", "symlink", "hard link"])
+@pytest.mark.parametrize("alias", ["same", "symlink", "hard link", "copy"])
 def test_a_shard_in_both_sets_is_refused(tmp_path: Path, alias: str) -> None:
     train, val = tmp_path / "x_train_1.bin", tmp_path / "x_val_0.bin"
-    for path in (train, val):
-        write_shard(path, [1, 2])  # equal, and yet two files
+    write_shard(train, [1, 2])
+    write_shard(val, [1, 3])
     refuse_overlap([train], [val])
     other = val
     if alias != "same":
         other = tmp_path / "x_train_2.bin"
-        other.symlink_to(val.name) if alias == "symlink" else os.link(val, other)
+        {"symlink": os.symlink, "hard link": os.link, "copy": shutil.copy}[alias](val, other)
     with pytest.raises(DataError, match=rf"found {other}.* in both, .*_train_\*\.bin") as error:
         refuse_overlap([train, other], [val])
     assert str(val) in str(error.value)
@@ -299,10 +316,10 @@ def test_a_shard_in_both_sets_is_refused(tmp_path: Path, alias: str) -> None:
     ("pattern", "advice"),
     [
         ("", "data.prepare files --help"),
-        ("data/sotu_byte/nothing_*.bin", "python -m data.prepare sotu --encoding byte"),
-        ("data/sotu_gpt2/nothing_*.bin", "python -m data.prepare sotu --encoding gpt2"),
-        ("data/fineweb10B/nothing_*.bin", "python -m data.prepare fineweb --shards 10"),
-        ("/elsewhere/fineweb10B/*.bin", "python -m data.prepare fineweb --shards 10 --out /elsewhere/fineweb10B"),
+        ("data/sotu_byte/nothing_*.bin", " -m data.prepare sotu --encoding byte"),
+        ("data/sotu_gpt2/nothing_*.bin", " -m data.prepare sotu --encoding gpt2"),
+        ("data/fineweb10B/nothing_*.bin", " -m data.prepare fineweb --shards 10"),
+        ("/elsewhere/fineweb10B/*.bin", " -m data.prepare fineweb --shards 10 --out /elsewhere/fineweb10B"),
         ("data/mine/*.bin", "data.prepare files --help"),
     ],
 )

@@ -215,6 +215,24 @@ def tiny_run(tiny_recipe: Path, *arguments: str) -> train_gpt.Run:
     return set_up(config, train_gpt.find_machine(config.device, config.dtype))
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [192, 32])
+def test_the_gradient_is_of_the_mean_loss_whatever_the_micro_batch(tiny_recipe: Path, micro_batch_tokens: int) -> None:
+    """Curves would not tell a factor: Aurora and AdamW do not feel the scale of a gradient."""
+    run = tiny_run(tiny_recipe, f"--micro_batch_tokens={micro_batch_tokens}")
+    with torch.no_grad():
+        for p in run.model.parameters():  # no zeros, behind which gradients vanish
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 8)
+    inputs, targets = run.batch(0)
+    loss = run.model(inputs.flatten(0, 1), targets.flatten(0, 1)) / targets.numel()
+    expected = torch.autograd.grad(loss, list(run.model.parameters()))
+    for optimizer in run.optimizers:
+        optimizer.step = optimizer.zero_grad = lambda: None  # type: ignore[method-assign, assignment]
+    train_step(run, inputs, targets)
+    for p, gradient in zip(run.model.parameters(), expected, strict=True):
+        assert p.grad is not None
+        assert (p.grad - gradient).norm() <= 1e-4 * gradient.norm()
+
+
 @pytest.mark.parametrize("matrix_optimizer", ["aurora", "adamw"])
 def test_warm_up_leaves_no_trace(tiny_recipe: Path, matrix_optimizer: str) -> None:
     """Two runs that start from one seed, one of them warmed up: the same random numbers and bits afterwards."""

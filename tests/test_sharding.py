@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -72,7 +73,7 @@ def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int
             loss = torch.zeros(())
             for i, p in enumerate(used.values()):
                 seed = 1000 * step + 20 * i
-                noise = [randn(seed + 1 + r, *p.shape) for r in range(ranks)]
+                noise = [randn(seed + 1 + r, *p.shape).double() for r in range(ranks)]
                 gradient = randn(seed, *p.shape) + (1 + micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
                 loss = loss + (p.float() * gradient).sum() / 2
             if micro_batch == 1 and step % 2:
@@ -82,6 +83,19 @@ def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int
                 assert optimizer._reductions._started > 0  # while backward ran
         optimizer.step()
         optimizer.zero_grad()
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Float64, also in what backward calls, which torch runs outside of such modes."""
+    start_reduction = Bank.start_reduction
+
+    def start(bank: Bank, slots: range) -> None:
+        with Float64():
+            start_reduction(bank, slots)
+
+    with Float64(), mock.patch.object(Bank, "start_reduction", start):
+        yield
 
 
 def flat(params: dict[str, nn.Parameter]) -> torch.Tensor:
@@ -101,7 +115,7 @@ def worker(rank: int, folder: str) -> None:
         if rank >= ranks:
             continue
         for rule in RULES:
-            with Float64():
+            with float64():
                 params = make_params()
                 optimizer = make(rule, params, process_group=group)
                 train(optimizer, params, rank, ranks, range(STEPS))
@@ -119,7 +133,7 @@ def worker(rank: int, folder: str) -> None:
             train(optimizer, params, rank, ranks, range(STEPS))
             out[f"bfloat16 traffic, {dtype}, {ranks} ranks"] = flat(params)
     out.update(hostile(rank, groups))
-    with Float64():
+    with float64():
         out.update(fewer_ranks(rank, groups))
     mock.patch.stopall()
     for name in ("muon", "aurora", "normuon"):

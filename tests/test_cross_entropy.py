@@ -104,10 +104,14 @@ def error(result: Tensor, expected: Tensor) -> float:
 @with_kernels
 @with_case
 def test_loss_and_gradients_are_the_dense_ones(case: Case, kernels: str) -> None:
+    """To 1e-5, or to what rounding a logit, by eps |x| |w|, makes of the slope near the cap, exp(-2 |u| / softcap)."""
     x, weight, targets = case.inputs(torch.float32)
     results = with_gradients(linear_cross_entropy, x, weight, targets, kernels=kernels, **case.options)
     assert all(result.dtype == torch.float32 for result in results)
-    assert max(map(error, results, exact(case, x, weight, targets))) < 1e-5
+    longest = [float(rows.norm(dim=1).max()) if len(rows) else 0.0 for rows in (x, weight)]
+    rounding = torch.finfo(torch.float32).eps * longest[0] * longest[1]
+    bound = max(1e-5, 2 / case.options.get("softcap", SOFTCAP) * rounding)
+    assert max(map(error, results, exact(case, x, weight, targets))) < bound
     assert (results[2][case.options.get("vocab_size", case.V) :] == 0).all()
     assert (results[1][targets == case.options.get("ignore_index", -1)] == 0).all()
 
@@ -278,7 +282,8 @@ def test_rows_far_apart_are_overwritten_and_nothing_beside_them(
 @with_kernels
 @pytest.mark.parametrize("u", [1e-4, 60.0, 1e4, 3e38])
 def test_both_ends_of_tanh(kernels: str, u: float) -> None:
-    """Saturated logits are +-15 and get gradient 0, tiny ones are themselves."""
+    """Saturated logits are +-15 and get gradient 0, tiny ones are themselves. In between plain torch's slope is
+    1 - tanh^2, off by the roundings of 1 and of a tanh that may miss its last two bits."""
     logits = torch.tensor([[u, -u]], device=DEVICE)
     exact = logits.double().requires_grad_()
     target = torch.tensor([1], device=DEVICE)
@@ -286,7 +291,9 @@ def test_both_ends_of_tanh(kernels: str, u: float) -> None:
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     loss = rows(kernels, logits, target, SOFTCAP, 2, 0.0, -1, True)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(logits.double(), slope, rtol=1e-4, atol=1e-12)
+    atol = 4 * torch.finfo(torch.float32).eps if kernels == "torch" else 1e-12
+    torch.testing.assert_close(logits.double(), slope, rtol=1e-4, atol=atol)
+    assert u < 1e4 or (logits == 0).all()
 
 
 @with_kernels

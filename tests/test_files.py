@@ -27,7 +27,7 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path, mode: str) -> Non
 def test_a_full_disk_is_named_and_spares_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old", encoding="utf-8")
-    (tmp_path / "a.tmp").symlink_to("/dev/full")
+    (tmp_path / f"a.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"), whole_file(path) as file:
         file.write("new")
     assert path.read_text(encoding="utf-8") == "old"

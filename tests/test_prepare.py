@@ -246,7 +246,7 @@ def test_text_of_exactly_val_tokens_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_refusal_from_the_shell_has_no_traceback(tmp_path: Path) -> None:
     result = run("files", tmp_path / "gone.txt", f"--out={tmp_path}")
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path}/gone.txt: found no such file, expected one to read; check the path\n"
+    assert result.stderr == f"error: {tmp_path}/gone.txt: found no such file, expected a file to read; check the path\n"
 
 
 # ---------------------------------------------------------------------------------------------------------

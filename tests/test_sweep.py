@@ -217,7 +217,7 @@ def test_stopped_sweep_goes_on(
     arguments = [str(tiny_recipe), "--out", str(out), "--grid", "head_lr=0.05", "--grid", "train_steps=200"]
     process = subprocess.Popen([sys.executable, "tests/warm.py", "-m", "experiments.sweep", *arguments], cwd=ROOT)
     deadline = time.monotonic() + 120
-    while not list(out.glob("runs/train_steps=200/seed0/*/log.txt")):
+    while not any(path.stat().st_size for path in out.glob("runs/train_steps=200/seed0/*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(stop)

@@ -13,7 +13,6 @@ goes on where it stopped and ends with the same bytes.
 import hashlib
 import importlib.util
 import itertools
-import os
 import re
 import sys
 from collections import Counter
@@ -118,7 +117,7 @@ def files(
         raise DataError(f"--name: found {name!r}, expected no folder in it; {Path(name).name!r} works")
     out, markers = user_path(out), Counter[str]()
     name = name or out.resolve().name
-    if re.search(r"[\x00-\x1f\x7f]", name) or len(os.fsencode(name)) > MAX_NAME_BYTES:
+    if re.search(r"[\x00-\x1f\x7f]", name) or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
         raise DataError(
             f"--name: found {name[:40]!r} of {len(name)} characters, expected at most {MAX_NAME_BYTES} bytes without "
             "control characters; 'mine' works"

@@ -55,11 +55,16 @@ fail() {
     exit 2
 }
 
-# works VENV: its interpreter is there, new enough, at home in this environment, and the one whose packages it holds.
-works() {
+# runs VENV: its interpreter is there, new enough, and the one whose packages the environment holds.
+runs() {
     "$1/bin/python" -c 'import os, sys, sysconfig
-is_home = os.path.samefile(sys.prefix, sys.argv[1]) and os.path.isdir(sysconfig.get_path("purelib"))
-sys.exit(sys.version_info < (3, 11) or not is_home)' "$1" >/dev/null 2>&1
+sys.exit(sys.version_info < (3, 11) or not os.path.isdir(sysconfig.get_path("purelib")))' >/dev/null 2>&1
+}
+
+# works VENV: it runs, and what is installed with it goes there and nowhere else.
+works() {
+    runs "$1" && "$1/bin/python" -c 'import os, sys
+sys.exit(not os.path.samefile(sys.prefix, sys.argv[1]))' "$1" >/dev/null 2>&1
 }
 
 # make_venv VENV: a virtual environment with pip, from nothing. What was there is moved away, unless a mark of this
@@ -104,7 +109,7 @@ install() {
         echo "$root cannot be written: using $venv, and data/ and runs/ of $PWD" >&2
     fi
     python=$venv/bin/python
-    if [ -e "$venv/$stamp" ] && works "$venv"; then return; fi
+    if [ -e "$venv/$stamp" ] && runs "$venv"; then return; fi
     ( # one at a time, and without packages of other environments, which pip would take for installed
         unset PYTHONPATH
         status=0
@@ -113,7 +118,7 @@ install() {
             echo "Waiting for another ./run.sh to end its installation ..." >&2
             flock 9 || true
         fi
-        if [ -e "$venv/$stamp" ] && works "$venv"; then exit; fi
+        if [ -e "$venv/$stamp" ] && runs "$venv"; then exit; fi
         echo "Installing into $venv (once; a few minutes) ..." >&2
         if ! works "$venv" || ! { "$python" -m pip --version || "$python" -m ensurepip; } >/dev/null 2>&1; then
             make_venv "$venv"

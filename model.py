@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fused
-from attention import Attend, attention
+from kernels import fused
+from kernels.attention import Attend, attention
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -1  # targets with this value add nothing to the loss
@@ -218,7 +218,7 @@ class GPT(nn.Module):
     def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
         """Token ids (int32 or int64) to the normalised last hidden state [B, T, D].
 
-        `window` and `kind` of attention stand in for the config's; see attention.py.
+        `window` and `kind` of attention stand in for the config's; see kernels/attention.py.
         """
         c, num_blocks = self.config, len(self.blocks)
         window = (c.window or None) if window is None else window

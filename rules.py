@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from attention import KINDS
 from data.tokenizer import vocab_size
+from kernels.attention import KINDS
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP
 
 POSITIVE = (

@@ -38,7 +38,7 @@ usage() {
 ./run.sh test --portable [--only ...]  the numerical ones with other vector units, threads, locales ...
 ./run.sh check                         lint, format, types, shellcheck and the fast tests
 ./run.sh lint                          the same without tests
-./run.sh bench [NAME ...]              benchmarks: loader, tokenize, train_step, polar,
+./run.sh bench [NAME ...]              benchmarks: loader_speed, tokenize, train_step, polar_speed,
                                        polar_quality (default: these), polar_tiles (a GPU)
 ./run.sh gpu_suite [--minutes 9 ...]   kernel tests, training steps, a race of optimizers and all
                                        benchmarks on one GPU; goes on where it was cut off
@@ -158,7 +158,7 @@ train() {
             fi
             ;;
     esac
-    exec "$python" "${code}launch.py" "$@"
+    exec "$python" -m harness.launch "$@"
 }
 
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
@@ -221,7 +221,7 @@ case "${1:-}" in
     bench)
         shift
         install_dev
-        [ $# -gt 0 ] || set -- loader tokenize train_step polar polar_quality
+        [ $# -gt 0 ] || set -- loader_speed tokenize train_step polar_speed polar_quality
         if [ -z "${TIKTOKEN_CACHE_DIR:-}" ]; then # GPT-2's vocabulary without a network
             TIKTOKEN_CACHE_DIR=$(python -m tests.gpt2_vocabulary "$venv/gpt2")
             export TIKTOKEN_CACHE_DIR

@@ -27,23 +27,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint import CheckpointWriter, load_checkpoint
 from data import console
 from data.files import user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, get_tokenizer
-from machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler, print_error
+from harness.checkpoint import CheckpointWriter, load_checkpoint
+from harness.machine import Clock, Machine, find_machine, lost_rank, peak_memory_mib, prepare_compiler, print_error
+from harness.neuron_stats import NeuronStats
+from harness.outcome import exit_status, first_summary, status_after
+from harness.profiling import StepProfiler
+from harness.resume import Start, find_start
+from harness.runlog import RunLog
+from harness.settings import parse_settings
 from model import GPT, ModelConfig
-from neuron_stats import NeuronStats
 from optim import MatrixOptimizer, build_optimizers, routing_table
-from outcome import exit_status, first_summary, status_after
-from profiling import StepProfiler
-from resume import Start, find_start
 from rules import check_config
-from runlog import RunLog
 from schedule import lr_scale, set_schedule, steps_of_each_kind, window_at
-from settings import parse_settings
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -130,7 +130,7 @@ class Config:
     require_target: bool = False  # exit with status 3 when it was not
     val_every: int = 25  # steps between validations
     log_every: int = 10  # steps between training-loss lines
-    neuron_stats: int = 0  # steps between looks at the MLPs' neurons (neuron_stats.py); 0: none
+    neuron_stats: int = 0  # steps between looks at the MLPs' neurons (harness/neuron_stats.py); 0: none
     checkpoint_every: int = 0  # steps between checkpoints; 0: none
     checkpoint_keep: int = 2  # newest checkpoints that stay
     checkpoint_async: bool = False  # write them in a thread while training goes on; costs host memory

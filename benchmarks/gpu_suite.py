@@ -38,10 +38,10 @@ from typing import Any, NoReturn
 
 from benchmarks.suite_parts import NOWHERE, ROOT, Facts, Part, make_inputs, make_parts
 from benchmarks.suite_plot import draw_rates
-from benchmarks.tables import align, cell
 from data import console
 from data.files import check_writable, try_lock, user_path, whole_file
 from data.processes import die_with_parent, end_group
+from harness.tables import align, cell
 
 NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
 GRACE_S = 5.0  # between asking a part to end and ending it

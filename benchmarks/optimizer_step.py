@@ -16,10 +16,10 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.report import command, median_seconds, report
-from benchmarks.tables import Row
+from benchmarks.bench import command, median_seconds, report
 from data.files import user_path
-from machine import find_machine
+from harness.machine import find_machine
+from harness.tables import Row
 from model import GPT
 from optim import build_optimizers
 from optim.bank import matrices

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.polar import dense_polar
-from benchmarks.report import command, report
-from benchmarks.tables import Row
+from benchmarks.bench import command, report
+from benchmarks.polar_speed import dense_polar
+from harness.tables import Row
 from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
 

@@ -1,6 +1,6 @@
 """Which tile sizes suit this GPU: every product of the Gram form, timed with every candidate, the best first.
 
-    python -m benchmarks.polar_tiles                    then put the best into LARGE of kernels/launch.py
+    python -m benchmarks.polar_tiles                    then put the best into LARGE of kernels/triton_common.py
 
 Tiles are chosen once, here, and written down: a kernel that tunes itself would do so on a run's clock, and two runs
 could differ.
@@ -15,13 +15,13 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.polar import CASES, Shape, synchronized
-from benchmarks.report import command, median_seconds, report
-from benchmarks.tables import Row
+from benchmarks.bench import command, median_seconds, report
+from benchmarks.polar_speed import CASES, Shape, synchronized
+from harness.tables import Row
 from kernels.apply_symmetric import apply_symmetric
 from kernels.gram import gram
-from kernels.launch import LARGE, Tile, can_launch
 from kernels.symmetric_product import symmetric_product
+from kernels.triton_common import LARGE, Tile, can_launch
 
 CANDIDATES = (
     *dict.fromkeys(LARGE.values()), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 128, 32, 4, 4),
@@ -33,7 +33,7 @@ CANDIDATES = (
 @dataclass(frozen=True)
 class Args:
     case: str = "124m"
-    """Shapes, by their name in benchmarks/polar.py."""
+    """Shapes, by their name in benchmarks/polar_speed.py."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     passes: int = 15
     """Turns of each candidate; the table has medians."""

@@ -29,15 +29,15 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.report import command, compile_everything, report
-from benchmarks.tables import Row
+from benchmarks.bench import command, compile_everything, report
 from benchmarks.train_step import overrides
 from data.files import check_writable, user_path, whole_file
 from experiments.curves import curve, draw
 from experiments.sweep import Result
-from machine import Clock, find_machine
+from harness.machine import Clock, find_machine
+from harness.runlog import RunLog
+from harness.tables import Row
 from optim import build_optimizers
-from runlog import RunLog
 from train_gpt import Config, Run, evaluate, load_config, set_up, train, train_step, warm_up
 
 VALIDATIONS = 12  # of a run, after the one before its first step

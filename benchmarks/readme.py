@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.report import RESULTS
-from benchmarks.tables import Row, markdown, with_section
+from benchmarks.bench import RESULTS
 from data import console
 from data.files import whole_file
 from experiments import neuron_report, options
-from experiments.grokking import report as grokking
+from experiments.grokking import findings as grokking
 from experiments.row_norms import cells
-from neuron_stats import THRESHOLDS
+from harness.neuron_stats import THRESHOLDS
+from harness.tables import Row, markdown, with_section
 
 README = Path(__file__).parent.parent / "README.md"
 EXPERIMENTS = README.parent / "experiments/results"

@@ -16,7 +16,6 @@ from data.files import whole_file
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL_TESTS = ("test_kernels", "test_kernels_gpu", "test_cross_entropy", "test_attention", "test_fused")
 NO_WAITING = "tests/test_options.py::test_steps_never_wait_for_the_gpu"
 FUSED = ("fused_norm", "fused_mlp", "fused_head")  # settings of the trainer that "all" turns on
 OPTIMIZERS = ("adamw", "muon", "aurora")
@@ -45,8 +44,8 @@ NOWHERE = Facts("", "", False, 0.0, 0.0, [], "", {})
 def print_facts() -> None:
     import torch
 
-    from benchmarks.report import slug
-    from machine import find_machine, git_commit, versions
+    from benchmarks.bench import slug
+    from harness.machine import find_machine, git_commit, versions
     from train_gpt import Config
 
     machine = find_machine("auto", "auto")
@@ -245,7 +244,7 @@ def race_part(facts: Facts, folder: Path, data: Path, micro_batch: int, tiny: bo
 def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]:
     """In order of worth. `folder` is the suite's own, `data` has the classics shards."""
     has = {name: importlib.util.find_spec(name) is not None for name in ("pytest", "xdist")}
-    tests = [f"tests/{name}.py" for name in KERNEL_TESTS if (ROOT / f"tests/{name}.py").exists()]
+    tests = ["tests/kernels"]
     tests += ["-k", "refusals or empty_batch"] if tiny else [NO_WAITING, *(["-n", "4"] if has["xdist"] else [])]
     micro = next(size for size, gib in ((32768, 70), (16384, 38), (8192, 20), (4096, 0)) if facts.memory_gib >= gib)
     batch = TARGET_BATCH if facts.peak_flops >= 600e12 else TARGET_BATCH // 8
@@ -254,7 +253,6 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
         ("355m", "configs/fineweb_355m_aurora.toml",
          [f"batch_tokens={min(batch, 2**17)}", f"micro_batch_tokens={micro // 4}"]),
     ]  # fmt: skip
-    entropy_missing = not (ROOT / "benchmarks/cross_entropy.py").exists()
 
     def benchmark(name: str, what: str, find: Callable[[list[str], list[Path]], Found], limit_s: float = 120,
                   files: str = "", skip: str = "", arguments: tuple[str, ...] = ()) -> Part:  # fmt: skip
@@ -266,12 +264,11 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
              find_tests, skip="" if has["pytest"] else "pytest is not installed"),
         *(train_step_part(label, recipe, facts, folder, settings, tiny) for label, recipe, settings in steps),
         race_part(facts, folder, folder / "data" if tiny else data, micro, tiny),
-        benchmark("cross_entropy", "loss of the head", find_cross_entropy,
-                  skip="this checkout has no benchmarks/cross_entropy.py" if entropy_missing else
-                  "" if facts.on_gpu else "needs a GPU"),
+        benchmark("loss_head", "loss of the head", find_cross_entropy, files="cross_entropy_*.json",
+                  skip="" if facts.on_gpu else "needs a GPU"),
         benchmark("optimizer_step", "steps of every rule", find_optimizer_step,
                   arguments=(str(tiny_recipe(folder)), "--tokens", "64", "--rounds", "2")),
-        benchmark("polar", "polar factors", find_polar, limit_s=240, files="polar_[!qrt]*.json",
+        benchmark("polar_speed", "polar factors", find_polar, limit_s=240, files="polar_[!qrt]*.json",
                   arguments=("--cases", "512", "--passes", "1")),
         benchmark("polar_tiles", "tile sizes", find_tiles, skip="" if facts.on_gpu else "needs a GPU"),
         benchmark("polar_quality", "accuracy of the polar factors", find_quality, arguments=("--shapes", "257x101")),

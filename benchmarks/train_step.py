@@ -35,11 +35,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_gpt
-from benchmarks.report import command, compile_everything, report
-from benchmarks.tables import Row
+from benchmarks.bench import command, compile_everything, report
 from data.files import user_path
-from machine import Clock, find_machine
-from runlog import RunLog
+from harness.machine import Clock, find_machine
+from harness.runlog import RunLog
+from harness.tables import Row
 from train_gpt import Run, load_config, set_up, train
 
 PHASES = ("loader", "forward", "backward", "optimizer")

@@ -1,7 +1,7 @@
 """Tables and figures of the experiment on dead neurons (experiments/neurons.py), from its JSON alone.
 
-Dead is a neuron below a threshold times its layer's median (neuron_stats.py). Shares are of all layers together and of
-the last look of a run; the spread of row norms is the mean over a run's looks.
+Dead is a neuron below a threshold times its layer's median (harness/neuron_stats.py). Shares are of all layers together
+and of the last look of a run; the spread of row norms is the mean over a run's looks.
 """
 
 import itertools
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.tables import Row, align, markdown
 from data.files import whole_file
 from experiments.sweep import mean_and_sd
-from neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
+from harness.neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
+from harness.tables import Row, align, markdown
 
 Record = dict[str, Any]
 MAIN_KEY = f"{MAIN:g}"

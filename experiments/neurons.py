@@ -1,4 +1,4 @@
-"""Do MLP neurons die under Muon, and does Aurora keep them alive? Runs with looks at the neurons (neuron_stats.py).
+"""Do MLP neurons die under Muon, and does Aurora keep them alive? Runs with harness/neuron_stats.py.
 
     python -m experiments.neurons                                    (quick: three arms, minutes on two CPU cores)
     python -m experiments.neurons --preset=full --yes                (seven arms, three MLP widths, tuned: hours there)
@@ -41,10 +41,10 @@ from data.prepare import ensure
 from experiments.cost import confirm, duration
 from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
 from experiments.sweep import GOES_ON, TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
-from machine import device_name, find_machine
+from harness.machine import device_name, find_machine
+from harness.settings import parse_settings
 from model import round_up
 from schedule import set_schedule
-from settings import parse_settings
 from train_gpt import load_config, set_up, train_step
 
 ARMS = {

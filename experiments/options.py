@@ -31,12 +31,12 @@ import tyro
 from scipy import stats
 from tqdm import tqdm
 
-from benchmarks.tables import Row, align, cell
 from data import console
 from data.files import check_writable, user_path, whole_file
 from experiments.cost import confirm, duration
 from experiments.sweep import GOES_ON, Cell, run_sweep
-from machine import device_name, find_machine, versions
+from harness.machine import device_name, find_machine, versions
+from harness.tables import Row, align, cell
 from schedule import set_schedule
 from train_gpt import load_config, set_up, train_step
 

@@ -26,14 +26,14 @@ from unittest import mock
 import tyro
 from torch import Tensor
 
-from benchmarks.tables import align
 from data import console
 from data.files import check_writable, user_path, whole_file
 from experiments.sweep import GOES_ON, assignments, mean_and_sd
-from machine import find_machine, git_commit, versions
+from harness.machine import find_machine, git_commit, versions
+from harness.runlog import RunLog
+from harness.settings import parse_settings
+from harness.tables import align
 from optim import MatrixOptimizer
-from runlog import RunLog
-from settings import parse_settings
 from train_gpt import Run, load_config, set_up, train
 
 

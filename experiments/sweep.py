@@ -33,8 +33,8 @@ from tqdm import tqdm
 from data import console
 from data.files import check_writable, try_lock, user_path, wait_for_lock, whole_file
 from data.processes import end_group
-from machine import versions
-from settings import parse_settings
+from harness.machine import versions
+from harness.settings import parse_settings
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt.py"
 GOES_ON = "the same command goes on from here"

@@ -42,7 +42,7 @@ def backend(kernels: str, device: torch.device) -> Backend:
         return _torch()
     if not _has_triton():
         raise ValueError("kernels = 'triton', but Triton is not installed here; use kernels = 'torch' or 'auto'")
-    from kernels.launch import can_launch
+    from kernels.triton_common import can_launch
 
     if can_launch(device):
         return _triton()

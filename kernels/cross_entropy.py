@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import DTYPES, Tile, operator
+from kernels.triton_common import DTYPES, Tile, operator
 
 # Columns at a time, 8 KiB of them with 32 bytes a thread, by the bytes of a logit; fewer for short rows. Twice as many
-# in float32 spill registers on Hopper and Blackwell (python -m kernels.resources). Not yet timed on a device.
+# in float32 spill registers on Hopper and Blackwell (python -m benchmarks.kernel_resources). Not yet timed on a device.
 ROW = {2: Tile(1, 4096, 0, 8, 1), 4: Tile(1, 2048, 0, 8, 1)}
 SHORT_ROW = Tile(1, 512, 0, 4, 1)
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Tile, check_batch, check_scale, lower_triangle, operator, precision, product_tile
+from kernels.triton_common import Tile, check_batch, check_scale, lower_triangle, operator, precision, product_tile
 
 SIDES = ("columns", "rows")
 

@@ -8,7 +8,7 @@ dW += G^T x_chunk in float32. So both gradients are ready when the loss is, and 
 gradient that arrives. 6 N V D FLOPs like the plain way, of which 2 N V D where no gradient is asked for.
 
 Memory: C V logits, a copy of W in x's dtype, dx and float32 dW, against 16 N V bytes of the plain way, four arrays of
-float32 logits (python -m benchmarks.cross_entropy measures both).
+float32 logits (python -m benchmarks.loss_head measures both).
 
 Chunking the head and its gradients: Hsu et al., "Liger Kernel", arXiv 2410.10989, and Wijmans et al., "Cut your losses
 in large-vocabulary language models", arXiv 2411.09009.

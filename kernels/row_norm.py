@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import DTYPES, Tile, check_batch, operator
+from kernels.triton_common import DTYPES, Tile, check_batch, operator
 
 # rows x columns at a time, by whether columns or rows are next to each other in memory. Not yet timed on a device.
 CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 3), Tile(64, 32, 0, 4, 3)

@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from data import console
 from data.files import check_writable, user_path, user_text, whole_file
-from leaderboard import plots, rank, report, reproduce
+from leaderboard import page, plots, rank, reproduce
 from leaderboard.compare import compare
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
 from leaderboard.tracks import find_track
@@ -202,9 +202,9 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
     """
     out = user_path(out)
     check_writable(out.parent, "choose another file, such as --out=/tmp/records.html")
-    page = report.page(_holding(records))
+    document = page.render(_holding(records))
     with whole_file(out) as file:
-        file.write(page)
+        file.write(document)
     print(out)
     return 0
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import align, with_section
+from harness.tables import align, with_section
 from leaderboard.records import Record
 from leaderboard.tracks import find_track
 

@@ -1,7 +1,7 @@
 """One run as its files tell it: what log.txt, metrics.jsonl and summary.json say, not yet whether they agree.
 
-`Run` is a run directory of this repository's trainer (runlog.py says what is in it), `Log` the text form alone, which
-other speedruns write as well:
+`Run` is a run directory of this repository's trainer (harness/runlog.py says what is in it), `Log` the text form alone,
+which other speedruns write as well:
 
     step:125/3250 val_loss:4.58616 train_time:66.065s step_avg:528.52ms
     step:125/1390 val_loss:4.5861 train_time:7930ms step_avg:63.44ms
@@ -28,7 +28,7 @@ LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
 LOOKS = "metrics.jsonl has looks at neurons, which share the machine; a record's runs go without: neuron_stats = 0"
-FACTS = {  # RunLog.facts in runlog.py
+FACTS = {  # RunLog.facts in harness/runlog.py
     "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
     "versions": dict, "train_fingerprint": str, "val_fingerprint": str, "config": dict,
 }  # fmt: skip

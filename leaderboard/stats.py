@@ -2,7 +2,7 @@
 
 Sources: one- and two-sample tests and Welch's unequal variances in any textbook; bootstrap-t: Efron and Tibshirani,
 An Introduction to the Bootstrap (1993), chapter 12; effect size: Hedges (1981); the two rules for steps: the
-modded-nanogpt optimization track. tests/test_leaderboard_stats.py has the coverage of every interval here, simulated.
+modded-nanogpt optimization track. tests/leaderboard/test_stats.py has the coverage of every interval here, simulated.
 """
 
 import math

@@ -30,7 +30,7 @@ from experiments import neurons, sweep
 from tests import warm
 from tests.matrices import Float64
 
-pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.records"]
+pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.record_fixtures"]
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_VOCAB = 48

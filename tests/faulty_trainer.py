@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-import checkpoint
 import train_gpt
+from harness import checkpoint
 
 
 def die() -> None:

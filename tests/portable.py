@@ -4,7 +4,7 @@
     ./run.sh test --portable --only TEST_THREADS=4,HOME=none+TZ=Asia/Kathmandu
                                                                        two runs, the second with two variations;
                                                                        TEST_BFLOAT16=other is what the CPU is not
-    ./run.sh test --portable --only order=reversed -m "not slow" tests/test_polar.py
+    ./run.sh test --portable --only order=reversed -m "not slow" tests/optim/test_polar.py
                                                                        other arguments are pytest's
 
 By default the test files that import torch. A table at the end has the outcome of each run, exit status 1 if any is
@@ -149,7 +149,7 @@ def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def numerical_tests() -> list[str]:
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
     imports = re.compile(r"^(import|from) torch\b", re.MULTILINE)
     return [f"tests/{path.name}" for path in paths if imports.search(path.read_text(encoding="utf-8"))]
 

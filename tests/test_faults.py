@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import PATIENCE_S, ROOT, Trainer, python, torchrun
-from tests.test_resume import assert_same_state
+from tests.harness.test_resume import assert_same_state
 from tests.test_train import metrics, summary
 
 PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts in tests/

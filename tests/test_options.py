@@ -1,5 +1,5 @@
 """The step's options as a run has them: schedules, data, checkpoints, profile, mistakes. What they compute is in
-test_model.py, test_attention.py, test_fused.py and test_cross_entropy.py."""
+test_model.py, tests/kernels/test_attention.py, tests/kernels/test_fused.py and tests/kernels/test_cross_entropy.py."""
 
 import dataclasses
 import gzip
@@ -17,9 +17,9 @@ from torch.autograd import DeviceType
 import train_gpt
 from data.loader import TokenLoader, TokenStream, tokens_before
 from data.shards import write_shard
+from harness.profiling import largest_costs
+from harness.resume import FIXED, WHERE_AND_HOW
 from leaderboard.runs import read_run
-from profiling import largest_costs
-from resume import FIXED, WHERE_AND_HOW
 from schedule import window_at
 from tests.conftest import Trainer, python, torchrun
 from train_gpt import Config, load_config, set_schedule, set_up, train_step, warm_up

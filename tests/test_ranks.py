@@ -13,9 +13,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-import launch
 import train_gpt
 from data.console import STOPS
+from harness import launch
 from tests.conftest import Trainer, python, torchrun
 from tests.test_train import metrics, only_run, summary
 from train_gpt import Config

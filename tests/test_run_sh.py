@@ -28,7 +28,7 @@ case "$*" in
             "-m ensurepip "*) [ ! -e "$bin/no-ensurepip" ] && rm "$bin/no-pip" ;;
             "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && [ -z "${NO_VENV:-}" ] ;;
             "-m pip install") env >"$CALLS.env" && [ -z "${NO_NETWORK:-}" ] ;;
-            "launch.py "*) pwd >>"$CALLS" ;;
+            "-m harness.launch "*) pwd >>"$CALLS" ;;
         esac
         ;;
 esac
@@ -85,7 +85,7 @@ def installed(checkout: Checkout) -> Checkout:
 
 MAKES = "fake-python -m venv .venv"
 INSTALLS = "python -m pip install --quiet --disable-pip-version-check --no-user --target= -r requirements.txt"
-TRAINS = "python launch.py configs/x.toml"
+TRAINS = "python -m harness.launch configs/x.toml"
 
 
 def test_help_names_every_command() -> None:
@@ -131,7 +131,7 @@ def test_without_a_recipe_the_sample_is_trained_on_what_torch_can_use(
     smi.chmod(0o755)
     path = f"{tmp_path}:{SYSTEM}"
     assert installed.run(installed.command("--seed=1"), PATH=path, TORCH_SEES_A_GPU=sees) == (0, said)
-    assert installed.calls()[0] == f"python launch.py configs/{recipe}.toml --seed=1"
+    assert installed.calls()[0] == f"python -m harness.launch configs/{recipe}.toml --seed=1"
 
 
 def test_an_old_or_missing_python_is_one_line(checkout: Checkout) -> None:
@@ -310,14 +310,14 @@ def test_what_the_user_names_is_where_the_user_is(installed: Checkout, tmp_path:
         (tmp_path / "at" / name).touch()
     at = tmp_path / "at"
     for arguments, expected in [
-        (["mine.toml", "--name=mine.toml"], f"launch.py {at}/mine.toml --name=mine.toml"),
-        (["configs/x.toml"], f"launch.py {at}/configs/x.toml"),
+        (["mine.toml", "--name=mine.toml"], f"-m harness.launch {at}/mine.toml --name=mine.toml"),
+        (["configs/x.toml"], f"-m harness.launch {at}/configs/x.toml"),
         (["sweep", "mine.toml", "--seeds", "2"], f"-m experiments.sweep {at}/mine.toml --seeds 2"),
         (["leaderboard", "add", "../at"], f"-m leaderboard add {at}/../at"),
-        (["requirements.txt"], "launch.py requirements.txt"),
-        ([""], "launch.py configs/sotu_cpu.toml"),
-        (["", "--seed=1"], "launch.py configs/sotu_cpu.toml --seed=1"),
-        (["mine.toml", "--name", ""], f"launch.py {at}/mine.toml --name "),
+        (["requirements.txt"], "-m harness.launch requirements.txt"),
+        ([""], "-m harness.launch configs/sotu_cpu.toml"),
+        (["", "--seed=1"], "-m harness.launch configs/sotu_cpu.toml --seed=1"),
+        (["mine.toml", "--name", ""], f"-m harness.launch {at}/mine.toml --name "),
     ]:
         assert installed.run(installed.command(*arguments), cwd=at) == (0, "")
         assert installed.calls()[0] == f"python {expected}"
@@ -339,7 +339,7 @@ def test_a_checkout_that_cannot_be_written_serves(installed: Checkout, tmp_path:
     assert (status, stderr) == (
         0, f"{root} cannot be written: using {root}/.venv, and data/ and runs/ of {at}\n",
     )  # fmt: skip
-    assert installed.calls() == [f"python {root}/launch.py {root}/configs/x.toml"]
+    assert installed.calls() == [f"python -m harness.launch {root}/configs/x.toml", str(at)]
 
     assert installed.run([*lock, *installed.command("settings")], cwd=at)[0] == 0
     assert installed.calls() == [f"python {root}/train_gpt.py --help"]
@@ -351,6 +351,7 @@ def test_a_checkout_that_cannot_be_written_serves(installed: Checkout, tmp_path:
     assert installed.calls() == [
         f"fake-python -m venv {cache}/.venv",
         f"{INSTALLS.rpartition(' ')[0]} {root}/requirements.txt",
-        f"python {root}/launch.py {root}/configs/x.toml",
+        f"python -m harness.launch {root}/configs/x.toml",
+        str(at),
     ]
     root.chmod(0o755)

@@ -21,17 +21,15 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import machine
-import runlog
 import train_gpt
-from checkpoint import CheckpointWriter, verify
 from data.shards import head_fingerprint, open_shard, write_shard
+from harness import checkpoint, machine, runlog
+from harness.checkpoint import CheckpointWriter, verify
+from harness.runlog import RunLog, run_sources
 from leaderboard.runs import parse_log
-from runlog import RunLog, run_sources
 from schedule import lr_scale, momentum_at, steps_of_each_kind, window_at
 from tests.conftest import PATIENCE_S, ROOT, Result, Trainer
-from tests.test_checkpoint import files_no_larger_than
+from tests.harness.test_checkpoint import files_no_larger_than
 from train_gpt import Config, load_config, set_up, train_step, warm_up
 
 
@@ -119,7 +117,7 @@ def test_a_run_leaves_what_it_promises(trainer: Trainer, tmp_path: Path, tiny_da
 
     # the log: sources, versions, then lines the field's tools parse
     source, versions, body = (directory / "log.txt").read_text(encoding="utf-8").split("=" * 100)
-    for file in ("train_gpt.py", "model.py", "optim/muon.py", "optim/bank.py", "data/loader.py", "settings.py"):
+    for file in ("train_gpt.py", "model.py", "optim/muon.py", "optim/bank.py", "data/loader.py", "harness/settings.py"):
         assert f"# file: {file}\n{(ROOT / file).read_text(encoding='utf-8')}" in source
     assert f'torch": "{torch.__version__}' in versions
     assert '"matrix_optimizer": "muon"' in versions

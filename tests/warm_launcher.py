@@ -1,10 +1,10 @@
-"""launch.py, whose ranks are processes that begin with torch loaded (tests/warm.py)."""
+"""harness/launch.py, whose ranks are processes that begin with torch loaded (tests/warm.py)."""
 
 import argparse
 import sys
 from pathlib import Path
 
-import launch
+from harness import launch
 
 genuine = launch.run
 

@@ -35,18 +35,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.tables import align
 from data import console
 from data.files import check_writable, user_path, whole_file
 from experiments.cost import confirm, duration
-from experiments.grokking import report
+from experiments.grokking import findings
 from experiments.grokking.decoder import LOSSES, WEIGHTS
 from experiments.grokking.pool import Store, place, read_runs, run_all
 from experiments.grokking.tasks import TASKS, TRAIN_SHARES
 from experiments.grokking.train import Settings, rows_a_step, seconds_a_step
 from experiments.sweep import GOES_ON
-from machine import versions
-from settings import parse_settings
+from harness.machine import versions
+from harness.settings import parse_settings
+from harness.tables import align
 
 # Optimizer -> learning rates, weight decays, in the order in which --lrs and --weight_decays take the first so many;
 # the order is from trial runs of add and mul (seeds 0 and 50), more than twice as many of AdamW as of Muon. Weight
@@ -215,9 +215,9 @@ def _kind(settings: Settings) -> tuple[Any, ...]:
 
 def tell(result: dict[str, Any]) -> None:
     """Print the table and what is to be said of it."""
-    rows = report.rows(result)
-    print(align([list(report.COLUMNS.values()), *([row[key] for key in report.COLUMNS] for row in rows)]))
-    print("\n".join(report.remarks(result)))
+    rows = findings.rows(result)
+    print(align([list(findings.COLUMNS.values()), *([row[key] for key in findings.COLUMNS] for row in rows)]))
+    print("\n".join(findings.remarks(result)))
 
 
 def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[
     }
     return dict(
         options=dataclasses.asdict(options), **origins, versions=versions(),
-        tuning=[report.without_curves(run) for run in tuning], runs=[report.thinned(run) for run in runs],
+        tuning=[findings.without_curves(run) for run in tuning], runs=[findings.thinned(run) for run in runs],
     )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def run(options: Options) -> None:
     if not options.table:
         with whole_file(out / "result.json") as file:
             file.write(json.dumps(result) + "\n")
-        report.draw(result, out / "result.png")
+        findings.draw(result, out / "result.png")
         print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
 
 
@@ -263,7 +263,7 @@ def draw_again(path: Path) -> None:
     """Raises ValueError for a file that is not a result."""
     try:
         result = json.loads(path.read_text(encoding="utf-8-sig"))
-        report.draw(result, path.with_suffix(".png"))
+        findings.draw(result, path.with_suffix(".png"))
         tell(result)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None

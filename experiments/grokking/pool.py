@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.files import try_lock
 from data.processes import Workers
 from experiments.grokking.train import Settings, train
-from machine import device_name, git_commit
+from harness.machine import device_name, git_commit
 
 
 def place() -> str:

@@ -1,0 +1,204 @@
+"""Registers and shared memory of every kernel as it would be launched, for GPUs that are not here.
+
+    python -m benchmarks.kernel_resources [--usual]
+        a table; exit status 1 if a kernel spills, does not fit, or misses tensor cores; --usual: of each kernel only
+        the launch that takes most of a training step, a tenth of all of them
+
+The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
+caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
+Needs Triton, no GPU; a second or so for each kernel and core.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from data import console
+from data.processes import Workers
+from kernels.apply_symmetric import apply_symmetric
+from kernels.cross_entropy import cross_entropy
+from kernels.gram import gram
+from kernels.row_norm import normalize_rows, row_norm
+from kernels.symmetric_product import symmetric_product
+from kernels.triton_common import ARCHITECTURES, DTYPES
+
+# Most shared memory one block may ask for, in bytes (CUDA C programming guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+WITHOUT_PRODUCTS = ("row_norm", "cross_entropy")  # kernels with no use for tensor cores
+
+
+class Launch(NamedTuple):
+    """A caught launch: what names a kernel, and what it would be compiled with."""
+
+    what: str
+    architecture: int
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, int]
+
+
+class Resources(NamedTuple):
+    what: str
+    architecture: int
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread's stack and local memory
+    shared: int  # bytes of a block
+    shared_limit: int
+    tensor_cores: bool  # uses them
+
+    @property
+    def is_good(self) -> bool:
+        needs_tensor_cores = not self.what.startswith(WITHOUT_PRODUCTS) and "float32 " not in self.what
+        return self.spilled == 0 and self.shared <= self.shared_limit and (self.tensor_cores or not needs_tensor_cores)
+
+
+def launches(architecture: int, usual: bool = False) -> list[Launch]:
+    """Every kernel with every tile and variant that the optimizers and the public functions reach; or, of each kernel,
+    the launch of a 124 M model's training step."""
+    caught: list[Launch] = []
+
+    def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        caught.append(as_launch(what, architecture, kernel, arguments, options))
+
+    with (
+        mock.patch.object(triton.JITFunction, "run", catch),
+        mock.patch("kernels.triton_common.architecture", return_value=architecture),
+        mock.patch("kernels.triton_common.can_launch", return_value=True),
+    ):
+        if usual:
+            what = "float16 768"
+            X, S = torch.empty(2, 2048, 768, dtype=torch.float16), torch.empty(2, 768, 768, dtype=torch.float16)
+            d = torch.empty(2, 2048)
+            gram(X, d, torch.empty(2), dtype=torch.float32)
+            symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
+            apply_symmetric(X, S, 2.0, d)
+            normalize_rows(X.float(), torch.float16)
+            what = "bfloat16 50304"
+            logits, targets = torch.empty(2, 50304, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
+            cross_entropy(logits, targets, 15.0, 50257, 0.0, -1, gradient=True)
+            return caught
+        for dtype in DTYPES:
+            for n in (768,) if dtype == torch.float32 else (768, 128):  # float32 has one tile, half formats two
+                X, S = torch.empty(2, 3 * n, n, dtype=dtype), torch.empty(2, n, n, dtype=dtype)
+                d, scale = torch.empty(2, 3 * n), torch.empty(2)
+                what = f"{dtype} {n}".replace("torch.", "")
+                gram(X, d, scale)
+                symmetric_product(S, S, 1.0, 2.0, 3.0)
+                apply_symmetric(X, S, 2.0, d)
+                gram(X)
+                apply_symmetric(X, S, 2.0)
+                if dtype != torch.float16:  # bfloat16 is the same by another name, float32 nobody's first choice
+                    continue
+                wide, d_wide = X.new_empty(2, n, 3 * n), torch.empty(2, n)
+                gram(X, d, scale, dtype=torch.float32)
+                gram(wide, d_wide, side="rows")
+                gram(wide.mT, d, scale)
+                symmetric_product(S, S, 2.0, 3.0)
+                symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
+                apply_symmetric(X, S, 2.0, d, torch.bfloat16)
+                apply_symmetric(wide.mT, S, 2.0, d, torch.bfloat16)
+                apply_symmetric(X, S, 2.0, d, outputs="row_square")
+                apply_symmetric(wide, S, 2.0, d_wide, side="left", outputs="both")
+        for dtype in DTYPES:
+            what = f"{dtype} 768".replace("torch.", "")
+            X = torch.empty(2, 2048, 768, dtype=dtype)
+            row_norm(X)
+            normalize_rows(X, torch.float16)
+            normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
+        for dtype in (torch.float32, torch.bfloat16):
+            what = f"{dtype} 50304".replace("torch.", "")
+            logits, targets = torch.empty(2, 50304, dtype=dtype), torch.empty(2, dtype=torch.int64)
+            cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=True)
+        cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=False)
+    return caught
+
+
+def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """Triton's own reading of arguments: None and 1 are constants, multiples of 16 and tensors are aligned."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if name.isupper() or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    variant = " ".join(f"{k}={v}".lower() for k, v in options.items() if k in names and k not in ("PRECISION",))
+    meta = {k: v for k, v in options.items() if k not in names}
+    transposed = " transposed" if values.get("stride_m", values.get("stride_xm")) == 1 else ""
+    title = f"{kernel.__name__} {what} {variant}{transposed}"
+    return Launch(title, architecture, kernel.__module__, kernel.__name__, signature, constants, attributes, meta)
+
+
+def compile_launch(launch: Launch) -> Resources:
+    """Compile for the launch's architecture and read the registers, stack and shared memory off the cubin."""
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = ASTSource(kernel, launch.signature, constexprs=launch.constants, attrs=launch.attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.architecture, 32), options=launch.options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return Resources(
+        launch.what, launch.architecture, found["REG"], found["STACK"] + found["LOCAL"],
+        found["SHARED"] + compiled.metadata.shared, SHARED_LIMIT[launch.architecture],
+        re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]) is not None,
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["--usual"]):
+        raise ValueError(f"the one argument is --usual, and not {' '.join(argv)}")
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set: Triton would interpret the kernels, not compile them; unset it")
+    unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture, bool(argv))}
+    with Workers(os.cpu_count() or 1, start="fork") as pool:
+        rows = list(pool.map(compile_launch, unique.values()))
+    print("registers  spilled B  shared KiB  limit  tensor cores  sm   kernel")
+    for row in rows:
+        verdict = "" if row.is_good else "   BAD"
+        print(
+            f"{row.registers:9}  {row.spilled:9}  {row.shared / 1024:10.1f}  {row.shared_limit // 1024:5}  "
+            f"{'yes' if row.tensor_cores else 'no':>12}  {row.architecture:<3}  {row.what}{verdict}"
+        )
+    bad = sum(not row.is_good for row in rows)
+    print(
+        f"{len(rows)} kernels compiled; {bad} spill registers, exceed shared memory or multiply half precision "
+        "without tensor cores"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(lambda: main(sys.argv[1:]), "the same command starts again"))

@@ -1,0 +1,89 @@
+"""Throughput of the training loader from a warm page cache into ready int32 inputs and int64 targets.
+
+    python -m benchmarks.loader_speed
+
+Times whole passes over several shards, so what the prefetch thread does counts. The baseline is the usual
+loader that slices row by row, converts each row and stacks them. The roofline is a memory copy that moves as many
+bytes as any loader has to.
+"""
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.bench import command, median_seconds, report
+from data.loader import TokenLoader, TokenStream
+from data.shards import Tokens, write_shard
+from harness.tables import Row
+
+VOCAB_SIZE = 50257
+BYTES_PER_TOKEN = 2 + 4 + 8  # to read a uint16 and write an int32 and an int64 is the least there is to do
+
+
+@dataclass(frozen=True)
+class Args:
+    seq_len: int = 1024
+    batch_tokens: tuple[int, ...] = (65_536, 131_072, 524_288)
+    """Tokens a batch; one row of the table each."""
+    shard_tokens: tuple[int, ...] = (16_000_003, 8_000_001, 12_345_678)
+    passes: int = 9
+    """Timed passes over the data; the table has medians."""
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{index}.bin") for index in range(len(args.shard_tokens))]
+        generator = np.random.default_rng(0)
+        for path, size in zip(paths, args.shard_tokens, strict=True):
+            write_shard(path, generator.integers(0, VOCAB_SIZE, size, dtype=np.uint16))
+        stream = TokenStream(paths, VOCAB_SIZE)
+        rows = [measure(stream, batch_tokens, args) for batch_tokens in args.batch_tokens]
+    report("loader", rows, "cpu", **dataclasses.asdict(args))
+
+
+def measure(stream: TokenStream, batch_tokens: int, args: Args) -> Row:
+    """One row of the table: a batch size against the baseline and the roofline."""
+    whole = np.concatenate(stream.shards)
+    steps = stream.num_tokens // batch_tokens
+    tokens = steps * batch_tokens
+    source, target = (torch.ones(tokens * BYTES_PER_TOKEN // 2, dtype=torch.uint8) for _ in range(2))
+    with TokenLoader(stream, batch_tokens, args.seq_len, micro_batch_tokens=args.seq_len) as loader:
+
+        def whole_pass() -> None:
+            for step in range(steps):
+                loader.batch(step)
+
+        def row_by_row_pass() -> None:
+            for step in range(steps):
+                row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
+
+        for step in range(steps):
+            inputs, targets = loader.batch(step)
+            right_inputs, right_targets = row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
+            if not (torch.equal(inputs.flatten(), right_inputs) and torch.equal(targets.flatten(), right_targets)):
+                raise SystemExit(f"step {step}: the loader's batch is wrong; nothing was timed")
+        variants = {"loader": whole_pass, "row by row": row_by_row_pass, "copy": lambda: target.copy_(source)}
+        seconds = median_seconds(variants, args.passes)
+    return {
+        "batch_tokens": batch_tokens,
+        "loader_Mtokens_per_s": tokens / seconds["loader"].wall / 1e6,
+        "row_by_row_Mtokens_per_s": tokens / seconds["row by row"].wall / 1e6,
+        "ratio": seconds["row by row"].wall / seconds["loader"].wall,
+        "fraction_of_copy": seconds["copy"].wall / seconds["loader"].wall,
+        "ms_per_batch": 1e3 * seconds["loader"].wall / steps,
+    }
+
+
+def row_by_row(data: Tokens, start: int, batch_tokens: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = range(start, start + batch_tokens, seq_len)
+    inputs = torch.stack([torch.from_numpy(data[row : row + seq_len].astype(np.int32)) for row in rows])
+    targets = torch.stack([torch.from_numpy(data[row + 1 : row + 1 + seq_len].astype(np.int64)) for row in rows])
+    return inputs.flatten(), targets.flatten()
+
+
+if __name__ == "__main__":
+    command(main, Args, __doc__)

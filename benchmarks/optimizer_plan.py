@@ -1,0 +1,91 @@
+"""Print where every parameter of a recipe goes: its optimizer, its bank, the ranks that own it, the state it costs.
+
+    python -m benchmarks.optimizer_plan configs/fineweb_124m_aurora.toml --ranks=8 [--key=value ...]
+
+Nothing is allocated: the model is built without memory, and state is counted from what the update rules make of
+tensors without memory. A bank is all matrices of one shape; a parameter that is a stack of matrices has an owner for
+each. Parameters outside banks are kept whole by every rank.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data import console
+from harness.tables import align
+from model import GPT
+from optim import MatrixOptimizer, build_optimizers
+from optim.bank import Bank
+from train_gpt import load_config, model_config
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+
+
+def matrix_state_bytes(optimizer: MatrixOptimizer, bank: Bank, group: dict[str, Any]) -> int:
+    """Bytes of state for one matrix of a bank: momentum, master weights where there are any, the rule's own."""
+    own = torch.float32.itemsize * bank.m * bank.n * (2 if bank.needs_master else 1)
+    return own + nbytes(optimizer.rule_state(bank.m, bank.n, group).values())
+
+
+def replicated_state_bytes(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
+    """Bytes of state of each parameter, from a step without memory."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+    optimizer.step()
+    return {p: nbytes(state.values()) for p, state in optimizer.state.items()}
+
+
+def routing(optimizers: list[torch.optim.Optimizer], ranks: int) -> tuple[list[list[str]], int]:
+    """(a line of cells for each parameter, bytes of state on one rank)."""
+    lines, per_rank = [], 0
+    for optimizer in optimizers:
+        rule = type(optimizer).__name__
+        if isinstance(optimizer, MatrixOptimizer):
+            for number, (bank, group) in enumerate(optimizer.plan_banks(0, ranks)):
+                each = matrix_state_bytes(optimizer, bank, group)
+                per_rank += each * bank.num_slots
+                name = f"{number}: {bank.size} of {bank.m}x{bank.n}, {bank.num_slots} a rank"
+                row = 0
+                for param, p, size in zip(bank.names, bank.params, bank.sizes, strict=True):
+                    owners = ",".join(str(i % ranks) for i in range(row, row + size))
+                    lines.append([param, "x".join(map(str, p.shape)), rule, name, owners, f"{each * size:,}"])
+                    row += size
+            continue
+        state = replicated_state_bytes(optimizer)
+        for group in optimizer.param_groups:
+            for param, p in zip(group["param_names"], group["params"], strict=True):
+                lines.append([param, "x".join(map(str, p.shape)), rule, "-", "all", f"{state[p]:,}"])
+                per_rank += state[p]
+    return lines, per_rank
+
+
+def main(argv: list[str]) -> int:
+    return console.run(lambda: _main(argv), "the same command starts again")
+
+
+def _main(argv: list[str]) -> None:
+    ranks = 1
+    for argument in [a for a in argv if a.startswith("--ranks=")]:
+        argv.remove(argument)
+        number = argument.removeprefix("--ranks=")
+        if not number.isdigit() or int(number) < 1:
+            raise ValueError(f"--ranks={number} must be a whole number, such as 8")
+        ranks = int(number)
+    config = load_config(argv)
+    with torch.device("meta"):
+        model = GPT(model_config(config))
+    optimizers = build_optimizers(model, config)
+    lines, per_rank = routing(optimizers, ranks)
+    print(align([["parameter", "shape", "optimizer", "bank", "owner", "state bytes"], *lines]))
+    total = sum(p.nbytes for p in model.parameters())
+    print(f"{model.num_params():,} parameters, {total / 2**20:,.1f} MiB on every rank; gradients as much again")
+    print(f"optimizer state: {per_rank / 2**20:,.1f} MiB on each of {ranks} ranks")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""The run's log: its directory (log.txt, metrics.jsonl, summary.json), and what the terminal shows of it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.files import try_lock, user_path, wait_for_lock, whole_file
+from data.processes import is_alive, pid_scope, start_ticks
+from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
+from harness.neuron_stats import in_words
+
+
+def run_sources() -> dict[str, str]:
+    """Source of every module of this repository that was imported, by path: a log that can be run again."""
+    files = [Path(str(getattr(module, "__file__", None))) for module in list(sys.modules.values())]
+    paths = {file.resolve() for file in files if file.suffix == ".py" and file.is_absolute()}
+    pythons = [prefix for prefix in (Path(sys.prefix), Path(sys.base_prefix)) if ROOT in prefix.parents]
+    sources = {}
+    for path in sorted(path for path in paths if ROOT in path.parents):
+        name = path.relative_to(ROOT)
+        if "site-packages" in name.parts or any(prefix in path.parents for prefix in pythons):
+            continue
+        if any(part.startswith(".") for part in name.parts):  # .venv; .cache/inductor
+            continue
+        try:
+            sources[str(name)] = path.read_text(encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            sources[str(name)] = f"# imported, and cannot be read now: {error.strerror}\n"
+    return sources
+
+
+WRITER = "writer.json"  # beside log.txt: which process writes it
+
+
+class RunLog:
+    """The run directory and the terminal, written by the first rank; other ranks' calls do nothing.
+
+    log.txt opens with all the run was made of: sources, state of git, of the GPUs, and `facts` as JSON. Every line is
+    flushed: a killed run leaves a whole log. The first rank holds a lock on it as long as it lives, and writer.json
+    says who that is, for file systems without locks (see is_running). `config` is the trainer's Config, `data` the
+    fingerprints of train_files and val_files, `lineage` the names of the run directories that this one goes on from.
+    Raises ValueError, on every rank, for a directory that cannot be made.
+    """
+
+    def __init__(self, config: Any, machine: Machine, data: dict[str, str], lineage: Sequence[str] = ()) -> None:
+        self.active, self.target = machine.rank == 0, config.target_loss
+        self.bar = tqdm(total=config.train_steps, unit="step", dynamic_ncols=True, leave=False,
+                        disable=not (self.active and _has_terminal()))  # fmt: skip
+        self.validations: list[tuple[float, float]] = []  # (train_time_s, val_loss)
+        commit, no_commit = git_state()  # or the reason why there is none
+        self.notes = [f"no git commit: {no_commit}"] if no_commit else []
+        self.facts = dict(  # what a summary repeats and a record is checked against
+            start_utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), git_commit=commit, track=config.track,
+            world_size=machine.world_size, device=machine.name, dtype=str(machine.dtype), versions=versions(),
+            train_fingerprint=data["train_files"], val_fingerprint=data["val_files"], config=dataclasses.asdict(config),
+        )  # fmt: skip
+        stamp = self.facts["start_utc"].replace("-", "").replace(":", "")
+        name, problem = f"{config.name}-{stamp}-{secrets.token_hex(3)}", None
+        self.directory = user_path(Path(config.run_dir, name))
+        if self.active:
+            try:
+                self._open(machine, lineage)
+            except OSError as error:
+                problem = (
+                    f"run_dir = {config.run_dir!r} cannot be written ({error.strerror or error}); "
+                    "choose another, such as /tmp/runs"
+                )
+        problem = machine.agree(problem)
+        if problem:
+            raise ValueError(problem)
+        self.directory = machine.agree(self.directory) or self.directory  # the first rank's
+
+    def _open(self, machine: Machine, lineage: Sequence[str]) -> None:
+        """Make the directory with what it begins with, or nothing of it."""
+        header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
+        header += ["=" * 100, f"python {sys.version}"]
+        state = f"{self.facts['git_commit']}\n{output_of('git', 'status', '--short')}"
+        header += [f"git ({self.notes[0]})" if self.notes else f"git {state}"]
+        header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
+        header += [json.dumps(self.facts, indent=1), "=" * 100]
+        self.directory.mkdir(parents=True)
+        try:
+            self.log, self.metrics = (
+                (self.directory / name).open("w", encoding="utf-8", errors="backslashreplace")
+                for name in ("log.txt", "metrics.jsonl")
+            )
+            writer = dict(
+                pid=os.getpid(), start_ticks=start_ticks(os.getpid()), pid_scope=pid_scope(),
+                has_lock=wait_for_lock(self.log), agent=launcher(), job=machine.job, lineage=lineage,
+            )  # fmt: skip
+            with whole_file(self.directory / WRITER) as file:
+                json.dump(writer, file, indent=1)
+            self.log.write("\n".join(header) + "\n")
+            self.log.flush()
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+
+    def line(self, text: str) -> None:
+        if self.active:
+            print(text, file=self.log, flush=True)
+            with contextlib.suppress(OSError, ValueError), self.bar.external_write_mode(file=sys.stdout):
+                print(text, flush=True)  # for whoever is there
+
+    def metric(self, **values: Any) -> None:
+        if self.active:
+            print(json.dumps(values), file=self.metrics, flush=True)
+        if "val_loss" in values:
+            self.validations.append((values["train_time_s"], values["val_loss"]))
+            self.bar.set_postfix_str(f"val_loss {values['val_loss']:.3f}{self._eta_to_target()}")
+
+    def continue_from(self, checkpoint: str, step: int) -> None:
+        """Say so, and take over the earlier run's steps up to the checkpoint: this directory then has all of them."""
+        self.bar.update(step)
+        earlier = Path(checkpoint).parent
+        if not self.active:
+            return
+        try:
+            log, metrics = (
+                (earlier / name).read_text(encoding="utf-8-sig", errors="replace")
+                for name in ("log.txt", "metrics.jsonl")
+            )
+        except OSError:
+            self.line(f"resumed from {checkpoint} at step {step}; there is no log beside it")
+            return
+        self.line(f"resumed from {checkpoint} at step {step}; in log.txt, its lines up to there:")
+        for line in log.rpartition("=" * 100)[2].splitlines():
+            found = re.match(r"step:(\d+)(/?)", line)  # a line without / is of what came after the checkpoint
+            if found and (int(found[1]) < step or (int(found[1]) == step and found[2])):
+                print(line, file=self.log)
+        for line in metrics.splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # a killed run's last line, or not ours
+                if json.loads(line)["step"] <= step:
+                    print(line, file=self.metrics)
+        self.log.flush()
+        self.metrics.flush()
+
+    def _eta_to_target(self) -> str:
+        """Where a line through the last two validations crosses the target."""
+        if not self.target or len(self.validations) < 2:
+            return ""
+        (time_0, loss_0), (time_1, loss_1) = self.validations[-2:]
+        if loss_1 <= self.target or loss_0 <= loss_1:
+            return ""
+        return f", target {self.target:g} in ~{(loss_1 - self.target) * (time_1 - time_0) / (loss_0 - loss_1):.0f}s"
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write summary.json under its name only when it is whole."""
+        if self.active:
+            with whole_file(self.directory / "summary.json") as file:
+                file.write(json.dumps(values, indent=1) + "\n")
+
+    def closing(self, summary: dict[str, Any]) -> None:
+        """End the terminal's output with what people look for in a summary."""
+        self.line("---")
+        if summary["steps_to_target"] is not None:
+            where = f"{summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens"
+            time_s = summary["time_to_target_s"]
+            self.line(f"target       {self.target:g} nats reached after {time_s:.1f} s of training, {where}")
+        elif self.target and summary["val_loss"] is not None:
+            gap = summary["val_loss"] - self.target
+            self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
+        self.line(f"run          {summary['status']}")
+        if summary["val_loss"] is not None:
+            self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
+        if summary["neurons"]:
+            self.line(f"neurons      {in_words(summary['neurons'])}")
+        mfu = f", MFU {summary['mfu']:.1%}" if summary["mfu"] else ""
+        self.line(f"speed        {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
+        machine = f"{summary['world_size']} x {summary['device']}"
+        self.line(f"machine      {machine}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
+        phases = (f"{phase} {time_s:.1f}" for phase, time_s in summary["phase_s"].items())
+        self.line(f"seconds      {', '.join(phases)}")
+        self.line(f"directory    {self.directory}")
+
+
+def _has_terminal() -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
+        return sys.stderr.isatty()
+    return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(values, dict):
+            return values
+    return {}
+
+
+def is_running(directory: Path, job: Collection[str] = ()) -> bool | None:
+    """Whether the process that writes this run directory is alive, None where nobody can tell. `job`: this process's
+    own torchrun agents.
+
+    The lock on log.txt tells it, except where it could not be taken: then a run that has a summary is over, a process
+    of this machine can be looked up, and an agent has ended its ranks before it starts others.
+    """
+    writer = read_json(directory / WRITER)
+    try:
+        with (directory / "log.txt").open("rb") as file:
+            is_free = try_lock(file, shared=True)
+    except FileNotFoundError:
+        is_free = None if writer else True
+    except OSError:
+        is_free = None
+    if is_free is False:
+        return True
+    if read_json(directory / "summary.json").get("status"):
+        return False
+    if writer.get("pid_scope") and writer["pid_scope"] == pid_scope():
+        return writer["pid"] != os.getpid() and is_alive(writer["pid"], writer["start_ticks"])
+    if writer.get("agent") and writer["agent"] in job:
+        return False
+    return False if is_free and writer.get("has_lock", True) else None

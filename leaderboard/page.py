@@ -1,0 +1,75 @@
+"""One HTML page of all verified records: tables to sort and filter, figures, each run's log. No network, no library.
+
+Pages are filled into page_template.html, where styles and script stand.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from leaderboard import plots
+from leaderboard.rank import COLUMNS, cells, classes, rows
+from leaderboard.records import Record
+from leaderboard.runs import Run
+from leaderboard.tracks import find_track
+
+PAGE = Path(__file__).with_name("page_template.html")
+AS_NUMBERS = {"rank", "steps", "tokens", "n", "p"}
+
+
+def render(records: Sequence[Record]) -> str:
+    """The whole document."""
+    table = rows(records)
+    by_name = {record.name: record for record in records}
+    sections = []
+    for heading, _, group in classes(table):
+        of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
+        lines = [
+            "<tr>" + "".join(_cell(key, text, row, record) for key, text in cells(row).items()) + "</tr>"
+            for row, record in zip(group, of_class, strict=True)
+        ]
+        headings = "".join(f'<th><button type="button">{escape(name)}</button></th>' for name in COLUMNS.values())
+        figures = plots.curves(of_class, find_track(group[0]["track"]).target_loss), plots.history(of_class)
+        sections.append(
+            f'<section><h2>{escape(heading)}</h2><div class="wide"><table><thead><tr>{headings}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div><p class="none" hidden>No record matches.</p>'
+            + "".join(f"<figure>{plots.svg(figure)}</figure>" for figure in figures)
+            + "".join(_logs(record) for record in of_class)
+            + "</section>"
+        )
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        sections="\n".join(sections) or "<p>No record yet.</p>"
+    )
+
+
+def _cell(key: str, text: str, row: Mapping[str, Any], record: Record) -> str:
+    """A cell; `data-value` is what it is sorted by where that is not its text."""
+    values: dict[str, Any] = {key: row[key] for key in AS_NUMBERS}
+    time_s, val_loss = record.summary["time_s"], record.summary["val_loss"]
+    values |= dict(time_s=time_s["mean"], interval=time_s["low"], median_s=time_s["median"], val_loss=val_loss["mean"])
+    value = f" data-value='{escape(json.dumps(values[key]))}'" if key in values else ""
+    shown = f'<a href="#{_anchor(record)}">{escape(text)}</a>' if key == "name" else escape(text)
+    return f"<td{value}>{shown}</td>"
+
+
+def _anchor(record: Record) -> str:
+    return f"logs-{record.name}"
+
+
+def _logs(record: Record) -> str:
+    """A record's step lines, seed by seed, folded away; its sources stay in the archive."""
+    runs = "".join(f"<details><summary>{escape(run.name)}</summary><pre>{escape(_text(run))}</pre></details>"
+                   for run in record.runs)  # fmt: skip
+    where = f"leaderboard/records/{record.name}"
+    return (
+        f'<details class="logs" id="{_anchor(record)}"><summary>Logs of {escape(record.path.name)}</summary>'
+        f"<p>Whole, with every source file: <code>{escape(where)}/runs.tar.xz</code></p>{runs}</details>"
+    )
+
+
+def _text(run: Run) -> str:
+    """What the run printed, after its sources."""
+    return run.texts["log.txt"].rpartition("=" * 100)[2].strip()

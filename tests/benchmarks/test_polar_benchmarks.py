@@ -1,0 +1,106 @@
+"""The polar benchmarks: they refuse what is wrong, count what is done, and write the README's tables."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench, polar_quality, polar_speed, readme
+from harness import tables
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setitem(polar_speed.CASES, "tiny", [(2, 48, 16), (1, 16, 16)])
+    monkeypatch.setattr(polar_speed.torch, "compile", lambda function, **options: function)  # takes seconds
+    return tmp_path
+
+
+def test_every_variant_is_checked_then_timed(tiny: Path) -> None:
+    assert polar_speed.main(polar_speed.Args(cases=("tiny",), device="cpu", passes=2)) == 0
+    (path,) = tiny.glob("polar_*.json")
+    rows = {row["variant"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    assert {row["check"] for row in rows.values()} == {"right"}
+    dense = 2 * 5 * (4 * 16**2 * 48 + 2 * 16**3) + 5 * 6 * 16**3
+    assert rows["torch eager"]["executed_gflop"] == pytest.approx(dense / 1e9)
+    assert rows["direct"]["executed_gflop"] == pytest.approx(dense / 1e9)
+    # 48x16 in one segment of 5 steps; the square ones take the direct form unless told otherwise
+    tall = 2 * (4 * 16**2 * 48 + 17 * 2 * 16**3)
+    assert rows["gram"]["executed_gflop"] == pytest.approx((tall + 4 * 16**3 + 17 * 2 * 16**3) / 1e9)
+    assert rows["auto"]["executed_gflop"] == pytest.approx((tall + 5 * 6 * 16**3) / 1e9)
+    assert rows["aurora K=2"]["executed_gflop"] == pytest.approx((2 * tall + 5 * 6 * 16**3) / 1e9)
+    assert rows["torch eager"]["of_eager"] == 1
+
+
+def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = polar_speed.aurora_polar
+    monkeypatch.setattr(
+        polar_speed, "aurora_polar", lambda X, k, **options: right(X, k, **options) * (1.01 if k == 3 else 1)
+    )
+    assert polar_speed.main(polar_speed.Args(cases=("tiny",), device="cpu", passes=1)) == 1
+    rows = {
+        row["variant"]: row for row in json.loads(next(tiny.glob("polar_*.json")).read_text(encoding="utf-8"))["rows"]
+    }
+    assert rows["aurora K=1"]["check"] == "right"
+    assert "error 0.0" in rows["aurora K=3"]["check"]
+    assert rows["aurora K=3"]["ms"] == ""
+    assert "allowed" in capsys.readouterr().out
+
+
+def test_unknown_cases_and_formats_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert polar_speed.main(polar_speed.Args(cases=("huge",))) == 2
+    assert "huge" in capsys.readouterr().err
+    assert polar_speed.main(polar_speed.Args(cases=("tiny",), dtype="float64")) == 2
+    assert not list(tiny.iterdir())
+
+
+def test_quality_of_a_small_matrix_is_reported_for_every_form(tiny: Path) -> None:
+    assert polar_quality.main(polar_quality.Args(shapes=("257x101",), device="cpu")) == 0
+    (path,) = tiny.glob("polar_quality_*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["spectrum"] for row in rows} == set(polar_quality.SPECTRA)
+    exact = [row for row in rows if row["form"] == "unrounded" and row["spectrum"] == "rank-deficient"]
+    assert exact[0]["direction"] < 1e-9  # all its singular values reach about the same value
+    assert all(row["distance"] < 0.05 for row in rows if row["form"].startswith("float16"))
+
+
+def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of times that are given; every candidate has run."""
+    polar_tiles = pytest.importorskip("benchmarks.polar_tiles")
+    from kernels.triton_common import Tile
+
+    if torch.cuda.is_available():
+        pytest.skip("runs in the interpreter")
+    tiles = (Tile(16, 16, 16, 4, 2), Tile(32, 16, 16, 4, 2))
+    given = {str(tuple(tile)): bench.Seconds(seconds, 0.0) for tile, seconds in zip(tiles, (3e-3, 2e-3), strict=True)}
+
+    def median_seconds(runs: dict[str, Callable[[], object]], passes: int) -> dict[str, bench.Seconds]:
+        for run in runs.values():
+            run()
+        return {tile: given[tile] for tile in runs}
+
+    monkeypatch.setattr(polar_tiles, "median_seconds", median_seconds)
+    rows = polar_tiles.time_tiles([(1, 40, 20), (1, 20, 40)], tiles, CPU, passes=1)
+    assert [(row["kernel"], row["shape"]) for row in rows[:4]] == [
+        ("gram", "1x40x20"), ("symmetric_product", "1x40x20"), ("apply_symmetric", "1x40x20"),
+        ("apply_symmetric", "1x40x20"),
+    ]  # fmt: skip
+    assert [(row["tile"], row["ms"]) for row in rows[2:4]] == [(str(tuple(tiles[1])), 2), (str(tuple(tiles[0])), 3)]
+
+
+def test_the_readme_holds_the_committed_results() -> None:
+    document = readme.README.read_text(encoding="utf-8")
+    assert all(section() for section in readme.SECTIONS.values())
+    assert readme.with_sections(document) == document, "run python -m benchmarks.readme"
+
+
+def test_a_missing_section_is_said() -> None:
+    with pytest.raises(ValueError, match=r"<!-- polar -->"):
+        tables.with_section("# Nothing\n", "polar", "")

@@ -1,0 +1,148 @@
+"""Where settings come from and how mistakes in them are worded: one line naming source, key and what would work."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from harness.settings import parse_settings
+from rules import check_config
+from tests.conftest import ROOT
+from train_gpt import Config, load_config
+
+
+def toml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_file_overrides_defaults_and_command_line_overrides_file(tmp_path: Path) -> None:
+    recipe = toml(tmp_path, 'name = "x"\nmatrix_lr = 0.5\nadam_betas = [0.1, 0.2]\ncompile = true\nseed = 3\n')
+    config = load_config([recipe, "--matrix_lr=0.25", "--seed", "7", "--stop_at_target"])
+    expected = dict(name="x", matrix_lr=0.25, adam_betas=(0.1, 0.2), compile=True, seed=7, stop_at_target=True)
+    assert config == dataclasses.replace(Config(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [(["--compile"], True), (["--compile=true"], True), (["--compile", "False"], False), (["--compile=false"], False)],
+    ids=str,
+)
+def test_spellings_of_a_switch(arguments: list[str], value: bool) -> None:
+    assert load_config([*arguments, "--seed=1"]).compile is value
+    assert load_config(["--seed=1", *arguments]).compile is value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--matrx_lr=1"], ["command line", "matrx_lr", "did you mean matrix_lr?"]),
+        (["--qqq=1"], ["qqq", "--help lists them all"]),
+        (["--train_steps=many"], ["command line", "--train_steps", "'many'"]),
+        (["--train_steps=2.5"], ["--train_steps", "'2.5'"]),
+        (["--compile=maybe"], ["--compile", "True", "False"]),
+        (["--adam_betas", "0.9"], ["--adam_betas", "2 values"]),
+        (["--train_steps=0"], ["train_steps = 0", "positive", "300"]),
+        (["--matrix_lr=-1"], ["matrix_lr = -1.0", "0 or more"]),
+        (["--matrix_lr=nan"], ["matrix_lr = nan", "0 or more"]),
+        (["--cooldown_frac=1.5"], ["cooldown_frac = 1.5", "between 0 and 1"]),
+        (["--head_dim=7"], ["head_dim = 7", "even"]),
+        (["--vocab_size=300"], ["vocab_size = 300", "'byte'", "257", "none"]),
+        (["--tokenizer=bert"], ["'bert'", "gpt2"]),
+        (["missing.toml"], ["missing.toml", "configs/sotu_cpu.toml"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load_config(arguments)
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exp/a", "/abs", "..", ".", "", "../up", ".hidden", "-x", "~", " a", "a\nb", "a\0b", "a\x1b[0m", "a" * 232,
+     "日" * 78, "\udce9"],
+    ids=ascii,
+)  # fmt: skip
+def test_a_name_that_cannot_begin_a_directory_s_is_refused_with_one_that_can(name: str) -> None:
+    with pytest.raises(ValueError, match=r"name = .* must begin with .*; '(.*)' works$") as refusal:
+        check_config(dataclasses.replace(Config(), name=name))
+    assert "no control characters" in str(refusal.value)
+    works = str(refusal.value).split("'")[-2]
+    assert load_config([f"--name={works}"]).name == works
+    assert "\n" not in str(refusal.value)
+
+
+def test_ordinary_names_are_taken() -> None:
+    for name in ("a" * 231, "日" * 77, "_x", "7", "matrix_lr=0.02,adam_betas=0.9:0.95", "a[b]*?", "50%2Fa b"):
+        assert load_config([f"--name={name}"]).name == name
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("run_dir", "resume", "train_files", "val_files")
+    config = load_config([f"--{key}=~/a/{key}*" for key in keys])
+    assert [getattr(config, key) for key in keys] == [f"{tmp_path}/a/{key}*" for key in keys]
+    default = load_config([])
+    assert [getattr(default, key) for key in keys] == [getattr(Config(), key) for key in keys]
+    assert load_config(["--run_dir=runs/~/./x/"]).run_dir == "runs/~/./x/"
+
+
+def test_words_and_files_of_an_ascii_locale_are_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('name = "é-run"\ntrain_files = "é/a_*.bin"\n', encoding="utf-8")
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    as_read = "\udcc3\udca9"  # é
+    config = load_config([str(recipe), f"--author=Zo{as_read}", f"--run_dir={as_read}", "--val_files=b_*.bin"])
+    assert (config.author, config.name) == ("Zoé", "é-run")
+    assert (config.run_dir, config.train_files) == (as_read, f"{as_read}/a_*.bin")
+    assert (config.val_files, config.resume) == ("b_*.bin", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("matrix_lrr = 1.0", ["recipe.toml", "matrix_lrr", "did you mean matrix_lr?"]),
+        ('train_steps = "many"', ["recipe.toml", "--train_steps", "'many'"]),
+        ("train_steps = 2.5", ["recipe.toml", "--train_steps", "'2.5'"]),
+        ("train_steps = ", ["recipe.toml", "not valid TOML"]),
+        ("[model]\nwidth = 3", ["recipe.toml", "model"]),
+    ],
+    ids=["unknown key", "wrong type", "fraction", "syntax", "table"],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load_config([toml(tmp_path, text)])
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_help_lists_every_field_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(Config, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in text
+    assert "polar factors in an Aurora update" in text
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_whole_and_divides_on_eight_ranks_or_one(recipe: Path) -> None:
+    config = load_config([str(recipe)])
+    assert config.name == recipe.stem
+    assert config.track
+    assert config.description
+    assert config.micro_batch_tokens % config.seq_len == config.val_tokens % config.seq_len == 0
+    num_ranks = 8 if config.name.startswith("fineweb") else 1
+    assert config.batch_tokens % (num_ranks * config.micro_batch_tokens) == 0
+    assert config.matrix_optimizer in config.name or config.name.startswith("sotu")
+    assert config.num_heads * config.head_dim == config.model_dim

@@ -143,7 +143,7 @@ def test_a_killed_suite_leaves_no_process_and_goes_on(stop: signal.Signals, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "polar", "kernels"], "error: --only: no part kernels; parts: kernel_tests, train_step_124m"),
+        (["--only", "polar_speed", "kernels"], "error: --only: no part kernels; parts: kernel_tests, train_step_124m"),
         (["--skip", "polar_tile"], "error: --skip: no part polar_tile; parts: kernel_tests, train_step_124m"),
         (["--minutes", "0"], "error: --minutes 0 must be above 0, such as 9"),
         (["--minute", "1"], "error: unrecognized arguments: --minute 1"),
@@ -182,12 +182,12 @@ def test_fresh_forgets_the_parts_and_deletes_nothing_else(
     monkeypatch.setattr(fcntl, "flock", without_locks)
     monkeypatch.setattr(gpu_suite, "look_at_machine", lambda tiny: NOWHERE)
     monkeypatch.setattr(gpu_suite, "run_suite", lambda *_: 0)
-    for name in ("polar.json", "mine.json"):
+    for name in ("polar_speed.json", "mine.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     assert gpu_suite.main(["--tiny", "--fresh", "--folder", str(tmp_path), "--only", "polar_quality"]) == 0
-    assert (tmp_path / "mine.json").exists() and not (tmp_path / "polar.json").exists()
+    assert (tmp_path / "mine.json").exists() and not (tmp_path / "polar_speed.json").exists()
     assert "there are no locks here" in capsys.readouterr().err
 
 

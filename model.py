@@ -1,30 +1,40 @@
-"""A decoder-only GPT with SwiGLU MLPs, and its initialisation.
+"""A decoder-only GPT, its settings and its initialisation.
 
-RMSNorm without gains, rotary positions, QK-norm, causal attention, an untied head with a soft cap on its logits.
-Parameters are float32; matrix products run in `dtype`. Weights that share an input are stacked in one parameter
-([3, H*K, D] for Q, K, V and [2, F, D] for gate and up): one matmul in the forward pass, while an optimizer that treats
-leading dimensions as batch still sees each matrix on its own. What ModelConfig calls an option is off by default.
+RMSNorm without gains, rotary positions, QK-norm, causal attention, SwiGLU or squared-ReLU MLPs, an untied head with a
+soft cap on its logits. Parameters are float32; matrix products run in `dtype`. Weights that share an input are stacked
+in one parameter ([3, H*K, D] for Q, K, V and [2, F, D] for gate and up): one matmul in the forward pass, while an
+optimizer that treats leading dimensions as batch still sees each matrix on its own.
 
 Shape suffixes: B batch, T sequence, D model width, H heads, K head dimension, F MLP hidden, V padded vocabulary.
 
-Sources: RMSNorm arXiv 1910.07467, rotary 2104.09864, SwiGLU 2002.05202, QK-norm 2010.04245, soft cap 2408.00118;
-zero-initialised output projections as in muP (2203.03466) and the nanoGPT speedruns. Options: value embeddings from the
-nanoGPT speedruns (K. Koszarsky), after value residuals (2410.17897); U-net skips, the embedding as a further input of
-every block and a head that is untied late from the same; z-loss 2204.02311.
+Sources: RMSNorm arXiv 1910.07467, rotary 2104.09864, SwiGLU 2002.05202, squared ReLU 2109.08668, QK-norm 2010.04245,
+soft cap 2408.00118; zero-initialised output projections as in muP (2203.03466) and the nanoGPT speedruns. Options:
+value embeddings from the nanoGPT speedruns (K. Koszarsky), after value residuals (2410.17897); U-net skips, the
+embedding as a further input of every block and a head that is untied late from the same; z-loss 2204.02311.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kernels import fused
 from kernels.attention import Attend, attention
-from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.fused import rms_norm, rotate
+from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
 IGNORE_INDEX = -1  # targets with this value add nothing to the loss
+
+# The MLP's activation, of the stacked products [..., G F] of its G input matrices: the function and G.
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "swiglu": (lambda gate, up: F.silu(gate) * up, 2),
+    "squared_relu": (lambda up: F.relu(up).square(), 1),
+}
 
 
 def round_up(value: float, multiple: int) -> int:
@@ -33,33 +43,55 @@ def round_up(value: float, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = 50257
-    num_layers: int = 12
-    num_heads: int = 6
-    head_dim: int = 128
-    model_dim: int = 768
-    mlp_hidden: int = 0  # 0: 8/3 * model_dim rounded up to a multiple of 64, as many weights as a 4x ReLU MLP
-    seq_len: int = 1024
-    softcap: float = 15.0
+    # Model
+    vocab_size: Annotated[int, "> 0"] = 257  # tokens the data may hold; the model pads it to a multiple of 64
+    num_layers: Annotated[int, "> 0"] = 4  # blocks
+    num_heads: Annotated[int, "> 0"] = 2  # attention heads
+    head_dim: Annotated[int, "> 0"] = 64  # width of a head; even
+    model_dim: Annotated[int, "> 0"] = 128  # width of the residual stream
+    mlp_hidden: Annotated[int, ">= 0"] = 0  # hidden width of the MLP; 0: as many weights as two matrices of 4 widths
+    seq_len: Annotated[int, "> 0"] = 256  # tokens in a training row
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"  # of the MLP
+    softcap: Annotated[float, "> 0"] = 15.0  # logits are kept within +- this
+    init_out: Annotated[float, ">= 0"] = 0.0  # standard deviation of attention's output projection at the start
+    init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
+    init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    attention: str = "auto"  # attention.KINDS
-    fused_norm: bool = False
-    fused_mlp: bool = False
-    fused_head: bool = False
-    # Options
-    doc_token: int | None = None  # attention stays between two of these, the first included
-    window: int = 0  # keys a query sees; 0: all
-    value_embeds: int = 0  # n tables of values looked up by token, shared by the first n and the last n blocks
+    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # see fused_parts
+    # Options of the model
+    doc_mask: bool = False  # attention stays within documents
+    window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
+    value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
     embed_skip: bool = False  # every block also sees the embedding
     unet_skips: bool = False  # the second half of the blocks also see the first half's outputs, last first
-    joint_matrices: bool = False  # Q, K, V are one matrix to the optimizer, and so are gate and up
-    tie_head: bool = False  # the head starts equal to the embedding (tie_gradients keeps it so)
-    mask_padding: bool = False  # leave the padding of the vocabulary out of the softmax
-    z_loss: float = 0.0  # in training, this times the square of log sum exp(logits) is added to a token's loss
+    mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax
+    z_loss: Annotated[float, ">= 0"] = 0.0  # weight of log sum exp(logits) squared in training; 1e-4 is usual
+    tie_head_steps: Annotated[int, ">= 0"] = 0  # first steps in which embedding and head are one matrix
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that do not go together."""
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} must be even for rotary positions; 64 or 128 are usual")
+        if {"auto", "none"} & set(self.fused) and len(self.fused) > 1:
+            raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
+        if "head" in self.fused and self.softcap > LARGEST_SOFTCAP:
+            raise ValueError(
+                f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g}, and it is {self.softcap}; 15 is usual"
+            )
+        if 2 * self.value_embeds > self.num_layers:
+            rule = f"at most half of num_layers = {self.num_layers}: each table serves two blocks; 1 to 3 are usual"
+            raise ValueError(f"value_embeds = {self.value_embeds} must be {rule}")
+        if self.unet_skips and self.num_layers < 2:
+            raise ValueError(f"unet_skips needs two blocks or more, and num_layers = {self.num_layers}")
+
+    @property
+    def num_gates(self) -> int:
+        """Input matrices of the MLP."""
+        return ACTIVATIONS[self.activation][1]
 
     @property
     def hidden_dim(self) -> int:
-        return self.mlp_hidden or round_up(8 * self.model_dim / 3, 64)
+        return self.mlp_hidden or round_up(8 * self.model_dim / (self.num_gates + 1), 64)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -70,11 +102,21 @@ class ModelConfig:
         """
         return round_up(self.vocab_size, 64)
 
+    def fused_parts(self, device_type: str) -> set[str]:
+        """Which parts are computed with fewer passes over memory or less of it, by `fused`.
 
-def stacked(count: int, rows: int, config: ModelConfig) -> Tensor:
-    """Room for `count` matrices [rows, D] above each other: a batch of them, or one matrix to the optimizer."""
-    shape = (count * rows,) if config.joint_matrices else (count, rows)
-    return empty(*shape, config.model_dim)
+        norm: gradients of RMSNorm and rotation written out, for models that are not compiled; mlp: the neurons' outputs
+        are made again in the backward pass; head: logits and loss a chunk of rows at a time; blocks: attention a block
+        of queries at a time, for CPUs. "auto" is all of them on a CPU and none on a GPU, where none has been measured.
+        """
+        if device_type == "cuda" and "blocks" in self.fused:
+            raise ValueError("fused = 'blocks' is for CPUs, and this runs on a GPU; leave it out, or write 'auto'")
+        if device_type == "cuda" and (self.doc_mask or self.window) and self.head_dim < 16:
+            raise ValueError(f"head_dim = {self.head_dim} must be 16 or more for flex_attention; 64 or 128 are usual")
+        if self.fused != ("auto",):
+            return {part for part in self.fused if part != "none"}
+        on_cpu = {"norm", "mlp", "blocks", *(["head"] if self.softcap <= LARGEST_SOFTCAP else [])}
+        return on_cpu if device_type == "cpu" else set()
 
 
 def empty(*shape: int) -> Tensor:
@@ -82,8 +124,9 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., D] times one matrix [M, D], or several stacked [N, M, D] as one product [..., N M], in x's dtype."""
+    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
 
 
 class Rotary(nn.Module):
@@ -101,110 +144,115 @@ class Rotary(nn.Module):
         self.register_buffer("sin_TK", angle_TK.sin(), persistent=False)
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
-        num_tokens = x_BTHK.size(1)
-        cos = self.cos_TK[:num_tokens, None].to(x_BTHK.dtype)
-        sin = self.sin_TK[:num_tokens, None].to(x_BTHK.dtype)
-        if self.is_fused:
-            return fused.rotate(x_BTHK, cos, sin)
-        a, b = x_BTHK.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        cos, sin = (angle[: x_BTHK.size(1), None].to(x_BTHK.dtype) for angle in (self.cos_TK, self.sin_TK))
+        return rotate(x_BTHK, cos, sin, self.is_fused)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: set[str]) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.norm = fused.rms_norm if config.fused_norm else rms_norm
+        self.norm = partial(rms_norm, is_fused="norm" in parts)
         attention_dim = config.num_heads * config.head_dim
-        self.qkv = nn.Parameter(stacked(3, attention_dim, config))
+        self.qkv = nn.Parameter(empty(3, attention_dim, config.model_dim))
         self.out = nn.Parameter(empty(config.model_dim, attention_dim))
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend, value_BTHK: Tensor | None = None) -> Tensor:
         """`value_BTHK` is added to the values."""
-        qkv_BTHK = F.linear(x_BTD, self.qkv.flatten(0, -2).to(x_BTD.dtype)).unflatten(-1, (-1, self.head_dim))
+        qkv_BTHK = linear(x_BTD, self.qkv).unflatten(-1, (-1, self.head_dim))
         qk_BTHK, v_BTHK = qkv_BTHK.split((2 * self.num_heads, self.num_heads), dim=2)
         q_BTHK, k_BTHK = rotary(self.norm(qk_BTHK)).chunk(2, dim=2)
         if value_BTHK is not None:
             v_BTHK = v_BTHK + value_BTHK
-        return F.linear(attend(q_BTHK, k_BTHK, v_BTHK).flatten(2), self.out.to(x_BTD.dtype))
+        return linear(attend(q_BTHK, k_BTHK, v_BTHK).flatten(2), self.out)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: set[str]) -> None:
         super().__init__()
-        self.is_fused = config.fused_mlp
-        self.gate_up = nn.Parameter(stacked(2, config.hidden_dim, config))
+        self.is_fused = "mlp" in parts
+        self.activation, self.num_gates = ACTIVATIONS[config.activation]
+        self.gate_up = nn.Parameter(empty(self.num_gates, config.hidden_dim, config.model_dim))  # or up alone
         self.down = nn.Parameter(empty(config.model_dim, config.hidden_dim))
 
     def activations(self, x_BTD: Tensor) -> Tensor:
-        """What the neurons put out, [B, T, F]."""
-        gate_BTF, up_BTF = F.linear(x_BTD, self.gate_up.flatten(0, -2).to(x_BTD.dtype)).chunk(2, dim=-1)
-        return F.silu(gate_BTF) * up_BTF
+        """The neurons' outputs, [B, T, F]."""
+        return self._activate(linear(x_BTD, self.gate_up))
+
+    def _activate(self, product_BTF: Tensor) -> Tensor:
+        return self.activation(*product_BTF.chunk(self.num_gates, dim=-1))
+
+    def _finish(self, product_BTF: Tensor) -> Tensor:
+        return linear(self._activate(product_BTF), self.down)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.is_fused:
-            return fused.swiglu(x_BTD, self.gate_up.flatten(0, -2).to(x_BTD.dtype), self.down.to(x_BTD.dtype))
-        return F.linear(self.activations(x_BTD), self.down.to(x_BTD.dtype))
+        product_BTF = linear(x_BTD, self.gate_up)
+        if self.is_fused and torch.is_grad_enabled():  # keeps the product alone, half of what autograd would keep
+            return checkpoint(self._finish, product_BTF, use_reentrant=False, preserve_rng_state=False)
+        return self._finish(product_BTF)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: set[str]) -> None:
         super().__init__()
-        self.norm = fused.rms_norm if config.fused_norm else rms_norm
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.norm = partial(rms_norm, is_fused="norm" in parts)
+        self.attention = Attention(config, parts)
+        self.mlp = MLP(config, parts)
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend, value_BTHK: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.norm(x_BTD), rotary, attend, value_BTHK)
         return x_BTD + self.mlp(self.norm(x_BTD))
 
 
-class GPT(nn.Module):
-    """The model. Build it under `torch.device("meta")` to count or plan without allocating."""
+@torch.no_grad()
+def normal_or_zero(weight: Tensor, std: float) -> None:
+    if std:
+        weight.normal_(std=std)
+    else:
+        weight.zero_()
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+
+class GPT(nn.Module):
+    """The model. Build it under `torch.device("meta")` to count or plan without allocating.
+
+    `doc_token` begins a document, for config.doc_mask.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, doc_token: int | None = None) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
-        self.norm = fused.rms_norm if config.fused_norm else rms_norm
+        self.config, self.dtype, self.doc_token = config, dtype, doc_token if config.doc_mask else None
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim, dtype=torch.float32)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.parts = config.fused_parts(self.embed.weight.device.type)
+        self.norm = partial(rms_norm, is_fused="norm" in self.parts)
+        self.blocks = nn.ModuleList([Block(config, self.parts) for _ in range(config.num_layers)])
         self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)
-        self.rotary = Rotary(config.head_dim, config.seq_len, config.fused_norm)
+        self.rotary = Rotary(config.head_dim, config.seq_len, "norm" in self.parts)
         self.value_embeds = nn.ModuleList(
             nn.Embedding(config.padded_vocab_size, config.num_heads * config.head_dim, dtype=torch.float32)
             for _ in range(config.value_embeds)
         )
         if config.value_embeds:
-            self.value_scale = nn.Parameter(empty(2 * config.value_embeds))
+            self.value_scale = nn.Parameter(empty(2 * config.value_embeds).fill_(0.5))
         if config.embed_skip:
-            self.stream_scale, self.embed_scale = (nn.Parameter(empty(config.num_layers)) for _ in range(2))
+            self.stream_scale, self.embed_scale = (nn.Parameter(empty(config.num_layers).fill_(x)) for x in (1, 0))
         if config.unet_skips:
-            self.skip_scale = nn.Parameter(empty(config.num_layers // 2))
+            self.skip_scale = nn.Parameter(empty(config.num_layers // 2).fill_(1))
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Blocks start as the identity (outputs zero) and the head as a uniform guess (loss log V)."""
+        """By default blocks start as the identity (outputs zero) and the head as a uniform guess (loss log V)."""
+        c = self.config
         self.embed.weight.normal_()
-        self.head.weight.zero_()
+        normal_or_zero(self.head.weight, c.init_head)
         for block in self.blocks:
             assert isinstance(block, Block)
             for weight in (block.attention.qkv, block.mlp.gate_up):
                 bound = math.sqrt(3) * 0.5 / math.sqrt(weight.size(-1))  # standard deviation 0.5 / sqrt(fan-in)
                 weight.uniform_(-bound, bound)
-            block.attention.out.zero_()
-            block.mlp.down.zero_()
-        for table in self.value_embeds:
-            assert isinstance(table, nn.Embedding)
-            table.weight.normal_()
-        if self.config.value_embeds:
-            self.value_scale.fill_(0.5)
-        if self.config.embed_skip:
-            self.stream_scale.fill_(1)
-            self.embed_scale.zero_()
-        if self.config.unet_skips:
-            self.skip_scale.fill_(1)
-        if self.config.tie_head:  # the norm after the embedding makes up for the small numbers that a head wants
+            normal_or_zero(block.attention.out, c.init_out)
+            normal_or_zero(block.mlp.down, c.init_down)
+        if c.tie_head_steps:  # the norm after the embedding makes up for the small numbers that a head wants
             self.head.weight.copy_(self.embed.weight.normal_(std=0.005))
 
     @torch.no_grad()
@@ -222,7 +270,7 @@ class GPT(nn.Module):
         """
         c, num_blocks = self.config, len(self.blocks)
         window = (c.window or None) if window is None else window
-        attend = attention(kind or c.attention, inputs_BT, c.doc_token, window)
+        attend = attention(kind or ("blocks" if "blocks" in self.parts else "auto"), inputs_BT, self.doc_token, window)
         tables = [table(inputs_BT).to(self.dtype).unflatten(-1, (-1, c.head_dim)) for table in self.value_embeds]
         values = [self.value_scale[i] * table for i, table in enumerate((*tables, *tables))]  # of the first, the last
         embedded_BTD = x_BTD = self.norm(self.embed(inputs_BT).to(self.dtype))
@@ -240,7 +288,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden state [..., D] to float32 logits in (-softcap, softcap), [..., V]."""
-        logits = F.linear(x, self.head.weight.to(x.dtype)).float()
+        logits = linear(x, self.head.weight).float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Tensor:
@@ -252,7 +300,7 @@ class GPT(nn.Module):
         c, x_ND, targets_N = self.config, self.hidden(inputs_BT, window).flatten(0, 1), targets_BT.flatten()
         vocab_size = c.vocab_size if c.mask_padding else c.padded_vocab_size
         z_loss = c.z_loss if torch.is_grad_enabled() else 0.0  # validation is of the cross-entropy alone
-        if c.fused_head:
+        if "head" in self.parts:
             return linear_cross_entropy(
                 x_ND, self.head.weight, targets_N, softcap=c.softcap, vocab_size=vocab_size, z_loss=z_loss,
                 ignore_index=IGNORE_INDEX,
@@ -263,18 +311,6 @@ class GPT(nn.Module):
             loss = loss + z_loss * (logits_NV.logsumexp(-1).square() * (targets_N != IGNORE_INDEX)).sum()
         return loss
 
-    @torch.no_grad()
-    def generate(self, prompt: list[int], num_tokens: int, generator: torch.Generator) -> list[int]:
-        """Sample `num_tokens` ids after `prompt` at temperature 0.8 (`generator` must live on the CPU)."""
-        tokens = list(prompt)
-        for _ in range(num_tokens):
-            context = torch.tensor([tokens[-self.config.seq_len :]], device=self.embed.weight.device)
-            hidden_BTD = self.hidden(context, kind="sdpa")  # the others would compile or plan anew for every length
-            logits_V = self.logits(hidden_BTD[:, -1:]).flatten()[: self.config.vocab_size]
-            probabilities = (logits_V / 0.8).softmax(0).cpu()
-            tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-        return tokens[len(prompt) :]
-
     def num_params(self, embedding: bool = True) -> int:
         """Number of parameters, with or without embeddings (lookups: they cost no FLOPs)."""
         total = sum(p.numel() for p in self.parameters())
@@ -282,9 +318,9 @@ class GPT(nn.Module):
         return total if embedding else total - tables
 
     def flops_per_token(self) -> int:
-        """Model FLOPs of forward and backward a token, as MFU is usually defined (PaLM, arXiv 2204.02311, app. B).
+        """Model FLOPs of forward and backward per token, as MFU is usually defined (PaLM, arXiv 2204.02311, app. B).
 
-        6 a matmul weight, and 12 L H K T for attention without a discount for causality or documents; with a window,
+        6 per matmul weight, and 12 L H K T for attention without a discount for causality or documents; with a window,
         that instead of T.
         """
         c = self.config

@@ -51,18 +51,18 @@ def measure(stream: TokenStream, batch_tokens: int, args: Args) -> Row:
     steps = stream.num_tokens // batch_tokens
     tokens = steps * batch_tokens
     source, target = (torch.ones(tokens * BYTES_PER_TOKEN // 2, dtype=torch.uint8) for _ in range(2))
-    with TokenLoader(stream, batch_tokens, args.seq_len, micro_batch_tokens=args.seq_len) as loader:
+    with TokenLoader(stream, micro_batch_tokens=args.seq_len) as loader:
 
         def whole_pass() -> None:
             for step in range(steps):
-                loader.batch(step)
+                loader.batch(step * batch_tokens, batch_tokens, args.seq_len)
 
         def row_by_row_pass() -> None:
             for step in range(steps):
                 row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
 
         for step in range(steps):
-            inputs, targets = loader.batch(step)
+            inputs, targets = loader.batch(step * batch_tokens, batch_tokens, args.seq_len)
             right_inputs, right_targets = row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
             if not (torch.equal(inputs.flatten(), right_inputs) and torch.equal(targets.flatten(), right_targets)):
                 raise SystemExit(f"step {step}: the loader's batch is wrong; nothing was timed")

@@ -1,13 +1,12 @@
-"""From a step number to this rank's batch.
+"""From a place in the training stream to this rank's batch.
 
-The shards are one circular stream of tokens. With B = batch_tokens and T = seq_len, step s covers stream
-positions [s B, (s + 1) B] (the last one is only a target), and its row j is
+The shards are one circular stream of tokens. A batch of N tokens at position s covers stream positions [s, s + N] (the
+last one is only a target); its row j of T tokens is
 
-    inputs = stream[p : p + T]      targets = stream[p + 1 : p + T + 1]      p = s B + j T
+    inputs = stream[p : p + T]      targets = stream[p + 1 : p + T + 1]      p = s + j T
 
-Rank r of R takes the r-th contiguous 1/R of the rows, in order, cut into micro-batches. So the rows of a step
-depend on neither R nor the micro-batch, and a run resumes from its step number alone. The first `small_batch_steps`
-steps, if there are any, take B / 2 tokens each, one after the other as well.
+Rank r of R takes the r-th contiguous 1/R of the rows, in order, cut into micro-batches. So the rows of a batch depend
+on neither R nor the micro-batch, and a run resumes from a position alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,7 @@ from torch import Tensor
 
 from data.shards import DataError, Tokens, check_tokens, open_shard
 
-PREFETCH_STEPS = 2
-
-
-def tokens_before(step: int, batch_tokens: int, small_batch_steps: int = 0) -> int:
-    """Tokens that the steps before `step` have trained on: the stream position at which it begins."""
-    return step * batch_tokens - min(step, small_batch_steps) * (batch_tokens // 2)
+PREFETCH_BATCHES = 2
 
 
 class TokenStream:
@@ -62,76 +56,60 @@ class TokenStream:
 
 
 class TokenLoader:
-    """Batches of one rank. A thread reads ahead of steps asked for in order; any other step is as right, only
-    slower. Use as a context manager or call `close`, which ends the thread."""
+    """Batches of one rank. A thread reads ahead of batches asked for in order; any other is as right, only slower. Use
+    as a context manager or call `close`, which ends the thread."""
 
     def __init__(
-        self,
-        stream: TokenStream,
-        batch_tokens: int,
-        seq_len: int,
-        micro_batch_tokens: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, stream: TokenStream, micro_batch_tokens: int, rank: int = 0, world_size: int = 1,
         device: str | torch.device = "cpu",
-        small_batch_steps: int = 0,
-    ) -> None:
-        _check_multiple("micro_batch_tokens", micro_batch_tokens, "seq_len", seq_len)
-        unit = world_size * micro_batch_tokens
-        rule = f"world_size * micro_batch_tokens = {world_size} * {micro_batch_tokens}"
-        _check_multiple("batch_tokens", batch_tokens, rule, unit)
-        num_micro_batches, rows = batch_tokens // unit, micro_batch_tokens // seq_len
-        if small_batch_steps and num_micro_batches % 2 and rows % 2:
-            raise ValueError(
-                f"small_batch_steps = {small_batch_steps}: half of a step, {num_micro_batches} micro-batches of {rows} "
-                "rows on each rank, is not a number of rows; make one of them even, or small_batch_steps 0"
-            )
-        if stream.num_tokens < batch_tokens + 1:
-            raise DataError(
-                f"{stream}: found {stream.num_tokens} tokens, expected at least batch_tokens + 1 = "
-                f"{batch_tokens + 1} for one step; use more data or a smaller batch_tokens"
-            )
-        self.stream = stream
-        self.batch_tokens, self.small_batch_steps = batch_tokens, small_batch_steps
-        self.device = torch.device(device)
-        self._shape = (num_micro_batches, rows, seq_len)
-        halves = (num_micro_batches // 2, rows) if num_micro_batches % 2 == 0 else (num_micro_batches, rows // 2)
-        self._small_shape = (*halves, seq_len)
-        self._rank, self._world_size = rank, world_size
+    ) -> None:  # fmt: skip
+        self.stream, self.device = stream, torch.device(device)
+        self._micro_batch_tokens, self._rank, self._world_size = micro_batch_tokens, rank, world_size
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         on_gpu = (torch.cuda.set_device, (self.device,)) if self._copies else (None, ())  # or it would be the first GPU
         self._thread = ThreadPoolExecutor(1, "token-loader", *on_gpu)
-        self._ahead: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+        self._ahead: dict[tuple[int, int], Future[tuple[Tensor, Tensor]]] = {}
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs int32 and targets int64 of this rank, both [num_micro_batches, rows, seq_len]; of the first
-        small_batch_steps half as many micro-batches, or rows where their number is odd. Raises here what went wrong in
-        the thread."""
-        wanted = range(step, step + 1 + PREFETCH_STEPS)
-        for stale in self._ahead.keys() - wanted:
+    def shape(self, num_tokens: int, row_tokens: int) -> tuple[int, int, int]:
+        """(micro-batches, rows, row_tokens) of this rank's share of a batch. Raises ValueError if it does not divide
+        into rows and equal micro-batches."""
+        _check_multiple("micro_batch_tokens", self._micro_batch_tokens, "seq_len", row_tokens)
+        unit = self._world_size * row_tokens
+        rule = f"world_size * seq_len = {self._world_size} * {row_tokens}"
+        _check_multiple("batch_tokens", num_tokens, rule, unit)
+        rows, most_rows = num_tokens // unit, self._micro_batch_tokens // row_tokens
+        fewest = -(-rows // most_rows)
+        for count in range(fewest, 2 * fewest + 1):
+            if rows % count == 0:
+                return count, rows // count, row_tokens
+        works = max(1, round(rows / most_rows)) * most_rows * unit
+        raise ValueError(
+            f"batch_tokens: {num_tokens} are {rows} rows on each rank, which are no number of equal micro-batches of "
+            f"at most micro_batch_tokens = {self._micro_batch_tokens}; {works} works"
+        )
+
+    def batch(self, start: int, num_tokens: int, row_tokens: int) -> tuple[Tensor, Tensor]:
+        """Inputs int32 and targets int64 of this rank, both of `shape(num_tokens, row_tokens)`, of the batch at stream
+        position `start`. Raises here what went wrong in the thread."""
+        shape = self.shape(num_tokens, row_tokens)
+        if self.stream.num_tokens < num_tokens + 1:
+            raise DataError(
+                f"{self.stream}: found {self.stream.num_tokens} tokens, expected at least batch_tokens + 1 = "
+                f"{num_tokens + 1} for one step; use more data or a smaller batch_tokens"
+            )
+        wanted = [(start + i * num_tokens, num_tokens) for i in range(1 + PREFETCH_BATCHES)]
+        for stale in self._ahead.keys() - set(wanted):
             self._ahead.pop(stale).cancel()
-        for each in wanted:
-            if each not in self._ahead:
-                self._ahead[each] = self._thread.submit(self._read, each)
-        inputs, targets = self._ahead.pop(step).result()
-        shape = self._small_shape if step < self.small_batch_steps else self._shape
+        for place in wanted:
+            if place not in self._ahead:
+                self._ahead[place] = self._thread.submit(self._read, *place)
+        inputs, targets = self._ahead.pop(wanted[0]).result()
         if self._copies is not None:  # the copy was started by the thread; what computes now waits for it, not we
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._copies)
             for tokens in (inputs, targets):
                 tokens.record_stream(stream)
         return inputs.view(shape), targets.view(shape)
-
-    def tokens_before(self, step: int) -> int:
-        return tokens_before(step, self.batch_tokens, self.small_batch_steps)
-
-    def epoch(self, step: int) -> int:
-        """How many whole passes over the stream lie before `step`'s first token."""
-        return self.tokens_before(step) // self.stream.num_tokens
-
-    def epochs(self, train_steps: int) -> float:
-        """How many passes over the stream a run of `train_steps` steps makes."""
-        return self.tokens_before(train_steps) / self.stream.num_tokens
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -143,9 +121,8 @@ class TokenLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, step: int) -> tuple[Tensor, Tensor]:
-        start, end = self.tokens_before(step), self.tokens_before(step + 1)
-        rank_tokens = (end - start) // self._world_size
+    def _read(self, start: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        rank_tokens = num_tokens // self._world_size
         pair = _host_pair(self.stream.read(start + self._rank * rank_tokens, rank_tokens + 1), self.device)
         with torch.cuda.stream(self._copies):  # no stream, no effect
             return _to_device(*pair, self.device)

@@ -29,10 +29,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from data.console import STOPS, prepare
-from data.loader import tokens_before
 from data.prepare import ensure
 from harness.machine import ROOT, check_device
-from train_gpt import Config, load_config
+from train_gpt import Config, load_config, plan_step
 
 # How launchers tell a process its place, and torchrun its options, its program and its folder for errors.
 OF_LAUNCHERS = re.compile(
@@ -94,7 +93,7 @@ def main(argv: list[str]) -> int:
         ensure(
             config.train_files,
             config.val_files,
-            tokens_before(config.train_steps, config.batch_tokens, config.small_batch_steps) + 1,
+            plan_step(config, config.train_steps).first_token + 1,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

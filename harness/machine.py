@@ -70,6 +70,12 @@ class Machine:
             dist.all_gather_object(values, value)
         return next((known for known in values if known is not None), None)
 
+    def raise_together(self, problem: str | None) -> None:
+        """ValueError on every rank if there is a problem on one; to be called by all."""
+        problem = self.agree(problem)
+        if problem:
+            raise ValueError(problem)
+
 
 def check_device(device: str, dtype: str) -> None:
     """ValueError unless this machine has what the settings `device` and `dtype` ask for."""

@@ -2,27 +2,29 @@
 
     python train_gpt.py configs/sotu_cpu.toml --neuron_stats=100
 
-Neuron i of an MLP is row i of gate, up and down transposed, all [F, D]. A look at step s is taken around the training
-step that makes step s, by the first rank, off the training clock: the weights are copied before the optimizers move
-them, the update is the difference afterwards (weight decay included), and activations are those of the new weights on
-the first validation micro-batch, at most `micro_batch_tokens`. A look changes neither weights, gradients nor random
-numbers. It holds one float32 copy of all MLP weights, and costs a forward pass and a Gram matrix for each matrix.
+Neuron i of an MLP is row i of gate, up and down transposed, all [F, D]. A measurement at step s is taken around the
+training step that makes step s, by the first rank, off the training clock: the weights are copied before the optimizers
+move them, the update is the difference afterwards (weight decay included), and activations are those of the new weights
+on the first validation micro-batch, at most `micro_batch_tokens`. A measurement changes neither weights, gradients nor
+random numbers. It holds one float32 copy of all MLP weights, and costs a forward pass and a Gram matrix for each
+matrix.
 
 A row {"step", "tokens", "train_time_s", "neurons"} of metrics.jsonl has, in lists with one number a layer:
 
-  gate, up, down  update_cv: standard deviation over mean of the row norms of the update
+  gate, up, down  (without gate where the MLP has none)
+                  update_cv: standard deviation over mean of the row norms of the update
                   leverage_cv, leverage_low: of its leverage scores (see `leverage`), which have mean 1: standard
                   deviation, and mean of the lowest tenth, 1 if all are equal
-                  least_moved_share: row norms of the updates summed over the looks so far (a sample of the steps): the
-                  share of the total that the least-moved tenth of neurons has, 0.1 if all are equal
+                  least_moved_share: row norms of the updates summed over the measurements so far (a sample of the
+                  steps): the share of the total that the least-moved tenth of neurons has, 0.1 if all are equal
                   effective_rank: of the weights (see there)
-  median          over neurons, of |silu(gate) up|, by its mean over the tokens and by its peak (largest) over them
+  median          over neurons, of their outputs' size, by its mean over the tokens and by its peak (largest) over them
   dead            share of neurons below each threshold times that median, by mean and by peak
-  ever_dead       share that was dead at this or an earlier look
-  revived         share that was dead at an earlier look and is not now
+  ever_dead       share that was dead at this or an earlier measurement
+  revived         share that was dead at an earlier measurement and is not now
 
 and dead_since, for all layers together: half of the neurons that are dead at the main threshold now have been dead at
-every look from this step on, or longer. null is what has no value: ratios of a zero update, anything not finite.
+every measurement from this step on, or longer. null is what has no value: ratios of a zero update, anything not finite.
 
 A neuron that fires rarely may be dead by its mean; by its peak it is not. Relative to a median no more than half of a
 layer can be dead, so watch `median` as well: a layer that falls silent as a whole shows there alone. And an optimizer
@@ -100,7 +102,7 @@ def pooled(values: Iterable[float | None]) -> float | None:
 
 @torch.no_grad()
 def magnitudes(model: GPT, inputs_BT: Tensor, window: int | Tensor | None = None) -> list[Tensor]:
-    """|silu(gate) up| of each block's neurons, mean and peak over the tokens; float64 [2, F] on the CPU."""
+    """Size of the outputs of each block's neurons, mean and peak over the tokens; float64 [2, F] on the CPU."""
     found = []
 
     def note(mlp: Any, arguments: tuple[Tensor]) -> None:
@@ -121,15 +123,15 @@ def blocks(model: GPT) -> list[Any]:
 
 
 def weights(mlp: Any) -> Tensor:
-    """Copy of gate, up and down transposed: [3, F, D]."""
+    """Copy of gate, up and down transposed, or of the last two: [3 or 2, F, D]."""
     return torch.stack([*mlp.gate_up.detach(), mlp.down.detach().mT])
 
 
 class NeuronStats:
-    """Looks at a model's MLPs: `before_step`, the training step, then `look`.
+    """Measurements of a model's MLPs: `before_step`, the training step, then `measure`.
 
-    `state` is what accumulates, tensors on the CPU, one a layer, and the `last` look with its step, for the summary; a
-    checkpoint keeps it and it is given back here.
+    `state` is what accumulates, tensors on the CPU, one per layer, and the `last` measurement with its step, for the
+    summary; a checkpoint keeps it and it is given back here.
     Raises ValueError for a model whose blocks have other MLPs.
     """
 
@@ -137,14 +139,15 @@ class NeuronStats:
         for block in blocks(model):
             if not _is_gated(getattr(block, "mlp", None)):
                 raise ValueError(
-                    "neuron_stats looks at blocks with mlp.gate_up [2, F, D], mlp.down [D, F] and mlp.activations, "
+                    "neuron_stats needs blocks with mlp.gate_up [2 or 1, F, D], mlp.down [D, F] and mlp.activations, "
                     "which this model has not; set neuron_stats = 0, or teach harness/neuron_stats.py your MLP"
                 )
         self.model, self._before = model, list[Tensor]()
+        self.matrices = MATRICES[-1 - blocks(model)[0].mlp.gate_up.size(0) :]
         zeros = partial(torch.zeros, device="cpu")
         widths = [block.mlp.down.size(1) for block in blocks(model)]
         self.state = state or dict(
-            moved=[zeros(len(MATRICES), F, dtype=torch.float64) for F in widths],  # sums of row norms
+            moved=[zeros(len(self.matrices), F, dtype=torch.float64) for F in widths],  # sums of row norms
             ever_dead=[zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],
             dead_since=[zeros(len(MEASURES), F, dtype=torch.int64) for F in widths],  # 0: alive
             last=None,
@@ -154,16 +157,16 @@ class NeuronStats:
         self._before = [weights(block.mlp) for block in blocks(self.model)]
 
     @torch.no_grad()
-    def look(self, step: int, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Row:
+    def measure(self, step: int, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Row:
         """The `neurons` of a row, for the step that was just made; adds to `state`.
 
         Activations are of `inputs_BT`, without rows that only fill the batch up, whose targets are negative, with the
         step's attention `window` (None: the model's own).
         """
-        row: Row = {name: {} for name in (*MATRICES, "median", "dead", "ever_dead", "revived")}
+        row: Row = {name: {} for name in (*self.matrices, "median", "dead", "ever_dead", "revived")}
         for layer, size in enumerate(magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0], window)):
-            self._look_at_weights(layer, row)
-            self._look_at_activations(layer, size, step, row)
+            self._measure_weights(layer, row)
+            self._measure_activations(layer, size, step, row)
         self._before.clear()
         since = torch.cat(self.state["dead_since"], dim=-1)
         row["dead_since"] = {m: number(s[s > 0].double().quantile(0.5)) if s.any() else None
@@ -171,7 +174,7 @@ class NeuronStats:
         self.state["last"] = dict(step=step, **row)
         return row
 
-    def _look_at_weights(self, layer: int, row: Row) -> None:
+    def _measure_weights(self, layer: int, row: Row) -> None:
         after = weights(blocks(self.model)[layer].mlp)
         update = after - self._before[layer]
         norms, scores, moved = update.double().norm(dim=-1), leverage(update), self.state["moved"][layer]
@@ -181,10 +184,10 @@ class NeuronStats:
             least_moved_share=0.1 * lowest_tenth(moved), effective_rank=effective_rank(after),
         )  # fmt: skip
         for key, of_each in found.items():
-            for name, value in zip(MATRICES, of_each.tolist(), strict=True):
+            for name, value in zip(self.matrices, of_each.tolist(), strict=True):
                 row[name].setdefault(key, []).append(number(value))
 
-    def _look_at_activations(self, layer: int, size: Tensor, step: int, row: Row) -> None:
+    def _measure_activations(self, layer: int, size: Tensor, step: int, row: Row) -> None:
         """size: mean and peak of each neuron [2, F]."""
         median = size.quantile(0.5, dim=-1)
         limits = median[:, None] * median.new_tensor(THRESHOLDS)
@@ -207,12 +210,12 @@ def _is_gated(mlp: object) -> bool:
     if not isinstance(mlp, nn.Module) or not hasattr(mlp, "activations"):
         return False
     gate_up, down = getattr(mlp, "gate_up", None), getattr(mlp, "down", None)  # a compiled one has other names for them
-    return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.shape == (2, *reversed(down.shape))
+    return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.shape[1:] == down.mT.shape
 
 
 def in_words(row: Row) -> str:
-    """A look, with its step, in one line; pooled over the layers."""
+    """A measurement, with its step, in one line; pooled over the layers."""
     dead = 100 * (pooled(row["dead"]["mean"][f"{MAIN:g}"]) or 0.0)
-    cvs = [(name, pooled(row[name]["update_cv"])) for name in MATRICES]
+    cvs = [(name, pooled(row[name]["update_cv"])) for name in MATRICES if name in row]
     told = ", ".join(f"{name} {'-' if cv is None else f'{cv:.3f}'}" for name, cv in cvs)
     return f"step {row['step']}: {dead:.2f}% dead (mean below {MAIN:g} of the median); spread of update rows: {told}"

@@ -1,55 +1,94 @@
-"""How a run comes out: its summary, the status in it, and the process's exit status."""
+"""How a run ends: the status and reason in its summary, and the process's exit status."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data import console
 from data.shards import DataError
-from harness.machine import lost_rank
+from harness.checkpoint import CheckpointWriter
+from harness.machine import lost_rank, print_error
+
+FINISHED, STOPPED, DIVERGED = "finished", "stopped at target", "diverged"
+INTERRUPTED, FAILED, LOST = "interrupted", "failed", "lost"  # lost: another rank was
+EXIT_STATUS = {FINISHED: 0, STOPPED: 0, DIVERGED: 1, FAILED: 2, LOST: 4, INTERRUPTED: 130}
+TARGET_MISSED = 3
 
 
 def first_summary(run: Any, directory: Path) -> dict[str, Any]:
     """What is known before the first step, or of the steps before the checkpoint. run: the trainer's Run; directory:
     the run directory."""
     missed: dict[str, Any] = dict(time_to_target_s=None, steps_to_target=None, tokens_to_target=None)
-    summary = dict(status="finished", val_loss=None, val_step=None, steps=0, **missed)
+    summary = dict(val_loss=None, val_step=None, steps=0, **missed)
     if run.resumed:
         summary = dict(run.resumed["summary"])
         if run.resumed["config"]["target_loss"] != run.config.target_loss:
             summary.update(missed, val_step=None)
     return summary | dict(
-        restarts=run.machine.restarts, resumed_from=run.start.path or None, job=run.machine.job,
-        lineage=[*run.start.lineage, directory.name],
+        status=FINISHED, reason="", restarts=run.machine.restarts, resumed_from=run.start.path or None,
+        job=run.machine.job, lineage=[*run.start.lineage, directory.name],
     )  # fmt: skip
 
 
-def status_after(error: BaseException, step: int, micro_batch_tokens: int, checkpoint: str) -> str:
-    """The status of a run that `error` ended at `step`, its newest checkpoint being `checkpoint` or "none". Raises the
-    error itself if it is a fault of ours."""
+@contextlib.contextmanager
+def noted_in(summary: dict[str, Any], checkpoints: CheckpointWriter, micro_batch_tokens: int) -> Iterator[None]:
+    """A block whose early end, other than by a fault of ours, becomes the summary's status and reason."""
+    try:
+        yield
+    except (DataError, OSError, FloatingPointError, RuntimeError, KeyboardInterrupt) as error:
+        if lost_rank(error):
+            console.ignore_stops()  # torchrun sends one to those that are left
+        checkpoints.wait()
+        status, reason = _outcome_of(error, micro_batch_tokens, checkpoints.newest)
+        summary.update(status=status, reason=f"step {summary['steps']}: {reason}" if reason else "")
+
+
+def _outcome_of(error: BaseException, micro_batch_tokens: int, checkpoint: str) -> tuple[str, str]:
+    """Status and reason; `checkpoint` is the newest, or "none". Raises the error itself if it is a fault of ours."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return INTERRUPTED, ""
     if isinstance(error, FloatingPointError):
-        return f"diverged by step {step}: {error}; last good checkpoint: {checkpoint}"
+        return DIVERGED, f"{error}; last good checkpoint: {checkpoint}"
     if isinstance(error, (DataError, OSError)):
-        return f"failed at step {step}: {error}"
+        return FAILED, str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"failed at step {step}: out of memory with micro_batch_tokens = {micro_batch_tokens}; a smaller one "
-            "changes neither the batch nor the loss"
-        )
+        advice = "a smaller one changes neither the batch nor the loss"
+        return FAILED, f"out of memory with micro_batch_tokens = {micro_batch_tokens}; {advice}"
     if lost_rank(error):
         go_on = "" if checkpoint == "none" else f" with --resume=auto to go on from {checkpoint}"
-        return f"failed at step {step}: another rank was lost ({lost_rank(error)}); start the same command again{go_on}"
+        return LOST, f"another rank was lost ({lost_rank(error)}); start the same command again{go_on}"
     raise error
 
 
-def exit_status(summary: dict[str, Any], config: Any) -> int:
-    """0, 1, 2, 3, 4 or 130, as at the top of train_gpt.py."""
-    if summary["status"] == "interrupted":
-        return 130
-    if summary["status"].startswith("diverged"):
-        return 1
-    if summary["status"].startswith("failed"):
-        return 4 if "another rank was lost" in summary["status"] else 2
-    return 3 if config.require_target and summary["steps_to_target"] is None else 0
+def exit_status(summary: dict[str, Any], require_target: bool) -> int:
+    """0, 1, 2, 3, 4 or 130, as at the top of train_gpt.py. Tells why, in a line on stderr, where a run has failed."""
+    status = summary["status"]
+    if status in (FAILED, LOST):  # the ranks that see the loss of another one see it in different ways
+        print_error(f"{status} at {summary['reason']}", event=LOST if status == LOST else "")
+    if EXIT_STATUS[status] == 0 and require_target and summary["steps_to_target"] is None:
+        return TARGET_MISSED
+    return EXIT_STATUS[status]
+
+
+def is_complete(summary: dict[str, Any]) -> bool:
+    """Whether a run has ended by itself, for good or bad, and not been cut short. Older summaries have the reason in
+    the status."""
+    return str(summary.get("status", "")).startswith((FINISHED, STOPPED, DIVERGED))
+
+
+@contextlib.contextmanager
+def refusals(result: list[int]) -> Iterator[None]:
+    """A block before there is a run: what ends it becomes an exit status, appended to `result`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # OSError: a full disk
+        print_error(str(error))
+        result.append(2)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        print_error(f"another rank was lost before training began ({lost_rank(error)})", event=LOST)
+        result.append(4)

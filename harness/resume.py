@@ -13,19 +13,20 @@ from typing import Any
 from data.files import user_path, user_text
 from harness.checkpoint import State, checkpoints_in, read_checkpoint, step_of, verify
 from harness.machine import Machine
+from harness.outcome import is_complete
 from harness.runlog import WRITER, is_running, read_json
 
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
 WHERE_AND_HOW = (
-    "run_dir resume device compile kernels attention fused_norm fused_mlp fused_head micro_batch_tokens log_every "
+    "run_dir resume device compile kernels fused micro_batch_tokens log_every "
     "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description require_target "
     "train_files val_files"
 )
 # What --resume=PATH may not change: the race that is run, and what a checkpoint is of.
 FIXED = (
     "track tokenizer val_tokens matrix_optimizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden seq_len "
-    "softcap value_embeds embed_skip unet_skips joint_matrices mask_padding tie_head_steps small_batch_steps"
+    "softcap activation value_embeds embed_skip unet_skips mask_padding tie_head_steps small_batch_steps"
 )
 
 
@@ -51,9 +52,9 @@ def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
             start = _look(dataclasses.asdict(settings), dataclasses.asdict(type(settings)()), data, set(machine.job))
         except (ValueError, OSError) as error:
             problem = str(error)
-    start, problem = machine.agree(start), machine.agree(problem)
-    if start is None:
-        raise ValueError(problem)
+    machine.raise_together(problem)
+    start = machine.agree(start)
+    assert start is not None
     return start
 
 
@@ -63,7 +64,7 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
     directories = [path for path in folder.glob("*/") if user_text(path.name).startswith(config["name"] + "-")]
     summaries = {path: read_json(path / "summary.json") for path in directories}
     if job:
-        start.ended = next((s for s in summaries.values() if job & _names(s, "job") and _is_complete(s)), None)
+        start.ended = next((s for s in summaries.values() if job & _names(s, "job") and is_complete(s)), None)
         writers = {path: read_json(path / WRITER) for path in directories}
         of_job = [path for path, writer in writers.items() if not writer or job & _names(writer, "job")]
         if start.ended or _go_on(start, _idle(of_job, job, start.notes), lambda state: bool(job & set(state["job"]))):
@@ -74,9 +75,9 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
         def is_same(settings: dict[str, Any]) -> bool:
             return not differences(defaults | settings, config).keys() - set(WHERE_AND_HOW.split())
 
-        complete = {path.name for path, values in summaries.items() if _is_complete(values)}
+        complete = {path.name for path, values in summaries.items() if is_complete(values)}
         for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
-            if _is_complete(values) and is_same(values.get("config", {})):
+            if is_complete(values) and is_same(values.get("config", {})):
                 complete |= _names(values, "lineage") | {Path(values.get("resumed_from") or ".").parent.name}
         idle = _idle([path for path in directories if path.name not in complete], job, start.notes)
         if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
@@ -198,8 +199,3 @@ def _names(values: dict[str, Any], key: str) -> set[str]:
     """The names in a list of a file that may be another program's."""
     names = values.get(key)
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
-
-
-def _is_complete(summary: dict[str, Any]) -> bool:
-    """Whether a run has ended by itself, for good or bad, and not been cut short."""
-    return str(summary.get("status", "")).startswith(("finished", "stopped at target", "diverged"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -17,12 +18,27 @@ from tqdm import tqdm
 
 from data.files import try_lock, user_path, wait_for_lock, whole_file
 from data.processes import is_alive, pid_scope, start_ticks
+from harness.log_format import RULER, is_before_step, join_sources
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
 from harness.neuron_stats import in_words
 
+LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
 
-def run_sources() -> dict[str, str]:
-    """Source of every module of this repository that was imported, by path: a log that can be run again."""
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` can begin a directory's name, and stay within the folder that is in."""
+    if re.match(r"\w", name) and "/" not in name and name.isprintable() and len(name.encode()) <= LONGEST_NAME:
+        return
+    works = re.sub(r"[^\w.,=:+%@-]+", "_", name).lstrip("_.,=:+%@-").encode()[:LONGEST_NAME].decode(errors="ignore")
+    raise ValueError(
+        f"name = {name[:100]!r} must begin with a letter, a digit or _ and have no /, no control characters "
+        f"and at most {LONGEST_NAME} bytes: the run directory's name begins with it; {works[:100] or 'run'!r} works"
+    )
+
+
+def run_sources(matrix_optimizer: str = "") -> dict[str, str]:
+    """Source of every module of this repository that was imported, and of one outside that `matrix_optimizer` names as
+    module:Class, by path: a log that can be run again."""
     files = [Path(str(getattr(module, "__file__", None))) for module in list(sys.modules.values())]
     paths = {file.resolve() for file in files if file.suffix == ".py" and file.is_absolute()}
     pythons = [prefix for prefix in (Path(sys.prefix), Path(sys.base_prefix)) if ROOT in prefix.parents]
@@ -37,6 +53,8 @@ def run_sources() -> dict[str, str]:
             sources[str(name)] = path.read_text(encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             sources[str(name)] = f"# imported, and cannot be read now: {error.strerror}\n"
+    if (name := matrix_optimizer.partition(":")[0]) in sys.modules:
+        sources.setdefault(name.replace(".", "/") + ".py", inspect.getsource(sys.modules[name]))
     return sources
 
 
@@ -76,19 +94,16 @@ class RunLog:
                     f"run_dir = {config.run_dir!r} cannot be written ({error.strerror or error}); "
                     "choose another, such as /tmp/runs"
                 )
-        problem = machine.agree(problem)
-        if problem:
-            raise ValueError(problem)
+        machine.raise_together(problem)
         self.directory = machine.agree(self.directory) or self.directory  # the first rank's
 
     def _open(self, machine: Machine, lineage: Sequence[str]) -> None:
         """Make the directory with what it begins with, or nothing of it."""
-        header = [f"# file: {path}\n{source}" for path, source in run_sources().items()]
-        header += ["=" * 100, f"python {sys.version}"]
+        header = [join_sources(run_sources(self.facts["config"]["matrix_optimizer"])), RULER, f"python {sys.version}"]
         state = f"{self.facts['git_commit']}\n{output_of('git', 'status', '--short')}"
         header += [f"git ({self.notes[0]})" if self.notes else f"git {state}"]
         header += [f"{machine.world_size} x {machine.name}\n{output_of('nvidia-smi')}"]
-        header += [json.dumps(self.facts, indent=1), "=" * 100]
+        header += [json.dumps(self.facts, indent=1), RULER]
         self.directory.mkdir(parents=True)
         try:
             self.log, self.metrics = (
@@ -135,9 +150,8 @@ class RunLog:
             self.line(f"resumed from {checkpoint} at step {step}; there is no log beside it")
             return
         self.line(f"resumed from {checkpoint} at step {step}; in log.txt, its lines up to there:")
-        for line in log.rpartition("=" * 100)[2].splitlines():
-            found = re.match(r"step:(\d+)(/?)", line)  # a line without / is of what came after the checkpoint
-            if found and (int(found[1]) < step or (int(found[1]) == step and found[2])):
+        for line in log.rpartition(RULER)[2].splitlines():
+            if is_before_step(line, step):
                 print(line, file=self.log)
         for line in metrics.splitlines():
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a killed run's last line, or not ours
@@ -171,7 +185,7 @@ class RunLog:
         elif self.target and summary["val_loss"] is not None:
             gap = summary["val_loss"] - self.target
             self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
-        self.line(f"run          {summary['status']}")
+        self.line(f"run          {summary['status']}{summary['reason'] and ' at ' + summary['reason']}")
         if summary["val_loss"] is not None:
             self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
         if summary["neurons"]:

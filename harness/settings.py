@@ -1,86 +1,234 @@
-"""Settings: a flat dataclass filled from a TOML file and then from --key=value, with errors of one line.
+"""Settings: a flat dataclass filled from a TOML file and the command line, with errors of one line.
 
-tyro does the typing and --help (each field's inline comment is its text). Here its framed errors become one line,
-unknown keys get a suggestion, and what a shell user types (`--flag`, `--flag=true`, `--key value`) is accepted.
+    config = parse_settings(Config, ["configs/sotu_cpu.toml", "--matrix_lr=0.03"])
+
+A field's type says what its values are: int (1e3 is one), float, bool, str, Literal["a", "b"], a tuple of those, or a
+tuple of tuples, which grows each time the setting is given. Annotated adds bounds, such as ">= 0", or the Option of
+optim/options.py that declares the setting. The comment on a field's line is its text in --help, a comment line of its
+own a heading there.
 """
 
 import contextlib
 import dataclasses
 import difflib
-import io
-import itertools
+import inspect
+import re
+import shutil
+import textwrap
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
+from optim.options import Option, broken_bound
 
 Settings = TypeVar("Settings")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the values of a setting have to be."""
+
+    kind: type  # int, float, bool or str, of each value
+    bounds: tuple[str, ...]
+    choices: tuple[str, ...]
+    count: float  # values: 1, another number, or infinity
+    is_tuple: bool
+    is_appended: bool  # a tuple for each time that it is given
+    help: str = ""
 
 
 def parse_settings(
-    kind: type[Settings], argv: list[str], description: str | None = None, default: Settings | None = None
+    kind: type[Settings], argv: Sequence[str], description: str | None = None, default: Settings | None = None
 ) -> Settings:
-    """The defaults (`default`, or else those of dataclass `kind`), then the TOML file named first (if one is), then the
-    command line.
+    """The defaults (`default`, or else those of dataclass `kind`), then the TOML file that is named on the command
+    line, then the settings on it: --key=value, --key value, --switch.
 
     Raises ValueError naming the source, the key and what would work; SystemExit(0) after --help.
     """
-    settings, arguments = default or kind(), list(argv)
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments.pop(0))
-        settings = _parse(kind, _toml_arguments(path), settings, str(path), description)
-    return _parse(kind, arguments, settings, "command line", description)
+    settings, rules = default or kind(), rules_of(kind)
+    if {"--help", "-h"} & set(argv):
+        print(describe(settings, description or ""))
+        raise SystemExit(0)
+    files, values = _split(kind, rules, argv)
+    if len(files) > 1:
+        raise ValueError(f"command line: {files[0]} and {files[1]} are both taken for config files; name one")
+    if files:
+        settings = _replaced(settings, rules, _read_file(files[0]), files[0])
+    return _replaced(settings, rules, values, "command line")
 
 
-def _toml_arguments(path: Path) -> list[str]:
+def peek(argv: Sequence[str], key: str) -> str:
+    """The text of one setting on a command line, or else in the config file on it, before it is known which settings
+    there are; empty if it is given in neither."""
+    for word, follower in reversed(list(zip(argv, [*argv[1:], ""], strict=True))):
+        name, has_value, value = word.partition("=")
+        if name == f"--{key}":
+            return value if has_value else follower
+    files = [word for word in argv if not word.startswith("-") and Path(word).is_file()]
+    return next((str(values[key]) for values in map(_read_file, files) if key in values), "")
+
+
+def rules_of(kind: type) -> dict[str, Rule]:
+    """The rule of each field of a dataclass, by its type."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: _rule(hints[field.name]) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _rule(hint: Any) -> Rule:
+    extra: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *extra = get_args(hint)  # type: ignore[assignment]
+    is_tuple, count = get_origin(hint) is tuple, 1.0
+    is_appended = is_tuple and get_origin(get_args(hint)[0]) is tuple
+    while get_origin(hint) is tuple:
+        hint, *others = get_args(hint)
+        count = float("inf") if Ellipsis in others else 1 + len(others)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    bounds, text = [each for each in extra if isinstance(each, str)], ""
+    for option in (each for each in extra if isinstance(each, Option)):
+        bounds, choices, text = [*bounds, *option.bounds], option.choices, option.help
+    return Rule(str if choices else hint, tuple(bounds), choices, count, is_tuple, is_appended, text)
+
+
+def _split(kind: type, rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """(words that belong to no setting, value of each setting) of a command line, values as TOML would have them."""
+    files: list[str] = []
+    values: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            files.append(word)
+            continue
+        name, has_value, text = word.partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"command line: {word} is not a setting; settings are written --key=value")
+        key = _known(kind, rules, name[2:].replace("-", "_"), "command line")
+        rule, texts = rules[key], [text]
+        if has_value and rule.is_tuple and not rule.is_appended:
+            texts = text.split(",") if text else []
+        elif not has_value:
+            is_switch = rule.kind is bool and not (words and words[0].lower() in ("true", "false"))
+            texts = ["true"] if is_switch else []
+            while words and len(texts) < rule.count and not words[0].startswith("--"):
+                texts.append(words.pop(0))
+            if not texts:
+                raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
+        typed = [_as_toml(each, rule.kind) for each in texts]
+        if rule.is_appended:
+            values.setdefault(key, []).append(typed)
+        else:
+            values[key] = typed if rule.is_tuple else typed[0]
+    return files, values
+
+
+def _as_toml(text: str, kind: type) -> Any:
+    """The value that text stands for where values of `kind` are asked for; text where it stands for none."""
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float) if kind in (int, float) else ():
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def _read_file(path: str) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} cannot be read ({error}); try configs/sotu_cpu.toml") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config {path} is not valid TOML ({error}); write one `key = value` a line") from None
-    arguments = []
-    for key, value in values.items():
-        arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return arguments
+        raise ValueError(f"config {path} is not valid TOML ({error}); write one `key = value` per line") from None
 
 
-def _parse(
-    kind: type[Settings], arguments: list[str], default: Settings, source: str, description: str | None
-) -> Settings:
-    frame = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(frame):
-            return tyro.cli(
-                kind, args=_tidy(kind, arguments, source), default=default, description=description,
-                use_underscores=True, config=(tyro.conf.FlagConversionOff,),
-            )  # fmt: skip
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    lines = [line.strip("│ ") for line in frame.getvalue().splitlines()[1:]]
-    end_of_reason = next(i for i, line in enumerate(lines) if line.startswith(("─", "╰")))
-    reason = " ".join(lines[:end_of_reason])
-    raise ValueError(f"{source}: {reason[:1].lower()}{reason[1:]}")
+def _known(kind: type, rules: dict[str, Rule], key: str, source: str) -> str:
+    """`key` itself. Raises ValueError for the name of no setting, with what to write instead."""
+    if key in rules:
+        return key
+    near = difflib.get_close_matches(key, rules, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+    raise ValueError(f"{source}: {key} is not a setting; {getattr(kind, 'FORMER_SETTINGS', {}).get(key, hint)}")
 
 
-def _tidy(kind: type, arguments: list[str], source: str) -> list[str]:
-    """Arguments in the one form tyro takes, `--key value` with True and False; refuses unknown keys."""
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    tidy: list[str] = []
-    for argument, follower in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
-        if not argument.startswith("--"):
-            tidy.append(argument.capitalize() if argument in ("true", "false") else argument)
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if key not in types and key != "help":
-            near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise ValueError(f"{source}: {key} is not a setting; {hint}")
-        tidy.append(f"--{key}")
-        if equals:
-            tidy.append(value.capitalize() if value in ("true", "false") else value)
-        elif types.get(key) is bool and follower.startswith("--"):
-            tidy.append("True")
-    return tidy
+def _replaced(settings: Settings, rules: dict[str, Rule], values: dict[str, Any], source: str) -> Settings:
+    """The settings with these values in place of theirs."""
+    taken = {}
+    for name, value in values.items():
+        key = _known(type(settings), rules, name, source)
+        is_alone = rules[key].is_tuple and not isinstance(value, list)
+        taken[key] = _typed([value] if is_alone else value, rules[key])
+        if broken := _broken_rule(taken[key], rules[key]):
+            raise ValueError(f"{source}: {_refusal(key, value, broken, getattr(settings, key))}")
+    return dataclasses.replace(settings, **taken)  # type: ignore[type-var]
+
+
+def check_settings(settings: Any) -> None:
+    """ValueError for the first field that breaks its rule; for a dataclass's __post_init__."""
+    for key, rule in rules_of(type(settings)).items():
+        if broken := _broken_rule(getattr(settings, key), rule):
+            raise ValueError(_refusal(key, getattr(settings, key), broken, getattr(type(settings), key)))
+
+
+def _refusal(key: str, value: Any, rule: str, works: Any) -> str:
+    return f"{key} = {_shown(value)!r} must be {rule}" + (
+        "" if works in ("", (), value) else f"; {_shown(works)} works"
+    )
+
+
+def _shown(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+
+
+def _typed(value: Any, rule: Rule) -> Any:
+    """A TOML value, or list of them, as the type asked for; as it is where it is of another."""
+    if isinstance(value, list):
+        return tuple(_typed(each, rule) for each in value)
+    if rule.kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return float(value) if rule.kind is float and type(value) is int and abs(value) < 1e300 else value
+
+
+def _broken_rule(value: Any, rule: Rule) -> str:
+    """What a value has to be and is not; empty if all is well."""
+    values = value if isinstance(value, tuple) and rule.is_tuple else (value,)
+    if isinstance(value, tuple) and rule.is_appended:
+        values = tuple(each for group in value for each in group)
+    elif rule.is_tuple and len(values) != rule.count < float("inf"):
+        return f"{rule.count:g} values"
+    for each in values:
+        if type(each) is not rule.kind:
+            return KINDS[rule.kind]
+        if rule.choices and each not in rule.choices:
+            return f"one of {', '.join(rule.choices)}"
+        if rule.kind in (int, float) and (broken := broken_bound(each, rule.bounds)):
+            return broken
+    return ""
+
+
+def describe(settings: Any, description: str) -> str:
+    """All settings with type, value, rule and meaning, under the headings of their source."""
+    width, kind = min(120, shutil.get_terminal_size((120, 24)).columns), type(settings)
+    rules, lines = rules_of(kind), [description.strip()]
+    texts: dict[str, str] = {}
+
+    def show(key: str, text: str) -> None:
+        rule, value, texts[key] = rules[key], _shown(getattr(settings, key)), text
+        facts = [*([", ".join(rule.choices)] if rule.choices else rule.bounds), "" if value == "" else f"now {value}"]
+        told = f"{text} ({'; '.join(filter(None, facts))})".removesuffix(" ()")
+        name = f"  --{key}={rule.kind.__name__}"
+        lines.extend(textwrap.wrap(told, width, initial_indent=f"{name:33} ", subsequent_indent=" " * 34))
+
+    for base in kind.__mro__:
+        with contextlib.suppress(OSError, TypeError):  # a class without source: made by a function, or built in
+            for line in inspect.getsource(base).splitlines():
+                field = re.match(r"    (\w+): .*?  # (.*)", line)
+                if field and field[1] in rules and field[1] not in texts:
+                    show(field[1], field[2])
+                elif heading := re.fullmatch(r"    # ([^:]+)", line):
+                    lines += ["", heading[1]]
+    lines += ["", "Options of single update rules"]
+    for key in rules.keys() - texts:
+        show(key, rules[key].help)
+    return "\n".join(lines)

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-KINDS = ("auto", "sdpa", "flex", "blocks")
 BLOCK = 128  # queries that `blocks` takes at a time: 64 and 256 were slower or as fast at 256 tokens, and wasted more
 
 
@@ -34,11 +33,11 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
 
     doc_token: the id that begins a document; None: documents do not matter. window: keys that a query sees, its own
     included; None: all. An int, or except for `blocks` an int tensor of one element, which can change without another
-    compilation. `auto` is sdpa; with documents or a window flex on CUDA and blocks elsewhere.
+    compilation. `auto` is sdpa, and with documents or a window on CUDA flex.
     """
     is_plain = doc_token is None and window is None
     if kind == "auto":
-        kind = "sdpa" if is_plain else "flex" if inputs_BT.is_cuda else "blocks"
+        kind = "flex" if inputs_BT.is_cuda and not is_plain else "sdpa"
     docs_BT = None if doc_token is None else (inputs_BT == doc_token).cumsum(1)
     if kind == "blocks":
         window = None if window is None else int(window)

@@ -1,10 +1,9 @@
 """Parts of the model with their gradients written out: fewer passes over memory than autograd makes of the plain form.
 
-    y = rms_norm(x)        y = rotate(x, cos, sin)        y = swiglu(x, gate_up, down)
+    y = rms_norm(x, is_fused=True)        y = rotate(x, cos, sin, is_fused=True)
 
-The results are the plain form's to rounding. torch.compile fuses elementwise operations itself: norm and rotation are
-the plain form again there, and of swiglu the saved memory remains, with one kernel each for silu(gate) * up and for the
-gradients of it.
+The results are the plain form's to rounding. torch.compile fuses elementwise operations itself: the plain form is taken
+there.
 """
 
 from typing import Any
@@ -14,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, is_fused: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, eps that of float32 (float64 for float64)."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_fused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x, (x.size(-1),))
     return _RMSNorm.apply(x)
 
@@ -41,38 +40,9 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(dy, y, share, value=-1).mul_(r)
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x G^T) * (x U^T)) D^T for x [..., D], gate_up [2 F, D] (G above U) and down [D, F], all of one dtype."""
-    if torch.is_grad_enabled():
-        return _SwiGLU.apply(x, gate_up, down)
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """Keeps the one product [.., 2 F] of gate and up, and makes the neurons' outputs from it again in the backward
-    pass: 2 F numbers a token instead of 4 F."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        product = F.linear(x, gate_up)
-        ctx.save_for_backward(x, gate_up, down, product)
-        gate, up = product.chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, down)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, gate_up, down, product = ctx.saved_tensors
-        gate, up = product.chunk(2, dim=-1)
-        silu, d_hidden = F.silu(gate), dy @ down
-        d_product = torch.cat((torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu), dim=-1)
-        d_down = dy.flatten(0, -2).mT @ silu.mul_(up).flatten(0, -2)
-        return d_product @ gate_up, d_product.flatten(0, -2).mT @ x.flatten(0, -2), d_down
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_fused: bool = False) -> Tensor:
     """(a cos - b sin, a sin + b cos) for the halves a, b of the last dimension, with cos and sin of their shape."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_fused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return _Rotate.apply(x, cos, sin)

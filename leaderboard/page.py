@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from harness.log_format import RULER
 from leaderboard import plots
 from leaderboard.rank import COLUMNS, cells, classes, rows
 from leaderboard.records import Record
@@ -72,4 +73,4 @@ def _logs(record: Record) -> str:
 
 def _text(run: Run) -> str:
     """What the run printed, after its sources."""
-    return run.texts["log.txt"].rpartition("=" * 100)[2].strip()
+    return run.texts["log.txt"].rpartition(RULER)[2].strip()

@@ -1,33 +1,29 @@
 """One run as its files tell it: what log.txt, metrics.jsonl and summary.json say, not yet whether they agree.
 
 `Run` is a run directory of this repository's trainer (harness/runlog.py says what is in it), `Log` the text form alone,
-which other speedruns write as well:
-
-    step:125/3250 val_loss:4.58616 train_time:66.065s step_avg:528.52ms
-    step:125/1390 val_loss:4.5861 train_time:7930ms step_avg:63.44ms
+which other speedruns write as well (harness/log_format.py).
 
 Files come from strangers: whatever has not the form it should have is put into `broken` and left out, so that the rest
 of the leaderboard deals with numbers that are numbers.
 """
 
+import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RULER = "=" * 100
+from harness.log_format import RULER, Line, parse_step_line, split_sources
+
 FILES = ("log.txt", "metrics.jsonl", "summary.json")
-LINE = re.compile(
-    r"step:(?P<step>\d{1,12})/(?P<planned>\d{1,12})\s+(?P<kind>val|train)_loss:(?P<loss>[\w.+-]{1,24})\s+"
-    r"train_time:(?P<time>\d{1,12}(?:\.\d{1,12})?)(?P<unit>ms|s)(?:\s+step_avg:(?P<step_avg>\d{1,12}\.?\d{0,12}|nan|inf)ms)?"
-)
 LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
-LOOKS = "metrics.jsonl has looks at neurons, which share the machine; a record's runs go without: neuron_stats = 0"
+HAS_NEURONS = "metrics.jsonl has neuron statistics, which share the machine; a record's go without: neuron_stats = 0"
 FACTS = {  # RunLog.facts in harness/runlog.py
     "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
     "versions": dict, "train_fingerprint": str, "val_fingerprint": str, "config": dict,
@@ -38,19 +34,7 @@ CONFIG = {  # the settings that are used here
     "train_files": str, "val_files": str,
 }  # fmt: skip
 LATER = {"small_batch_steps": int}  # the same, which older runs do not have
-
-
-class Line(NamedTuple):
-    """A step line of a log, in seconds and nats, as far as its digits go."""
-
-    text: str
-    step: int
-    planned: int  # steps of the whole schedule
-    kind: str  # val or train
-    loss: float
-    time_s: float
-    step_avg_ms: float | None
-    half_digit_s: float  # half of the last printed digit of the time
+SCHEDULE = ("train_steps", "batch_tokens", "small_batch_steps")  # what decides how many tokens a step has seen
 
 
 class Validation(NamedTuple):
@@ -84,7 +68,10 @@ def parse_log(text: str) -> Log:
     head, *rest = f"\n{text}".split(f"\n{RULER}\n")
     log.rulers = len(rest)
     if rest:
-        _read_sources(head, log)
+        for path, source in split_sources(head.removeprefix("\n")):
+            if path in log.sources:
+                log.broken.append(f"log.txt has the source of {path} twice")
+            log.sources[path] = source
     if len(rest) == 2:
         machine, _, facts = rest[0].partition("\n{\n")
         log.machine = machine.splitlines()
@@ -95,9 +82,8 @@ def parse_log(text: str) -> Log:
                 log.facts = {}
     body, _, ending = (rest[-1] if rest else head).partition("\n---\n")
     for line in body.splitlines():
-        found = LINE.match(line)
-        if found:
-            log.lines.append(_line(line, found))
+        if found := parse_step_line(line):
+            log.lines.append(found)
         elif LIKE_A_LINE.search(line):
             log.broken.append(f"log.txt: {line[:100]!r} is not a step line")
         else:
@@ -109,31 +95,6 @@ def parse_log(text: str) -> Log:
         if word:
             log.ending.setdefault(word, rest_of_line.strip())
     return log
-
-
-def _read_sources(head: str, log: Log) -> None:
-    """The files that begin with `# file: PATH`; another speedrun's log has its one script there, named script."""
-    script, *files = re.split(r"\n# file: (?=\S+\.py\n)", head)
-    for path, source in (part.split("\n", 1) for part in files):
-        if path in log.sources:
-            log.broken.append(f"log.txt has the source of {path} twice")
-        log.sources[path] = source
-    if not files and script:
-        log.sources["script"] = script.removeprefix("\n")
-
-
-def _line(text: str, found: re.Match[str]) -> Line:
-    scale = 1e-3 if found["unit"] == "ms" else 1.0
-    digits = len(found["time"].partition(".")[2])
-    try:
-        loss = float(found["loss"])
-    except ValueError:
-        loss = math.nan
-    step_avg = float(found["step_avg"]) if found["step_avg"] else None
-    return Line(
-        text, int(found["step"]), int(found["planned"]), found["kind"], loss, float(found["time"]) * scale, step_avg,
-        0.5 * 10**-digits * scale,
-    )  # fmt: skip
 
 
 def _json(text: str, where: str, broken: list[str]) -> dict[str, Any]:
@@ -199,14 +160,14 @@ class Run:
             where = f"metrics.jsonl line {number}"
             row = _json(line, where, self.broken)
             if "neurons" in row:
-                if LOOKS not in self.broken:
-                    self.broken.append(LOOKS)
+                if HAS_NEURONS not in self.broken:
+                    self.broken.append(HAS_NEURONS)
                 continue
             kinds = ROW | ROW_KINDS["val" if "val_loss" in row else "train"]
             if _typed(row, kinds, where, self.broken):
                 self.metrics.append(row)
-                if row.keys() != kinds.keys():
-                    self.broken.append(f"{where} has {sorted(row.keys() - kinds.keys())}, which no trainer here writes")
+                if unknown := sorted(row.keys() - kinds.keys() - {"extra"}):  # there a run's own metrics may stand
+                    self.broken.append(f"{where} has {unknown}, which no trainer here writes")
         if self.texts.get("summary.json"):
             self.summary = _json(self.texts["summary.json"], "summary.json", self.broken)
 
@@ -220,9 +181,15 @@ class Run:
         return self.log.facts.get("config", {})
 
     def tokens_at(self, step: int) -> int:
-        """Tokens trained on by then, worked out from the settings: the first small_batch_steps take half a batch."""
-        batch_tokens = self.config["batch_tokens"]
-        return step * batch_tokens - min(step, self.config.get("small_batch_steps", 0)) * (batch_tokens // 2)
+        """Tokens trained on by then, by the schedule in the settings. Raises ValueError if that is none."""
+        return self._plan_step(step).first_token
+
+    @cached_property
+    def _plan_step(self) -> Callable[[int], Any]:
+        from train_gpt import Config, plan_step  # brings torch along, which most commands do without
+
+        schedule = {key: self.config[key] for key in SCHEDULE if key in self.config}
+        return partial(plan_step, dataclasses.replace(Config(), **schedule))
 
     @property
     def seed(self) -> int | None:

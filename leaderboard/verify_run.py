@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from leaderboard.runs import FACTS, FILES, Line, Run, short
+from harness.log_format import Line, step_line
+from leaderboard.runs import FACTS, FILES, Run, short
 from leaderboard.tracks import Track, load_tracks, source_hash
 
 LEAST_SHARE = 0.1  # of its run's median: a step that took less is time cut out of the log
@@ -95,6 +96,11 @@ def of_files(run: Run) -> Iterator[str]:
         yield "the run was resumed: what ran before is not in this log; a record's runs go through in one piece"
     if f"{summary.get('num_params'):,} parameters" not in notes:
         yield f"summary.json says {summary.get('num_params'):,} parameters, and log.txt does not"
+    try:
+        run.tokens_at(0)
+    except ValueError as error:
+        yield f"the settings in log.txt are no schedule: {error}"
+        return
     yield from _complete(run)
     yield from _log_against_metrics(run)
     for key in FACTS:
@@ -147,11 +153,8 @@ def _log_against_metrics(run: Run) -> Iterator[str]:
     planned = run.config["train_steps"]
     for line, row in zip(run.log.lines, run.metrics, strict=True):
         kind, step, time_s = "val" if "val_loss" in row else "train", row["step"], row["train_time_s"]
-        expected = (
-            f"step:{step}/{planned} {kind}_loss:{row[f'{kind}_loss']:.5f} train_time:{time_s:.3f}s "
-            f"step_avg:{1000 * time_s / max(1, step):.2f}ms"
-        )
-        if line.text != expected:
+        expected = step_line(kind, step, planned, row[f"{kind}_loss"], time_s)
+        if line.text != expected and not ("extra" in row and line.text.startswith(f"{expected} ")):
             yield f"log.txt has {line.text[:120]!r} where metrics.jsonl has {expected!r}"
         if row["tokens"] != run.tokens_at(step):
             yield f"{kind} step {step}: metrics.jsonl has {row['tokens']} tokens, the settings {run.tokens_at(step)}"

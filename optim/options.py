@@ -3,7 +3,8 @@
     class Aurora(MatrixOptimizer):
         options = {"beta": Option(0.5, "strength of the row correction", (">= 0", "<= 1"))}
 
-A bound is a comparison with a number, written as its reader would: ">= 0", "< 1". Infinity and NaN are within no bound.
+A bound is a comparison with a number, written as its reader would: ">= 0", "< 1". Infinity and NaN are refused
+without any.
 """
 
 import math
@@ -28,6 +29,6 @@ def broken_bound(value: float, bounds: Iterable[str]) -> str:
     """The first of these bounds that `value` breaks; empty if it keeps them all."""
     for bound in bounds:
         symbol, number = bound.split()
-        if not (math.isfinite(value) and COMPARISONS[symbol](value, float(number))):
+        if not COMPARISONS[symbol](value, float(number)):
             return bound
-    return ""
+    return "" if math.isfinite(value) else "finite"

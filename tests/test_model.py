@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, IGNORE_INDEX, ModelConfig
-from optim import Muon
+from model import GPT, IGNORE_INDEX, MLP, ModelConfig
 from tests.conftest import ROOT
 
-SMALL = ModelConfig(vocab_size=50, num_layers=2, num_heads=3, head_dim=8, model_dim=20, mlp_hidden=28, seq_len=24)
+SMALL = ModelConfig(
+    vocab_size=50, num_layers=2, num_heads=3, head_dim=8, model_dim=20, mlp_hidden=28, seq_len=24, fused=("none",)
+)  # fmt: skip
+DOC = 3  # the token that begins a document, where documents matter
 
 
 def small_model(config: ModelConfig = SMALL) -> GPT:
     torch.manual_seed(0)
-    model = GPT(config, torch.float32)
+    model = GPT(config, torch.float32, DOC)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # no zero-initialised output may hide an error
     return model
@@ -45,7 +47,7 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
 
     def seen(t: int) -> slice:
         """Keys of position t."""
-        starts = [i for i in range(t + 1) if c.doc_token is not None and inputs[i] == c.doc_token]
+        starts = [i for i in range(t + 1) if c.doc_mask and inputs[i] == DOC]
         return slice(max([0, *starts[-1:], t + 1 - (c.window or t + 1)]), t + 1)
 
     x = embedded = norm(model.embed.weight.double()[inputs])
@@ -77,22 +79,23 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
     return c.softcap * torch.tanh(norm(x) @ model.head.weight.double().T / c.softcap)
 
 
-FUSED: dict[str, Any] = dict(fused_norm=True, fused_mlp=True, fused_head=True, attention="blocks")
+FUSED: dict[str, Any] = dict(fused=("norm", "mlp", "head", "blocks"))
 EVERYTHING: dict[str, Any] = dict(
-    num_layers=5, doc_token=3, window=7, value_embeds=2, embed_skip=True, unet_skips=True, joint_matrices=True,
+    num_layers=5, doc_mask=True, window=7, value_embeds=2, embed_skip=True, unet_skips=True,
     mask_padding=True, z_loss=0.01,
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fused": FUSED,
-    "documents": dict(doc_token=3),
+    "documents": dict(doc_mask=True),
     "window": dict(window=7),
     "value embeddings": dict(value_embeds=1),
     "value embeddings in every block": dict(value_embeds=2, num_layers=4),
     "embedding skip": dict(embed_skip=True),
     "U-net skips": dict(unet_skips=True, num_layers=4),
     "U-net skips, odd depth": dict(unet_skips=True, num_layers=3),
-    "joint matrices": dict(joint_matrices=True),
+    "squared ReLU": dict(activation="squared_relu"),
+    "squared ReLU, fused": dict(activation="squared_relu") | FUSED,
     "padding masked": dict(mask_padding=True),
     "z-loss": dict(z_loss=0.01),
     "everything": EVERYTHING,
@@ -115,11 +118,11 @@ def test_loss_equals_the_equations_in_float64(option: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
-@pytest.mark.parametrize("part", FUSED)
+@pytest.mark.parametrize("part", FUSED["fused"])
 def test_fused_parts_have_the_plain_gradients(part: str, options: dict[str, Any]) -> None:
     inputs, targets = tokens(3, 24), tokens(3, 24, seed=1)
     gradients = []
-    for config in (replace(SMALL, **options), replace(SMALL, **options | {part: FUSED[part]})):
+    for config in (replace(SMALL, **options), replace(SMALL, **options, fused=(part,))):
         model = small_model(config)
         model(inputs, targets).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -146,38 +149,56 @@ def test_a_window_that_is_handed_over_stands_in_for_the_configs() -> None:
     narrow, wide = (small_model(replace(SMALL, window=window))(inputs, targets) for window in (3, 9))
     model = small_model(replace(SMALL, window=9))
     for window in (3, torch.tensor(3)):
-        torch.testing.assert_close(GPT.forward(_with_sdpa(model), inputs, targets, window), narrow)
+        torch.testing.assert_close(model(inputs, targets, window), narrow)
     torch.testing.assert_close(model(inputs, targets), wide)
     assert (narrow - wide).abs() > 1e-3
 
 
-def _with_sdpa(model: GPT) -> GPT:
-    """`blocks` takes no tensor."""
-    model.config = replace(model.config, attention="sdpa")
-    return model
-
-
-@pytest.mark.parametrize("fused_head", [False, True])
-def test_ignored_targets_add_no_z_loss(fused_head: bool) -> None:
-    model = small_model(replace(SMALL, z_loss=0.1, fused_head=fused_head))
+@pytest.mark.parametrize("head", ["none", "head"])
+def test_ignored_targets_add_no_z_loss(head: Any) -> None:
+    model = small_model(replace(SMALL, z_loss=0.1, fused=(head,)))
     inputs, targets = tokens(2, 24), tokens(2, 24, seed=1)
     first = model(inputs[:1], targets[:1])
     targets[1] = IGNORE_INDEX
     torch.testing.assert_close(model(inputs, targets), first)
 
 
-def test_joint_matrices_are_one_matrix_each_to_the_optimizer() -> None:
-    model = GPT(replace(SMALL, joint_matrices=True), torch.float32)
-    assert model.blocks[0].attention.qkv.shape == (3 * 24, 20)
-    assert model.blocks[0].mlp.gate_up.shape == (2 * 28, 20)
-    optimizer = Muon([model.blocks[0].mlp.gate_up], lr=1.0, momentum=0.0, polar_method="svd", scale="none")
-    before = model.blocks[0].mlp.gate_up.detach().clone()
-    model.blocks[0].mlp.gate_up.grad = torch.randn(56, 20, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
-    update = before - model.blocks[0].mlp.gate_up.detach()
-    torch.testing.assert_close(update.mT @ update, torch.eye(20), rtol=0, atol=0.02)  # of gate and up together
-    gate = update[:28]
-    assert (gate.mT @ gate - torch.eye(20)).abs().max() > 0.1  # and of neither alone
+def test_the_start_of_the_output_projections_and_the_head() -> None:
+    """Zero unless a standard deviation is asked for, each on its own; nothing else differs but by the seed."""
+
+    def spreads(**settings: float) -> list[float]:
+        torch.manual_seed(0)
+        block = (model := GPT(replace(SMALL, **settings), torch.float32)).blocks[0]
+        return [float(p.std()) for p in (block.attention.out, block.mlp.down, model.head.weight, block.mlp.gate_up)]
+
+    default = spreads()
+    assert default[:3] == [0, 0, 0]
+    assert default[3] == pytest.approx(0.5 / 20**0.5, rel=0.1)
+    for index, name in enumerate(("init_out", "init_down", "init_head")):
+        found = spreads(**{name: 0.3})
+        assert found[index] == pytest.approx(0.3, rel=0.1)
+        assert [found[other] for other in range(3) if other != index] == [0, 0]
+
+
+def test_the_mlp_keeps_its_product_and_nothing_else_of_its_size() -> None:
+    """Fused; autograd alone keeps at least twice as much."""
+    kept: dict[str, int] = {}
+    for part in ("mlp", "none"):
+        mlp, sizes = MLP(SMALL, {part}), {}
+        for p in mlp.parameters():
+            torch.nn.init.normal_(p)
+
+        def keep(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            if tensor.size(0) == 50 and tensor.size(-1) > 20:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // (50 * 4)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = mlp(torch.randn(50, 20, requires_grad=True))
+        kept[part] = sum(sizes.values())
+        del out
+    assert kept["mlp"] <= 2 * 28
+    assert kept["none"] >= 4 * 28
 
 
 def test_new_options_start_where_their_sources_start_them() -> None:
@@ -281,7 +302,9 @@ def test_sizes_of_the_recipes_by_building_them_on_meta(config: str, millions: in
 @pytest.mark.parametrize("how", ["plain", "fused", "options"])
 def test_torch_s_default_dtype_changes_nothing(default: torch.dtype, how: str) -> None:
     """Parameters, rotary tables, masks and arithmetic: the same bits."""
-    options = dict(value_embeds=1, embed_skip=True, unet_skips=True, z_loss=1e-3, tie_head=True, doc_token=3, window=5)
+    options = dict(
+        value_embeds=1, embed_skip=True, unet_skips=True, z_loss=1e-3, tie_head_steps=1, doc_mask=True, window=5
+    )
     config, results = replace(SMALL, **dict(plain={}, fused=FUSED, options=options)[how]), []
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)

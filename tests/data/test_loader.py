@@ -44,12 +44,10 @@ def test_ranks_together_have_the_rows_of_the_naive_stream(
     """Over several epochs (389 tokens, 96 a step), whatever the ranks and the micro-batch."""
     stream, naive = make_stream(tmp_path)
     batch_tokens, seq_len = 96 * (micro_batch_tokens // 8), 8
-    loaders = [
-        TokenLoader(stream, batch_tokens, seq_len, micro_batch_tokens, rank, world_size) for rank in range(world_size)
-    ]
+    loaders = [TokenLoader(stream, micro_batch_tokens, rank, world_size) for rank in range(world_size)]
     micro_batches = batch_tokens // world_size // micro_batch_tokens
     for step in range(15):
-        batches = [loader.batch(step) for loader in loaders]
+        batches = [loader.batch(step * batch_tokens, batch_tokens, seq_len) for loader in loaders]
         for inputs, targets in batches:
             assert inputs.shape == targets.shape == (micro_batches, micro_batch_tokens // seq_len, seq_len)
             assert (inputs.dtype, targets.dtype) == (torch.int32, torch.int64)
@@ -63,9 +61,9 @@ def test_ranks_together_have_the_rows_of_the_naive_stream(
 
 def test_any_order_of_steps_gives_the_same_batches(tmp_path: Path) -> None:
     stream, naive = make_stream(tmp_path)
-    with TokenLoader(stream, 64, 16, 32) as loader:
+    with TokenLoader(stream, 32) as loader:
         for step in [5, 6, 7, 3, 3, 4, 60, 0, 2, 1, 5]:
-            inputs, targets = loader.batch(step)
+            inputs, targets = loader.batch(step * 64, 64, 16)
             np.testing.assert_array_equal(inputs.flatten(), naive[step * 64 : step * 64 + 64])
             np.testing.assert_array_equal(targets.flatten(), naive[step * 64 + 1 : step * 64 + 65])
 
@@ -73,21 +71,30 @@ def test_any_order_of_steps_gives_the_same_batches(tmp_path: Path) -> None:
 def test_batches_do_not_share_memory(tmp_path: Path) -> None:
     """A batch stays as it was while later ones are read and while it is written to."""
     stream, naive = make_stream(tmp_path)
-    with TokenLoader(stream, 64, 16, 32) as loader:
-        first = loader.batch(0)
+    with TokenLoader(stream, 32) as loader:
+        first = loader.batch(0, 64, 16)
         first[0].zero_()
         for step in range(1, 5):
-            loader.batch(step)
+            loader.batch(step * 64, 64, 16)
         np.testing.assert_array_equal(first[1].flatten(), naive[1:65])
-        np.testing.assert_array_equal(loader.batch(0)[0].flatten(), naive[:64])
+        np.testing.assert_array_equal(loader.batch(0, 64, 16)[0].flatten(), naive[:64])
 
 
-def test_epochs(tmp_path: Path) -> None:
-    stream, _ = make_stream(tmp_path, (100, 28))
-    with TokenLoader(stream, 48, 16, 16) as loader:
-        assert [loader.epoch(step) for step in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 3]
-        assert loader.epochs(8) == 3.0
-        assert loader.epochs(1) == 0.375
+@pytest.mark.parametrize(
+    ("num_tokens", "micro_batch_tokens", "shape"),
+    [(96, 32, (3, 2, 16)), (48, 32, (3, 1, 16)), (96, 64, (2, 3, 16)), (160, 64, (5, 2, 16)), (48, 96, (1, 3, 16))],
+    ids=str,
+)
+def test_a_batch_is_cut_into_as_few_equal_micro_batches_as_it_can(
+    tmp_path: Path, num_tokens: int, micro_batch_tokens: int, shape: tuple[int, int, int]
+) -> None:
+    stream, naive = make_stream(tmp_path)
+    with TokenLoader(stream, micro_batch_tokens) as loader:
+        inputs, _ = loader.batch(7, num_tokens, 16)
+        assert inputs.shape == shape
+        np.testing.assert_array_equal(inputs.flatten(), naive[7 : 7 + num_tokens])
+        with pytest.raises(ValueError, match="batch_tokens: 272 are 17 rows on each rank, .* micro-batches"):
+            TokenLoader(stream, 64).shape(272, 16)
 
 
 def test_bad_token_is_named_by_the_step_that_reads_it(tmp_path: Path) -> None:
@@ -95,20 +102,20 @@ def test_bad_token_is_named_by_the_step_that_reads_it(tmp_path: Path) -> None:
     for name, tokens in (("0", [1] * 50), ("1", [2] * 20 + [999, 1000] + [2] * 60)):
         write_shard(tmp_path / f"{name}.bin", tokens)
     stream = TokenStream([tmp_path / "0.bin", tmp_path / "1.bin"], VOCAB_SIZE)
-    with TokenLoader(stream, 32, 16, 16) as loader:
+    with TokenLoader(stream, 16) as loader:
         for step in (0, 1):
-            loader.batch(step)
+            loader.batch(step * 32, 32, 16)
         for _ in range(2):
             with pytest.raises(DataError, match=r"1\.bin: token 21: found 1000, expected less than vocab_size 1000"):
-                loader.batch(2)
-        loader.batch(0)
+                loader.batch(64, 32, 16)
+        loader.batch(0, 32, 16)
 
 
 def test_close_ends_the_thread(tmp_path: Path) -> None:
     stream, _ = make_stream(tmp_path)
     before = set(threading.enumerate())
-    with TokenLoader(stream, 64, 16, 32) as loader:
-        loader.batch(0)
+    with TokenLoader(stream, 32) as loader:
+        loader.batch(0, 64, 16)
         assert len(set(threading.enumerate()) - before) == 1
     assert set(threading.enumerate()) == before
 
@@ -166,7 +173,8 @@ def test_sizes_that_do_not_divide(tmp_path: Path, changes: dict[str, int], messa
     stream, _ = make_stream(tmp_path)
     sizes = {"batch_tokens": 128, "seq_len": 16, "micro_batch_tokens": 32, "world_size": 2} | changes
     with pytest.raises(ValueError, match=re.escape(message)):
-        TokenLoader(stream, **sizes)
+        loader = TokenLoader(stream, sizes["micro_batch_tokens"], world_size=sizes["world_size"])
+        loader.shape(sizes["batch_tokens"], sizes["seq_len"])
 
 
 def test_validation_tokens_have_to_fill_rows(tmp_path: Path) -> None:
@@ -177,14 +185,14 @@ def test_validation_tokens_have_to_fill_rows(tmp_path: Path) -> None:
 
 def test_too_few_tokens_for_one_step(tmp_path: Path) -> None:
     stream, naive = make_stream(tmp_path, (100, 28))
-    with pytest.raises(DataError) as error:
-        TokenLoader(stream, 128, 16, 32)
+    with TokenLoader(stream, 32) as loader, pytest.raises(DataError) as error:
+        loader.batch(0, 128, 16)
     message = str(error.value)
     assert message.startswith(f"{tmp_path / '0.bin'} and 1 more: found 128 tokens")
     assert "expected at least batch_tokens + 1 = 129" in message
     stream, naive = make_stream(tmp_path, (100, 29))  # one more is enough
-    with TokenLoader(stream, 128, 16, 32) as loader:
-        np.testing.assert_array_equal(loader.batch(0)[1].flatten(), naive[1:129])
+    with TokenLoader(stream, 32) as loader:
+        np.testing.assert_array_equal(loader.batch(0, 128, 16)[1].flatten(), naive[1:129])
 
 
 def test_too_few_validation_tokens(tmp_path: Path) -> None:

@@ -137,10 +137,10 @@ def test_a_window_that_grows_compiles_nothing_anew() -> None:
     from torch._dynamo.utils import counters
 
     config = ModelConfig(
-        vocab_size=50, num_layers=2, num_heads=2, head_dim=64, model_dim=64, seq_len=256, doc_token=DOC
+        vocab_size=50, num_layers=2, num_heads=2, head_dim=64, model_dim=64, seq_len=256, doc_mask=True
     )
     with torch.device("cuda"):
-        model, window = GPT(config), torch.tensor(32)
+        model, window = GPT(config, doc_token=DOC), torch.tensor(32)
     compiled, ids = torch.compile(model, dynamic=False, fullgraph=True), token_ids(2, 256).cuda()
     compiled(ids, ids, window).backward()
     graphs = counters["stats"]["unique_graphs"]

@@ -1,0 +1,75 @@
+"""The lines of a run's log.txt, written and parsed in one place.
+
+    step:125/3250 val_loss:4.58616 train_time:66.065s step_avg:528.52ms
+
+Other speedruns write the same, with times in ms. The file begins with the sources that ran, each under `# file: PATH`,
+a ruler, the machine and the facts as JSON, and a ruler; it ends with a block after `---`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+RULER = "=" * 100
+_LINE = re.compile(
+    r"step:(?P<step>\d{1,12})/(?P<planned>\d{1,12})\s+(?P<kind>val|train)_loss:(?P<loss>[\w.+-]{1,24})\s+"
+    r"train_time:(?P<time>\d{1,12}(?:\.\d{1,12})?)(?P<unit>ms|s)(?:\s+step_avg:(?P<step_avg>\d{1,12}\.?\d{0,12}|nan|inf)ms)?"
+)
+
+
+class Line(NamedTuple):
+    """A step line of a log, in seconds and nats, as far as its digits go."""
+
+    text: str
+    step: int
+    planned: int  # steps of the whole schedule
+    kind: str  # val or train
+    loss: float
+    time_s: float
+    step_avg_ms: float | None
+    half_digit_s: float  # half of the last printed digit of the time
+
+
+def step_line(
+    kind: str, step: int, train_steps: int, loss: float, train_time_s: float, extra: Mapping[str, float] | None = None
+) -> str:
+    """The line of a loss: `kind` is val or train, `extra` has further metrics by name."""
+    clock = f"train_time:{train_time_s:.3f}s step_avg:{1000 * train_time_s / max(1, step):.2f}ms"
+    further = "".join(f" {name}:{value:.5g}" for name, value in (extra or {}).items())
+    return f"step:{step}/{train_steps} {kind}_loss:{loss:.5f} {clock}{further}"
+
+
+def parse_step_line(text: str) -> Line | None:
+    """A step line of this trainer or another speedrun's; None for any other line."""
+    found = _LINE.match(text)
+    if not found:
+        return None
+    scale = 1e-3 if found["unit"] == "ms" else 1.0
+    digits = len(found["time"].partition(".")[2])
+    try:
+        loss = float(found["loss"])
+    except ValueError:
+        loss = math.nan
+    step_avg = float(found["step_avg"]) if found["step_avg"] else None
+    time_s, half_digit_s = float(found["time"]) * scale, 0.5 * 10**-digits * scale
+    return Line(text, int(found["step"]), int(found["planned"]), found["kind"], loss, time_s, step_avg, half_digit_s)
+
+
+def is_before_step(text: str, step: int) -> bool:
+    """Whether a line of the log's body tells of what happened before training step `step`."""
+    found = re.match(r"step:(\d+)(/?)", text)  # without / it is told after the losses of that step
+    return bool(found) and (int(found[1]) < step or (int(found[1]) == step and bool(found[2])))
+
+
+def join_sources(sources: Mapping[str, str]) -> str:
+    """The sources that ran, path to text, as the log begins with them."""
+    return "\n".join(f"# file: {path}\n{source}" for path, source in sources.items())
+
+
+def split_sources(head: str) -> list[tuple[str, str]]:
+    """(path, source) pairs from the part of a log before the first ruler; another speedrun's log has its one script
+    there, which gets the path `script`."""
+    script, *files = re.split(r"\n# file: (?=\S+\.py\n)", f"\n{head}")
+    pairs = [(path, source) for path, _, source in (part.partition("\n") for part in files)]
+    return pairs if pairs or not script.strip() else [("script", script.removeprefix("\n"))]

@@ -1,0 +1,1 @@
+"""A trained model in use. Knows the model, not the trainer."""

@@ -258,7 +258,7 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
         loss = run.compiled(inputs_BT, targets_BT, run.window)
         if left == 0 and isinstance(run.optimizers[0], MatrixOptimizer):
-            run.optimizers[0].reduce_in_backward()  # gradients are final in the last micro-batch
+            run.optimizers[0].start_reduction()  # gradients are final in the last micro-batch
         (loss / targets.numel()).backward()
         total += loss.detach()
     if run.is_tied:

@@ -17,7 +17,10 @@ from torch import nn
 from benchmarks.polar_speed import exact_aurora
 from model import GPT, ModelConfig
 from optim import (
-    MATRIX_OPTIMIZERS,
+    RULES as RULE_CLASSES,
+)
+from optim import (
+    TORCH_OPTIMIZERS,
     Aurora,
     MatrixOptimizer,
     Muon,
@@ -611,7 +614,7 @@ def config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+@pytest.mark.parametrize("name", [*RULE_CLASSES, *TORCH_OPTIMIZERS])
 def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str) -> None:
     model = GPT(ModelConfig(vocab_size=50, num_layers=2, num_heads=2, head_dim=8, model_dim=16, seq_len=8))
     model.gain = nn.Parameter(torch.ones(16))  # as a fork might add

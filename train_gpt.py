@@ -45,8 +45,15 @@ from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
 from optim import (
-    MatrixOptimizer, OptimizerConfig, build_optimizers, clip_gradients, find_rule, finish_reduction, routing_table,
-    start_reduction, with_rule_options,
+    MatrixOptimizer,
+    OptimizerConfig,
+    build_optimizers,
+    clip_gradients,
+    find_rule,
+    finish_reduction,
+    routing_table,
+    start_reduction,
+    with_rule_options,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
@@ -227,9 +234,9 @@ class Run:
         else:
             self.window = plan.window
 
-    def batch(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of a step, [micro-batches, rows, tokens]."""
-        return self.loader.batch(plan.first_token, plan.batch_tokens, plan.row_tokens)
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the step under way, [micro-batches, rows, tokens]."""
+        return self.loader.batch(self.plan.first_token, self.plan.batch_tokens, self.plan.row_tokens)
 
 
 def set_up(config: Config, machine: Machine) -> Run:
@@ -325,7 +332,7 @@ def warm_up(run: Run) -> None:
     with torch.random.fork_rng([run.machine.device] if is_cuda else []):
         for plan in plans_to_warm_up(c, first_step, with_windows=c.compile and not is_cuda):
             run.follow(dataclasses.replace(plan, lr_factor=0.0))  # the dummy tokens must not make weights overflow
-            dummies = [torch.randint_like(tokens[:1], c.vocab_size) for tokens in run.batch(plan)]
+            dummies = [torch.randint_like(tokens[:1], c.vocab_size) for tokens in run.batch()]
             for _ in range(2):
                 train_step(run, *dummies)
             with torch.no_grad():
@@ -422,7 +429,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
             log.line(f"step:{step} epoch {epoch + 1} of the training data begins")
         previous_token = plan.first_token
         with profiler.step() if profiler else contextlib.nullcontext():
-            loss_sum = train_step(run, *run.batch(plan))
+            loss_sum = train_step(run, *run.batch())
         log.bar.update()
         tokens_after = plan.first_token + plan.batch_tokens
         if neurons:
@@ -447,10 +454,10 @@ def write_loss(run: Run, log: RunLog, kind: str, step: int, tokens: int, loss: f
         what = dict(val="validation", train="training")[kind]
         raise FloatingPointError(f"the {what} loss is {loss}; lower the learning rates")
     seconds, extra = run.clock.seconds["train"], {name: float(value) for name, value in run.extra.items()}
-    if extra:
-        run.summary["extra"] = values["extra"] = extra
-        run.extra.clear()
-    log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **values)
+    run.extra.clear()
+    run.summary["extra"] = run.summary.get("extra", {}) | extra
+    further: dict[str, Any] = values | ({"extra": extra} if extra else {})
+    log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **further)
     log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
 
 

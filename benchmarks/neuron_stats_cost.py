@@ -19,8 +19,7 @@ from benchmarks.bench import command, report
 from data.files import user_path
 from harness.machine import find_machine
 from harness.neuron_stats import NeuronStats
-from schedule import set_schedule
-from train_gpt import load_config, set_up, train_step, validation, warm_up
+from train_gpt import load_config, plan_step, set_up, train_step, validation, warm_up
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,14 @@ def main(args: Args) -> None:
     warm_up(run)
     step_s, look_s = list[float](), list[float]()
     for step in tqdm(range(args.steps + 2), unit="step", leave=False, disable=None):
-        set_schedule(run, step)
-        batch = run.batch(step)
+        run.follow(plan_step(config, step))
+        batch = run.batch()
         start = now()
         stats.before_step()
         copied = now()
         train_step(run, *batch)
         trained = now()
-        stats.look(step + 1, *next(validation(config, run.machine, run.val_stream)))
+        stats.measure(step + 1, *next(validation(config, run.machine, run.val_stream)))
         step_s.append(trained - copied)
         look_s.append(now() - trained + copied - start)
     run.loader.close()

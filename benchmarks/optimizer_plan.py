@@ -18,7 +18,7 @@ from harness.tables import align
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
 from optim.bank import Bank
-from train_gpt import load_config, model_config
+from train_gpt import load_config
 
 
 def nbytes(tensors: Any) -> int:
@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> None:
         ranks = int(number)
     config = load_config(argv)
     with torch.device("meta"):
-        model = GPT(model_config(config))
+        model = GPT(config)
     optimizers = build_optimizers(model, config)
     lines, per_rank = routing(optimizers, ranks)
     print(align([["parameter", "shape", "optimizer", "bank", "owner", "state bytes"], *lines]))

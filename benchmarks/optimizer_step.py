@@ -23,7 +23,7 @@ from harness.tables import Row
 from model import GPT
 from optim import build_optimizers
 from optim.bank import matrices
-from train_gpt import Config, load_config, model_config
+from train_gpt import Config, load_config
 
 RULES: dict[str, list[str]] = {
     "adamw": ["--matrix_optimizer=adamw"],
@@ -78,7 +78,7 @@ def main(args: Args) -> None:
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:
-        model = GPT(model_config(config), find_machine(args.device, config.dtype).dtype)
+        model = GPT(config, find_machine(args.device, config.dtype).dtype)
     tokens = torch.randint(config.vocab_size, (max(1, args.tokens // config.seq_len), config.seq_len), device=device)
     work: dict[str, Callable[[], None]] = {
         "forward and backward": timed(lambda: (model(tokens, tokens) / tokens.numel()).backward())

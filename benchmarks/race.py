@@ -38,7 +38,7 @@ from harness.machine import Clock, find_machine
 from harness.runlog import RunLog
 from harness.tables import Row
 from optim import build_optimizers
-from train_gpt import Config, Run, evaluate, load_config, set_up, train, train_step, warm_up
+from train_gpt import Config, Run, evaluate, load_config, plan_step, set_up, train, train_step, warm_up
 
 VALIDATIONS = 12  # of a run, after the one before its first step
 TIMED_STEPS = 5
@@ -105,7 +105,8 @@ def make_racer(config: Config) -> Racer:
     clock = Clock(run.machine.device)
     for step in range(TIMED_STEPS + 1):
         clock.switch(f"step {step}")
-        train_step(run, *run.loader.batch(step))
+        run.follow(plan_step(config, step))
+        train_step(run, *run.batch())
     clock.switch("first validation")
     evaluate(run)
     clock.switch("validation")

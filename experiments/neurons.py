@@ -44,8 +44,7 @@ from experiments.sweep import GOES_ON, TRAINER, Result, assignments, load_sweep,
 from harness.machine import device_name, find_machine
 from harness.settings import parse_settings
 from model import round_up
-from schedule import set_schedule
-from train_gpt import load_config, set_up, train_step
+from train_gpt import load_config, plan_step, set_up, train_step
 
 ARMS = {
     "adamw": {"matrix_optimizer": "adamw"},
@@ -170,8 +169,8 @@ def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: floa
         run = set_up(config, find_machine(config.device, config.dtype))
         times = []
         for step in range(6):
-            set_schedule(run, step)
-            inputs, targets = run.batch(step)
+            run.follow(plan_step(config, step))
+            inputs, targets = run.batch()
             run.clock.switch("step")
             start = time.perf_counter()
             train_step(run, inputs, targets)

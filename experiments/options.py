@@ -37,8 +37,7 @@ from experiments.cost import confirm, duration
 from experiments.sweep import GOES_ON, Cell, run_sweep
 from harness.machine import device_name, find_machine, versions
 from harness.tables import Row, align, cell
-from schedule import set_schedule
-from train_gpt import load_config, set_up, train_step
+from train_gpt import load_config, plan_step, set_up, train_step
 
 # What each arm sets; a share of the schedule stands where a number of steps is meant.
 ARMS: dict[str, dict[str, str | float]] = {
@@ -108,8 +107,8 @@ def step_seconds(options: Options, arms: Sequence[str], steps: int) -> dict[str,
         for turn in tqdm(range(ROUNDS + 1), desc="timing", unit="round", leave=False, disable=None):
             for arm, run in runs.items():
                 for kind, step in enumerate((0, steps - 1)):
-                    set_schedule(run, step)
-                    batch = run.batch(step)
+                    run.follow(plan_step(run.config, step))
+                    batch = run.batch()
                     run.clock.switch("step")
                     start = now()
                     train_step(run, *batch)

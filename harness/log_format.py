@@ -59,7 +59,7 @@ def parse_step_line(text: str) -> Line | None:
 def is_before_step(text: str, step: int) -> bool:
     """Whether a line of the log's body tells of what happened before training step `step`."""
     found = re.match(r"step:(\d+)(/?)", text)  # without / it is told after the losses of that step
-    return bool(found) and (int(found[1]) < step or (int(found[1]) == step and bool(found[2])))
+    return found is not None and (int(found[1]) < step or (int(found[1]) == step and found[2] == "/"))
 
 
 def join_sources(sources: Mapping[str, str]) -> str:

@@ -53,8 +53,8 @@ def run_sources(matrix_optimizer: str = "") -> dict[str, str]:
             sources[str(name)] = path.read_text(encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             sources[str(name)] = f"# imported, and cannot be read now: {error.strerror}\n"
-    if (name := matrix_optimizer.partition(":")[0]) in sys.modules:
-        sources.setdefault(name.replace(".", "/") + ".py", inspect.getsource(sys.modules[name]))
+    if (module := matrix_optimizer.partition(":")[0]) in sys.modules:
+        sources.setdefault(module.replace(".", "/") + ".py", inspect.getsource(sys.modules[module]))
     return sources
 
 

@@ -73,7 +73,7 @@ def peek(argv: Sequence[str], key: str) -> str:
 def rules_of(kind: type) -> dict[str, Rule]:
     """The rule of each field of a dataclass, by its type."""
     hints = get_type_hints(kind, include_extras=True)
-    return {field.name: _rule(hints[field.name]) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {field.name: _rule(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
 def _rule(hint: Any) -> Rule:
@@ -202,7 +202,7 @@ def _broken_rule(value: Any, rule: Rule) -> str:
             return KINDS[rule.kind]
         if rule.choices and each not in rule.choices:
             return f"one of {', '.join(rule.choices)}"
-        if rule.kind in (int, float) and (broken := broken_bound(each, rule.bounds)):
+        if isinstance(each, int | float) and (broken := broken_bound(each, rule.bounds)):
             return broken
     return ""
 

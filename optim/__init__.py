@@ -3,147 +3,43 @@
     from optim import Aurora, Muon, build_optimizers
 
 `build_optimizers(model, config)` gives every matrix inside the blocks to the matrix optimizer the config names, and
-embeddings, head, gains and scalars to AdamW with a learning rate each.
+embeddings, head, gains and scalars to AdamW with a learning rate each. A step of all of them, on any number of ranks:
+
+    start_reduction(optimizers)            before the backward pass that makes gradients final; overlaps with it
+    loss.backward()
+    finish_reduction(optimizers)           gradients are means over the ranks
+    clip_gradients(optimizers, max_norm)
+    for optimizer in optimizers: optimizer.step()
+
+of which backward and step are enough.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import nn
-
-from kernels import backend
 from optim.aurora import Aurora
+from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
+from optim.gradients import clip_gradients, finish_reduction, start_reduction
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
 from optim.normuon import NorMuon, UNorMuon
-from optim.replicated import replicate
+from optim.options import Option
 from optim.riemannian_aurora import RiemannianAurora
+from optim.routing import build_optimizers, routing_table
 
 __all__ = [
-    "MATRIX_OPTIMIZERS", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "RiemannianAurora", "UNorMuon",
-    "build_optimizers", "routing_table",
+    "RULES",
+    "TORCH_OPTIMIZERS",
+    "Aurora",
+    "MatrixOptimizer",
+    "Muon",
+    "NorMuon",
+    "OptimizerConfig",
+    "Option",
+    "RiemannianAurora",
+    "UNorMuon",
+    "build_optimizers",
+    "clip_gradients",
+    "find_rule",
+    "finish_reduction",
+    "routing_table",
+    "start_reduction",
+    "with_rule_options",
 ]  # fmt: skip
-
-Groups = list[dict[str, Any]]
-TABLES = nn.Embedding, nn.EmbeddingBag
-COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _adamw(groups: Groups, config: Any) -> torch.optim.Optimizer:
-    fused = groups[0]["params"][0][1].device.type != "meta"
-    return replicate(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=fused))
-
-
-def _muon_arguments(config: Any) -> dict[str, Any]:
-    method = {} if config.polar_method == "auto" else {"polar_method": config.polar_method}
-    return dict(
-        **method,
-        momentum=config.momentum,
-        scale=config.matrix_scale,
-        polar_steps=config.polar_steps or None,
-        cautious=config.cautious,
-        kernels=config.kernels,
-        comm_dtype=COMM_DTYPES[config.comm_dtype],
-    )
-
-
-# To add an update rule: a line here, with what it needs from the config.
-MATRIX_OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "sgd": lambda groups, config: replicate(torch.optim.SGD(groups, momentum=config.momentum, nesterov=True)),
-    "rmsprop": lambda groups, config: replicate(torch.optim.RMSprop(groups, momentum=config.momentum)),
-    "muon": lambda groups, config: Muon(groups, **_muon_arguments(config)),
-    "aurora": lambda groups, config: Aurora(
-        groups,
-        iterations=config.aurora_iterations,
-        beta=config.aurora_beta,
-        sides=config.aurora_sides,
-        variant=config.aurora_variant,
-        **_muon_arguments(config),
-    ),
-    "riemannian_aurora": lambda groups, config: RiemannianAurora(
-        groups, sides=config.aurora_sides, **_muon_arguments(config)
-    ),
-    "normuon": lambda groups, config: NorMuon(groups, **_muon_arguments(config)),
-    "unormuon": lambda groups, config: UNorMuon(groups, **_muon_arguments(config)),
-}
-
-
-def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: bool = False) -> set[nn.Parameter]:
-    """Those of every child called `head` of a model, at whatever depth: torch.compile, DistributedDataParallel,
-    nn.Sequential and their like put modules of their own around it.
-
-    A module in a list (`is_listed`) is a model where it holds an embedding, and not one where it is a block of another
-    (`is_in_model`), whose `head` is a matrix like its others.
-    """
-    children = dict(module.named_children())
-    is_model = "head" in children
-    if is_model and is_listed:
-        is_model = not is_in_model and any(isinstance(part, TABLES) for part in module.modules())
-    found = set(children["head"].parameters()) if is_model else set[nn.Parameter]()
-    for name, child in children.items():
-        found |= head_parameters(child, name.isdigit() or (is_listed and not is_model), is_in_model or is_model)
-    return found
-
-
-def build_optimizers(model: nn.Module, config: Any) -> list[torch.optim.Optimizer]:
-    """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
-
-    Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
-    module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
-    `config` needs the optimizer fields of the trainer's Config. Raises ValueError for an unknown `matrix_optimizer`, a
-    model without matrices and whatever the optimizers refuse.
-    """
-    if config.matrix_optimizer not in MATRIX_OPTIMIZERS:
-        names = ", ".join(MATRIX_OPTIMIZERS)
-        raise ValueError(f"matrix_optimizer = {config.matrix_optimizer!r} is unknown; choose one of {names}")
-    if config.comm_dtype not in COMM_DTYPES:
-        raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
-    tables = [module for module in model.modules() if isinstance(module, TABLES)]
-    embeddings = {p for table in tables for p in table.parameters()}  # of a parametrized one, what it is made from
-    heads = head_parameters(model)
-    routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
-    for name, p in model.named_parameters():
-        if p in embeddings:
-            routes["embed"].append((name, p))
-        elif p in heads:
-            routes["head"].append((name, p))
-        else:
-            routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))
-
-    if not routes["matrix"]:
-        raise ValueError(
-            f"matrix_optimizer = {config.matrix_optimizer!r}: the model has no matrices beside embeddings and head; "
-            "train it with torch.optim.AdamW alone"
-        )
-
-    def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
-        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
-
-    groups = [
-        group("embed", config.embed_lr, config.weight_decay),
-        group("head", config.head_lr, config.weight_decay),
-        group("scalar", config.scalar_lr, config.weight_decay),
-    ]
-    matrix_group = group("matrix", config.matrix_lr, config.matrix_weight_decay)
-    matrix_optimizer = MATRIX_OPTIMIZERS[config.matrix_optimizer]([matrix_group], config)
-    if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
-        matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
-    rest = [g for g in groups if g["params"]]
-    return [matrix_optimizer, _adamw(rest, config)] if rest else [matrix_optimizer]
-
-
-def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
-    """Which optimizer moves what: one line a group."""
-    lines = []
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            count = sum(p.numel() for p in group["params"])
-            what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
-            if isinstance(optimizer, MatrixOptimizer):
-                what += (
-                    f", {group['polar_method']}, {backend(optimizer.kernels, group['params'][0].device).name} kernels"
-                )
-            lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
-    return "\n".join(lines)

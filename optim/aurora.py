@@ -18,20 +18,20 @@ read it (how D is damped is our choice); `warm` is ours.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kernels import backend
 from optim.bank import State
-from optim.checks import INTEGER, REAL, TEXT, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
+from optim.options import Option, check_options
 from optim.polar import (
     SAFETY,
     as_matrices,
     check_polar_arguments,
-    fast_half_dtype,
     frobenius_scales,
     newton_schulz,
     piece_length,
@@ -100,20 +100,22 @@ def aurora_polar(
     [..., max(m, n)], where zeros mean that nothing is known yet.
     """
     M = as_matrices(M)
-    check_aurora_arguments("aurora_polar", iterations, beta, variant)
+    check_options("aurora_polar", dict(iterations=iterations, beta=beta, variant=variant), Aurora.options)
     check_polar_arguments(method, steps)
-    polar_arguments = method, steps, dtype, kernels, form
+    polar_arguments: dict[str, Any] = dict(method=method, steps=steps, dtype=dtype, kernels=kernels, form=form)
+    balance: Callable[..., Tensor] = partial(
+        aurora_polar, iterations=iterations, beta=beta, variant=variant, **polar_arguments
+    )
     m, n = M.shape[-2:]
     if m == n:
-        return polar(M, *polar_arguments)
+        return polar(M, **polar_arguments)
     if (length := piece_length(M)) is not None:
         memories = [None] * M.size(0) if memory is None else memory.split(length)
-        pieces = zip(M.split(length), memories, strict=False)
-        return torch.cat([aurora_polar(M, iterations, beta, *polar_arguments, variant, c) for M, c in pieces])
+        return torch.cat([balance(M, memory=c) for M, c in zip(M.split(length), memories, strict=False)])
     if m < n:
-        return aurora_polar(M.mT, iterations, beta, *polar_arguments, variant, memory).mT
+        return balance(M.mT, memory=memory).mT
     batch = M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0)
-    polar_of, norm = row_scaled_polar(batch, *polar_arguments)
+    polar_of, norm = row_scaled_polar(batch, **polar_arguments)
     d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them
     if variant == "warm":
         assert memory is not None
@@ -128,7 +130,7 @@ def aurora_polar(
         U, row_square = polar_of(d, "matrix" if iterations == 1 else "both")
         for remaining in range(iterations - 2, -1, -1):
             damped = damped / correction(row_square, n / m, beta / 2)
-            polar_of, norm = row_scaled_polar(U, *polar_arguments)
+            polar_of, norm = row_scaled_polar(U, **polar_arguments)
             U, row_square = polar_of(norm / damped, "both" if remaining else "matrix")
     else:
         for _ in range(iterations - 1):
@@ -138,64 +140,30 @@ def aurora_polar(
     return U.reshape(M.shape)
 
 
-def check_aurora_arguments(who: str, iterations: int, beta: float, variant: str) -> None:
-    if iterations < 1:
-        raise ValueError(f"{who}: iterations = {iterations} must be at least 1; 2 is the usual choice")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"{who}: beta = {beta} must be between 0 and 1; 0.5 is the usual choice")
-    if variant not in VARIANTS:
-        raise ValueError(f"{who}: variant = {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
-
-
-def check_sides(who: str, sides: str) -> None:
-    if sides not in SIDES:
-        raise ValueError(f"{who}: sides = {sides!r} is unknown; choose one of {', '.join(SIDES)}")
-
-
 def is_balanced(sides: str, m: int, n: int) -> bool:
     """Whether an m x n matrix is one that `sides` names; square ones never are."""
     return m != n and sides in ("both", "tall" if m > n else "wide")
 
 
-RULE_OPTIONS = {"iterations": (INTEGER, 2), "beta": (REAL, 0.5), "sides": (TEXT, "both"), "variant": (TEXT, "release")}
-
-
 class Aurora(MatrixOptimizer):
-    """Muon with equal row norms. `sides` names the matrices it balances ("both", "tall" or "wide"); the others get
-    Muon's update. `iterations` polar factors a step (1 is known as Muon-EQ; `variant` "warm" always takes one) and
-    `beta` the strength of correction.
-    """
+    """Muon with equal row norms; matrices that are not balanced, square ones among them, get Muon's update."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.02,
-        iterations: int = 2,
-        beta: float = 0.5,
-        sides: str = "both",
-        variant: str = "release",
-        **muon: Any,
-    ) -> None:
-        rule = dict(iterations=iterations, beta=beta, sides=sides, variant=variant)
-        super().__init__(params, lr, rule=rule, **muon)
-
-    def _check_group(self, index: int) -> None:
-        super()._check_group(index)
-        group = self.param_groups[index]
-        check_kinds("Aurora", group, RULE_OPTIONS)
-        check_aurora_arguments("Aurora", group["iterations"], group["beta"], group["variant"])
-        check_sides("Aurora", group["sides"])
+    options: ClassVar = {
+        "variant": Option(
+            "release", "release, warm (one polar factor per step, with memory) or paper", choices=VARIANTS
+        ),
+        "iterations": Option(2, "polar factors in an update (1 is known as Muon-EQ); warm always takes 1", (">= 1",)),
+        "beta": Option(0.5, "strength of the row correction, 0 to 1", (">= 0", "<= 1")),
+        "sides": Option("both", "matrices that are balanced: both, tall or wide", choices=SIDES),
+    }
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        dtype = fast_half_dtype(update.device.type)
-        polar_arguments = group["polar_method"], group["polar_steps"], dtype, self.kernels
         if not is_balanced(group["sides"], *update.shape[-2:]):
-            return polar(update, *polar_arguments)
+            return self.polar(update, group)
         memory = None
         if group["variant"] == "warm":
             if "row_weight" not in state:
                 state["row_weight"] = update.new_zeros(update.size(0), max(update.shape[-2:]))
             memory = state["row_weight"]
-        return aurora_polar(
-            update, group["iterations"], group["beta"], *polar_arguments, variant=group["variant"], memory=memory
-        )
+        options = {name: group[name] for name in ("iterations", "beta", "variant")}
+        return aurora_polar(update, **options, memory=memory, **self.polar_arguments(update, group))

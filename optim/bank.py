@@ -48,6 +48,11 @@ def matrices(tensor: Tensor, row_blocks: int, flatten: bool | None = None) -> li
     return views
 
 
+def by_matrix(flags: Tensor, value: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to go with `value` [B, ...]."""
+    return flags.view(-1, *[1] * (value.ndim - 1))
+
+
 class Bank:
     """Same-shape matrices of one param group; leading dimensions (none with `flatten`) and row blocks of a parameter
     are batch.

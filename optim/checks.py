@@ -1,11 +1,9 @@
 """What a matrix optimizer refuses: parameters that it cannot move, and state dicts that do not fit its own."""
 
-import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,60 +11,27 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from kernels import backend
 from optim.bank import layout
+from optim.options import check_options
 
 if TYPE_CHECKING:
     from optim.matrix_optimizer import MatrixOptimizer
 
 OWN_STATE = {"momentum_buffer", "master_weight"}  # the base class's, not a rule's
-REAL, INTEGER, FLAG, TEXT = "a real number", "an integer", "True or False", "a string"
-OPTIONS: dict[str, tuple[str, Any]] = {  # of every group: the kind, and a value that works
-    "lr": (REAL, 0.02),
-    "momentum": (REAL, 0.95),
-    "weight_decay": (REAL, 0.1),
-    "nesterov": (FLAG, True),
-    "scale": (TEXT, "spectral"),
-    "polar_method": (TEXT, "polar_express"),
-    "polar_steps": (INTEGER, None),
-    "cautious": (FLAG, False),
-    "row_blocks": (INTEGER, 1),
-    "flatten": (FLAG, None),
-}
-PLACE = ("kernels", "comm_dtype", "defer_check", "process_group", "rule")  # arguments that are no options of a group
 
 
-def check_kinds(who: str, group: Mapping[str, Any], options: Mapping[str, tuple[str, Any]] = OPTIONS) -> None:
-    """ValueError for the first option of another kind than `options` says: {name: (kind, a value that works)}. None is
-    allowed where it is that value."""
-    for key, (kind, example) in options.items():
-        value = group[key]
-        if not (is_of_kind(value, kind) or (value is None and example is None)):
-            or_none = "" if example is not None else " or None"
-            raise ValueError(
-                f"{who}: {key} = {value!r} is of type {type(value).__name__}; it must be {kind}{or_none}, "
-                f"for example {key} = {example!r}"
-            )
-
-
-def is_of_kind(value: Any, kind: str) -> bool:
-    """Numbers may be NumPy's, and real ones a tensor of one element, as torch's capturable learning rates are."""
-    if kind == FLAG:
-        return isinstance(value, bool)
-    if kind == TEXT:
-        return isinstance(value, str)
-    if kind == REAL and isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-    return isinstance(value, Integral if kind == INTEGER else Real) and not isinstance(value, bool)
-
-
-def check_parameters(who: str, names: list[str], group: Mapping[str, Any]) -> None:
-    """ValueError with a parameter's name for the first of a group that cannot be moved."""
-    seen = set[Tensor]()
-    for name, p in zip(names, group["params"], strict=True):
+def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
+    """ValueError for the first option of a param group that is not allowed, or parameter that cannot be moved."""
+    who, group, seen = type(optimizer).__name__, optimizer.param_groups[index], set[Tensor]()
+    check_options(who, group, optimizer.options)
+    for name, p in zip(optimizer._names(index), group["params"], strict=True):
         _check_parameter(who, name, p, group["row_blocks"], group["flatten"])
         if p in seen:
             raise ValueError(f"{who}: {name} is in its group twice and would move twice; leave one of them out")
         seen.add(p)
+    for device in {p.device for p in group["params"]}:
+        backend(optimizer.kernels, device)
 
 
 def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: bool | None) -> None:
@@ -90,7 +55,7 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{who}: {name} is expanded, so that elements share memory; give it its own with clone()")
     _, rows, _ = layout(p, 1, flatten)
-    if row_blocks < 1 or rows % row_blocks:
+    if rows % row_blocks:
         raise ValueError(
             f"{who}: row_blocks = {row_blocks} must divide the {rows} rows of {name}; 1 keeps matrices whole"
         )
@@ -115,15 +80,6 @@ def _level_of_caller() -> int:
     while frame.f_back is not None and not inside.isdisjoint(Path(frame.f_code.co_filename).resolve().parents):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def option_defaults(kind: type) -> dict[str, Any]:
-    """The options of param groups of a matrix optimizer, with their defaults as arguments of its class."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for base in reversed(kind.__mro__[: -len(torch.optim.Optimizer.__mro__)]):
-        parameters.update(inspect.signature(base).parameters)
-    empty = inspect.Parameter.empty
-    return {name: p.default for name, p in parameters.items() if p.default is not empty and name not in PLACE}
 
 
 def fitted_state_dict(optimizer: "MatrixOptimizer", state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +118,7 @@ def fitted_state_dict(optimizer: "MatrixOptimizer", state_dict: Mapping[str, Any
     optimizer.param_groups = [dict(new, params=own["params"]) for new, own in zip(groups, own_groups, strict=True)]
     try:
         for index, group in enumerate(optimizer.param_groups):
-            optimizer._check_group(index)
+            check_group(optimizer, index)
             for i, name, p in zip(groups[index]["params"], optimizer._names(index), group["params"], strict=True):
                 _check_entry(optimizer, name, p, group, entries.get(i, {}))
     finally:

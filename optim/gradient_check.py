@@ -10,17 +10,17 @@ from optim.bank import Bank
 
 
 class GradientCheck:
-    """Looks at the owners' mean gradients of all banks and tells every rank the same.
+    """Checks the owners' mean gradients of all banks, with one answer on every rank.
 
     At once it raises, which makes a GPU wait; deferred it returns a tensor to mask the step with and keeps count.
     """
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         self.banks = banks
-        self._deferred: Tensor | None = None  # by kind of fault and matrix: how often it was found
+        self._deferred: Tensor | None = None  # by kind of fault and matrix: how often there was one
         self._present: dict[tuple[bool, ...], Tensor] = {}  # kept: a copy from the host would make a GPU wait
 
-    def look(self, gradients: list[Tensor], is_deferred: bool) -> Tensor | None:
+    def check(self, gradients: list[Tensor], is_deferred: bool) -> Tensor | None:
         """From the gradients [P, m, n] of this rank's matrices, one for each bank: None, or if deferred whether all
         is well on all ranks, a bool scalar. Raises FloatingPointError for NaN or infinity, ValueError for a parameter
         with a gradient on some ranks alone."""
@@ -29,32 +29,32 @@ class GradientCheck:
         num_ranks, device = self.banks[0].num_ranks, gradients[0].device
         lengths = [num_ranks * bank.num_slots for bank in self.banks]
         # By bank, owner and slot: the ranks where it is bad, and those where it is present
-        found = torch.zeros(2, sum(lengths), dtype=torch.float32, device=device)
-        for bank, gradient, part in zip(self.banks, gradients, found[0].split(lengths), strict=True):
+        faults = torch.zeros(2, sum(lengths), dtype=torch.float32, device=device)
+        for bank, gradient, part in zip(self.banks, gradients, faults[0].split(lengths), strict=True):
             part.view(num_ranks, -1)[bank.rank] = _not_finite(gradient, is_deferred)
         if num_ranks > 1:
             pattern = tuple(has for bank in self.banks for has in bank.has_gradient())
             if pattern not in self._present:
                 self._present[pattern] = torch.tensor(pattern, dtype=torch.float32, device=device)
-            found[1] = self._present[pattern]
-            dist.all_reduce(found, group=self.banks[0].process_group)
-        found[1] = (found[1] > 0) & (found[1] < num_ranks)
+            faults[1] = self._present[pattern]
+            dist.all_reduce(faults, group=self.banks[0].process_group)
+        faults[1] = (faults[1] > 0) & (faults[1] < num_ranks)
         if not is_deferred:
-            self._raise_for(found, "nothing was updated")
+            self._raise_for(faults, "nothing was updated")
             return None
-        self._deferred = found if self._deferred is None else self._deferred + found
-        return found.sum() == 0
+        self._deferred = faults if self._deferred is None else self._deferred + faults
+        return faults.sum() == 0
 
     def raise_if_any(self) -> None:
-        """Deferred: what `look` would have raised since the last call. Waits for the device."""
-        found, self._deferred = self._deferred, None
-        if found is not None:
-            self._raise_for(found, "the step it came in changed nothing")
+        """Deferred: what `check` would have raised since the last call. Waits for the device."""
+        faults, self._deferred = self._deferred, None
+        if faults is not None:
+            self._raise_for(faults, "the step it came in changed nothing")
 
-    def _raise_for(self, found: Tensor, consequence: str) -> None:
-        if not found.any():
+    def _raise_for(self, faults: Tensor, consequence: str) -> None:
+        if not faults.any():
             return
-        bad, partly = found
+        bad, partly = faults
         if partly.any():
             raise ValueError(
                 f"{self._name_of(partly)} has a gradient on some ranks and none on others; {consequence}. Every rank "
@@ -78,7 +78,7 @@ class GradientCheck:
 
 def _not_finite(gradient: Tensor, is_deferred: bool) -> Tensor:
     """Which matrices of [P, m, n] hold NaN or infinity, bool [P]."""
-    if not is_deferred:  # a sum is the quickest look, and is finite only if all of it is
+    if not is_deferred:  # a sum is the quickest check, and is finite only if all of it is
         rows = gradient.sum(dim=(-2, -1)).isfinite().logical_not_()
         if not rows.any():
             return rows

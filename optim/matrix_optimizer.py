@@ -7,8 +7,8 @@ For each matrix with gradient G (m rows are outputs, n columns inputs), momentum
     U  = orthogonalize(M)                        (a subclass's; Muon: the polar factor of M)
     W <- (1 - lr * weight_decay) * W - lr * scale(m, n) * U
 
-Momentum and scale "spectral" are Muon's (Keller Jordan et al., 2024), scale "match_rms_adamw" is from Liu et al.,
-arXiv 2502.16982, which lets AdamW's learning rates be used.
+Momentum and scale "spectral", sqrt(max(1, m / n)), are Muon's (Keller Jordan et al., 2024); "match_rms_adamw",
+0.2 sqrt(max(m, n)), lets AdamW's learning rates be used (Liu et al., arXiv 2502.16982); "none" is 1.
 
 A new update rule is a subclass with one method:
 
@@ -18,43 +18,33 @@ A new update rule is a subclass with one method:
 """
 
 import copy
-import math
+import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import backend
-from optim.bank import Bank, State, layout
-from optim.checks import OWN_STATE, check_kinds, check_parameters, fitted_state_dict, option_defaults, warn_of_stacks
+from optim.apply_update import SCALES, apply_update, scaled
+from optim.bank import Bank, State, by_matrix, layout
+from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
-from optim.polar import check_polar_arguments
+from optim.options import Option, completed, signature_with
+from optim.polar import METHODS, fast_half_dtype, polar
 from optim.reductions import Reductions, when_ready
-
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda m, n: math.sqrt(max(1, m / n)),
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "none": lambda m, n: 1.0,
-}
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base class: momentum, batches of equal shape, an owner for each matrix among the ranks, weight decay, the update.
 
-    Parameters have two or more dimensions; the last two are the matrix, leading ones are batch (stacked weights,
-    experts). Options of a param group, with their defaults as arguments here:
-
-    - `flatten`: each parameter is one matrix [size(0), rest], as convolution weights [out, in, kh, kw] are best taken.
-      False keeps the last two dimensions, as does None (the default) with a warning for parameters of four or more;
-      of three, stacks of matrices and one-dimensional convolutions cannot be told apart, so that nothing is said.
-    - `row_blocks`: each matrix is this many equal blocks of rows that are orthogonalised apart (3 for a fused
-      [3 D, D] of queries, keys and values, the number of heads or head groups for one block each).
-    - `cautious`: weight decay only where it does not work against the update (Chen et al., arXiv 2510.12402).
-    - `scale`: of the update, "spectral" sqrt(max(1, m / n)), "match_rms_adamw" 0.2 sqrt(max(m, n)), "none" 1.
+    `options` are the options of a param group, each a keyword argument for all groups too; a subclass's are added to
+    those of its bases, or take their place. Parameters have two or more dimensions; the last two are the matrix,
+    leading ones are batch (stacked weights, experts). With `flatten` each parameter is one matrix, as convolution
+    weights [out, in, kh, kw] are best taken; None, the default, is False with a warning for parameters of four
+    dimensions or more. `row_blocks` is 3 for a fused [3 D, D] of queries, keys and values, or the number of heads.
 
     Momentum is float32 whatever the parameter's dtype; parameters of 16 bits follow a float32 master copy. With
     torch.distributed initialised, gradients are averaged over `process_group` (default: all ranks), each rank keeps
@@ -70,42 +60,52 @@ class MatrixOptimizer(torch.optim.Optimizer):
     `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
     """
 
+    options: ClassVar[dict[str, Option]] = {
+        "lr": Option(0.02, "learning rate", (">= 0",)),
+        "momentum": Option(0.95, "share of the momentum that a step keeps", (">= 0", "< 1")),
+        "nesterov": Option(True, "orthogonalise what momentum will be after one more step with this gradient"),
+        "weight_decay": Option(0.0, "decoupled: a step multiplies weights by 1 - lr * this", (">= 0",)),
+        "scale": Option("spectral", "of the update, spectral, match_rms_adamw or none", choices=tuple(SCALES)),
+        "polar_method": Option("polar_express", "how polar factors are computed, see optim/polar.py", choices=METHODS),
+        "polar_steps": Option(None, "Newton-Schulz steps; None: the method's own number", (">= 1",), kind=int),
+        "cautious": Option(False, "decay only where it does not work against the update (arXiv 2510.12402)"),
+        "row_blocks": Option(1, "equal blocks of a matrix's rows, each orthogonalised by itself", (">= 1",)),
+        "flatten": Option(None, "each parameter is one matrix [size(0), rest]", kind=bool),
+    }
+    _declared: ClassVar[dict[str, Option]] = options  # the class's own part of `options`
+    __signature__: ClassVar[inspect.Signature]
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed
+    _gradients: list[Tensor] | None  # of the banks, from finish_reduction to step
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls._declared = vars(cls).get("options", {})
+        cls.options = {}
+        for base in reversed(cls.__mro__):
+            cls.options.update(vars(base).get("_declared", {}))
+        cls.__signature__ = signature_with(cls.options, cls.__init__)
 
     def __init__(
         self,
         params: Any,
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        weight_decay: float = 0.0,
-        scale: str = "spectral",
-        polar_method: str = "polar_express",
-        polar_steps: int | None = None,
-        cautious: bool = False,
-        row_blocks: int = 1,
-        flatten: bool | None = None,
+        lr: Any = ...,
+        *,
         kernels: str = "auto",
         comm_dtype: torch.dtype = torch.float32,
         defer_check: bool = False,
         process_group: dist.ProcessGroup | None = None,
-        rule: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        """`rule` holds a subclass's own options and their defaults, which become options of its param groups."""
+        """`options` are those that the class declares; TypeError for others."""
         # where and how, not what: no part of the state
         self.kernels, self.comm_dtype, self.process_group = kernels, comm_dtype, process_group
         self.defer_check, self._hooked = defer_check, set[Tensor]()
         self._forget_banks()
-        defaults = dict(
-            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, scale=scale,
-            polar_method=polar_method, polar_steps=polar_steps, cautious=cautious, row_blocks=row_blocks,
-            flatten=flatten, **(rule or {}),
-        )  # fmt: skip
+        who = type(self).__name__
         if comm_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"{type(self).__name__}: comm_dtype = {comm_dtype} must be torch.float32 or torch.bfloat16"
-            )
-        super().__init__(params, defaults)
+            raise ValueError(f"{who}: comm_dtype = {comm_dtype} must be torch.float32 or torch.bfloat16")
+        given = options if lr is ... else {"lr": lr, **options}
+        super().__init__(params, completed(who, given, self.options))
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         """The direction to move in, for a batch of momenta `update` [B, m, n] float32; same shape, any dtype.
@@ -115,31 +115,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def polar(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """The polar factor of `update`, as the group's options say; a helper for `orthogonalize`."""
+        return polar(update, **self.polar_arguments(update, group))
+
+    def polar_arguments(self, update: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `polar` and of functions that take the same."""
+        dtype = fast_half_dtype(update.device.type)
+        return dict(method=group["polar_method"], steps=group["polar_steps"], dtype=dtype, kernels=self.kernels)
+
     # Param groups and the banks made from them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
-            self._check_group(len(self.param_groups) - 1)
+            check_group(self, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
         warn_of_stacks(type(self).__name__, self._names(len(self.param_groups) - 1), self.param_groups[-1])
         if self._banks:  # made anew, with what they hold
             self._return_state()
-
-    def _check_group(self, index: int) -> None:
-        group, rule = self.param_groups[index], type(self).__name__
-        check_kinds(rule, group)
-        for key, low, high in (("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf)):
-            if not low <= group[key] < high:
-                raise ValueError(f"{rule}: {key} = {group[key]} must be at least {low} and below {high}")
-        if group["scale"] not in SCALES:
-            raise ValueError(f"{rule}: scale = {group['scale']!r} is unknown; choose one of {', '.join(SCALES)}")
-        check_polar_arguments(group["polar_method"], group["polar_steps"])
-        check_parameters(rule, self._names(index), group)
-        for device in {p.device for p in group["params"]}:
-            backend(self.kernels, device)
 
     def _names(self, index: int) -> list[str]:
         group = self.param_groups[index]
@@ -179,7 +175,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._banks
 
     def _forget_banks(self) -> None:
-        self._banks = []
+        self._banks, self._gradients = [], None
         self._reductions = Reductions([], [])
         self._gradient_check = GradientCheck([])
 
@@ -237,15 +233,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for name, value in taken["state"].get(i, {}).items():
                     self.state[p][name] = value.to(p.device, torch.float32, copy=True)
 
-        handles = [
+        with (
             self.register_load_state_dict_pre_hook(take),
             self.register_load_state_dict_post_hook(keep_float32, prepend=True),
-        ]
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         how = {name: getattr(self, name) for name in ("kernels", "comm_dtype", "defer_check")}
@@ -256,7 +248,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forget_banks()
         self.__dict__.setdefault("process_group", None)  # which cannot be pickled: all ranks, for the unpickled
         self.__dict__.setdefault("_hooked", set())
-        options = option_defaults(type(self))
+        options = {name: option.default for name, option in self.options.items()}
         self.defaults = {**options, **self.defaults}  # of a pickle that is older than an option
         for group in self.param_groups:
             group.update({**options, **group})
@@ -270,12 +262,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # A step
 
-    def reduce_in_backward(self) -> None:
+    def start_reduction(self) -> None:
         """Let the next backward pass start averaging each gradient over the ranks as soon as it is there.
 
         To be called on every rank before the last micro-batch's backward, which makes the gradients final: whatever
-        changes them between that and the step (clipping, say) comes too late. Without ranks it does nothing.
+        changes p.grad between that and the step comes too late. Without ranks it does nothing.
         """
+        self._gradients = None
         if all(bank.num_ranks == 1 for bank, _ in self._make_banks()):
             return
         for group in self.param_groups:
@@ -286,14 +279,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._reductions.await_backward()
 
     @torch.no_grad()
+    def finish_reduction(self) -> list[Tensor]:
+        """The mean gradients over the ranks, [P, m, n] float32 of this rank's matrices for each bank (zeros where there
+        is none), which the next step uses: changes of them count, later ones of p.grad do not."""
+        self._make_banks()
+        if self._gradients is None:
+            self._gradients = self._reductions.finish()
+        return self._gradients
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        banks = self._make_banks()
-        gradients = self._reductions.finish()
-        is_finite = self._gradient_check.look(gradients, self.defer_check)
+        gradients, self._gradients = self.finish_reduction(), None
+        banks = self._banks
+        is_finite = self._gradient_check.check(gradients, self.defer_check)
         held, sent = sum(len(bank.state) for bank, _ in banks), []
         for bank, group in banks:  # while one bank's results travel, the next one's are computed
             gradient = gradients.pop(0)  # popped: each is freed once it is used
@@ -307,7 +309,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._reductions.abandon()  # a step that is skipped, if any had started
+        self._gradients = None  # of a step that is skipped, as are reductions that have started
+        self._reductions.abandon()
         super().zero_grad(set_to_none)
 
     def raise_if_not_finite(self) -> None:
@@ -319,81 +322,49 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if "momentum_buffer" not in bank.state:
             bank.state["momentum_buffer"] = torch.zeros_like(gradient)
         slots = bank.active_slots()
-        is_moving = bank.mask(slots)
+        active = bank.mask(slots)
         if is_finite is not None:
-            is_moving = is_finite.expand(bank.num_own) if is_moving is None else is_moving & is_finite
+            active = is_finite.expand(bank.num_own) if active is None else active & is_finite
         views = {name: value[: bank.num_own] for name, value in bank.state.items()}
         state = dict(views)
-        direction = self._direction(state, gradient[: bank.num_own], group, is_moving)
+        direction = self._direction(state, gradient[: bank.num_own], group, active)
         for name, value in state.items():
             if name not in views:
                 bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
             if value is not views.get(name):  # new, or put in place of the old
                 bank.state[name][: bank.num_own] = value
         if bank.needs_master:
-            master, updates = bank.own_masters(), self._scaled(direction, bank, group, is_finite)
-            self._move([master[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
+            master, updates = bank.own_masters(), scaled(direction, group, is_finite)
+            apply_update([master[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
             direction = master[: bank.num_own].to(bank.dtype)
         bank.start_gather(direction)
 
-    def _direction(self, state: State, gradient: Tensor, group: dict[str, Any], is_moving: Tensor | None) -> Tensor:
-        """Where to move, [B, m, n]; `state` follows where `is_moving` [B], and stays as it is elsewhere."""
+    def _direction(self, state: State, gradient: Tensor, group: dict[str, Any], active: Tensor | None) -> Tensor:
+        """The direction to move in, [B, m, n]; `state` changes where `active` [B] is true, or everywhere for None."""
         weight, before = 1 - group["momentum"], State()
-        if is_moving is not None:
-            gradient = torch.where(by_matrix(is_moving, gradient), gradient, 0)
-            weight = weight * by_matrix(is_moving, gradient).float()
+        if active is not None:
+            gradient = torch.where(by_matrix(active, gradient), gradient, 0)
+            weight = weight * by_matrix(active, gradient).float()
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
         momentum_buffer = state["momentum_buffer"].lerp_(gradient, weight)
         update = gradient.lerp_(momentum_buffer, group["momentum"]) if group["nesterov"] else momentum_buffer.clone()
         with torch.autocast(update.device.type, enabled=False):  # the caller's would recast the products
             direction = self.orthogonalize(update, state, group)
-        if is_moving is not None:
+        if active is not None:
             for name in state.keys() - OWN_STATE:
                 value = state[name]
-                unmoved = before.get(name, torch.zeros_like(value))
-                value.copy_(torch.where(by_matrix(is_moving, value), value, unmoved))
+                kept = before.get(name, torch.zeros_like(value))
+                value.copy_(torch.where(by_matrix(active, value), value, kept))
         return direction
 
     def _finish_update(self, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> None:
         results = bank.gathered()
         if not bank.needs_master:
-            results = self._scaled(results, bank, group, is_finite)
+            results = scaled(results, group, is_finite)
         weights, updates = bank.active_pairs(results)
         if not weights:
             return
         if bank.needs_master:
             torch._foreach_copy_(weights, updates)
         else:
-            self._move(weights, updates, group, is_finite)
-
-    def _scaled(self, direction: Tensor, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
-        """lr * scale * direction, float32; zero after a bad gradient."""
-        return direction.float() * (rate(group, is_finite) * SCALES[group["scale"]](bank.m, bank.n))
-
-    def _move(
-        self, weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], is_finite: Tensor | None
-    ) -> None:
-        """weight <- weight - lr * weight_decay * weight - update, in place."""
-        if group["weight_decay"] and weights:
-            decay = rate(group, is_finite) * group["weight_decay"]
-            if group["cautious"]:
-                decays = torch._foreach_mul(weights, updates)
-                torch._foreach_sign_(decays)
-                torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
-                torch._foreach_mul_(decays, weights)
-                torch._foreach_mul_(decays, decay)
-                torch._foreach_sub_(weights, decays)
-            else:
-                torch._foreach_mul_(weights, 1 - decay)
-        if weights:
-            torch._foreach_sub_(weights, updates)
-
-
-def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
-    """The learning rate, or zero after a bad gradient, decided on the device."""
-    return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
-
-
-def by_matrix(flags: Tensor, value: Tensor) -> Tensor:
-    """[B] as [B, 1, ...], to go with `value` [B, ...]."""
-    return flags.view(-1, *[1] * (value.ndim - 1))
+            apply_update(weights, updates, group, is_finite)

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
-from optim.polar import fast_half_dtype, polar
 
 
 class Muon(MatrixOptimizer):
     """The update is the polar factor of the (Nesterov) momentum."""
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        dtype = fast_half_dtype(update.device.type)
-        return polar(update, group["polar_method"], group["polar_steps"], dtype, self.kernels)
+        return self.polar(update, group)

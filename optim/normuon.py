@@ -9,24 +9,21 @@ U-NorMuon (Tilde Research, 2026) has no memory: rows of tall updates get norm sq
 an orthogonal matrix treated them alike. Rows of square and wide polar factors have norm 1 already.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kernels.reference import TINY
 from optim.bank import State
-from optim.checks import REAL, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
-from optim.polar import fast_half_dtype, polar
+from optim.options import Option
 
 SMALLEST = 1e-10  # mean square of a row that is still normalised: below it, a row of a polar factor is rounding
 
 
-def polar_and_mean_square(update: Tensor, group: dict[str, Any], kernels: str) -> tuple[Tensor, Tensor]:
-    """The polar factor U [B, m, n], at most float32, and the mean square of each of its rows, float32 [B, m]."""
-    dtype = fast_half_dtype(update.device.type)
-    U = polar(update, group["polar_method"], group["polar_steps"], dtype, kernels)
+def with_mean_square(U: Tensor) -> tuple[Tensor, Tensor]:
+    """A polar factor U [B, m, n], at most float32, and the mean square of each of its rows, float32 [B, m]."""
     U = U.float() if U.dtype == torch.float64 else U
     return U, torch.linalg.vector_norm(U, dim=-1, dtype=torch.float32).square() / U.size(-1)
 
@@ -34,18 +31,10 @@ def polar_and_mean_square(update: Tensor, group: dict[str, Any], kernels: str) -
 class NorMuon(MatrixOptimizer):
     """Muon with rows normalised by a running mean of their squares, as Adam does for entries."""
 
-    def __init__(self, params: Any, lr: float = 0.02, beta2: float = 0.95, **muon: Any) -> None:
-        super().__init__(params, lr, rule=dict(beta2=beta2), **muon)
-
-    def _check_group(self, index: int) -> None:
-        super()._check_group(index)
-        check_kinds("NorMuon", self.param_groups[index], {"beta2": (REAL, 0.95)})
-        beta2 = self.param_groups[index]["beta2"]
-        if not 0 <= beta2 < 1:
-            raise ValueError(f"NorMuon: beta2 = {beta2} must be at least 0 and below 1; 0.95 is the usual choice")
+    options: ClassVar = {"beta2": Option(0.95, "share of the rows' mean squares that a step keeps", (">= 0", "< 1"))}
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        U, square = polar_and_mean_square(update, group, self.kernels)
+        U, square = with_mean_square(self.polar(update, group))
         if "row_square" not in state:
             state["row_square"] = torch.zeros_like(square)  # its start is one factor for all rows, which cancels
         v = state["row_square"].lerp_(square, 1 - group["beta2"])
@@ -59,7 +48,7 @@ class UNorMuon(MatrixOptimizer):
     """Muon with the rows of tall updates set to one norm."""
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        U, square = polar_and_mean_square(update, group, self.kernels)
+        U, square = with_mean_square(self.polar(update, group))
         m, n = U.shape[-2:]
         if m <= n:
             return U

@@ -48,7 +48,7 @@ class Reductions:
             return
         if p in self._ready:
             raise RuntimeError(
-                "a gradient was accumulated once more after its reduction had started: call reduce_in_backward() "
+                "a gradient was accumulated once more after its reduction had started: call start_reduction() "
                 "before the last backward pass of a step alone, and use checkpointing with use_reentrant=False"
             )
         self._ready.add(p)

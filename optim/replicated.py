@@ -3,22 +3,37 @@
 For embeddings, head and whatever is not a hidden matrix, and as baselines for the hidden matrices.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_means = WeakTensorKeyDictionary()  # gradients that are means over the ranks: their version when they became that
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def mark_as_means(gradients: Iterable[Tensor]) -> None:
+    """Say that these are means over the ranks, until someone writes to them."""
+    for gradient in gradients:
+        _means[gradient] = gradient._version
 
 
 def average_gradients(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
-    """Replace each gradient by its mean over the ranks, in place, as DistributedDataParallel does."""
-    works = [
-        dist.all_reduce(p.grad, op=dist.ReduceOp.AVG, group=process_group, async_op=True)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
-    ]
+    """Replace each gradient by its mean over the ranks, in place, as DistributedDataParallel does; where it is the
+    mean already nothing is sent."""
+    if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
+        return
+    gradients = [gradient for gradient in gradients_of(optimizer) if _means.get(gradient) != gradient._version]
+    works = [dist.all_reduce(g, op=dist.ReduceOp.AVG, group=process_group, async_op=True) for g in gradients]
     for work in works:
         work.wait()
+    mark_as_means(gradients)
 
 
 def replicate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -27,6 +42,5 @@ def replicate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     def before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         average_gradients(optimizer)
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_pre_hook(before_step)
     return optimizer

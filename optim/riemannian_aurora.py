@@ -24,17 +24,19 @@ Source: Riemannian Aurora, Tilde Research (2026), arXiv 2606.27715.
 """
 
 import math
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kernels.reference import TINY
-from optim.aurora import check_sides, is_balanced
+from optim.aurora import Aurora, is_balanced
 from optim.bank import State
-from optim.checks import INTEGER, REAL, TEXT, check_kinds
 from optim.matrix_optimizer import MatrixOptimizer
-from optim.polar import as_matrices, fast_half_dtype, polar
+from optim.options import Option
+from optim.polar import as_matrices, polar
 
 
 @torch.no_grad()
@@ -54,23 +56,19 @@ def riemannian_polar(
     Polar factors are taken by `polar` with the arguments from `method` on; everything else is float32. Square matrices
     get the polar factor; zero ones stay zero.
     """
+    polar_of = partial(polar, method=method, steps=steps, dtype=dtype, kernels=kernels)
+    is_wide = M.size(-2) < M.size(-1)
+    M = as_matrices(M.mT if is_wide else M).float()
     m, n = M.shape[-2:]
-    if m < n:
-        return riemannian_polar(
-            M.mT, outer_steps, cg_steps, step_size, retraction_steps, method, steps, dtype, kernels
-        ).mT
-    M = as_matrices(M).float()
     M = M / M.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)
     M = math.sqrt(n) * M / torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True).clamp_min(TINY)  # n / TINY overflows
-    U = polar(M, method, steps, dtype, kernels).float()
-    if m == n:
-        return U
-    for _ in range(outer_steps):
+    U = polar_of(M).float()
+    for _ in range(outer_steps if m > n else 0):
         U = U + step_size * tangent(M, U, cg_steps)
         for _ in range(retraction_steps):
             U = U * (math.sqrt(n / m) / torch.linalg.vector_norm(U, dim=-1, keepdim=True).clamp_min(TINY))
-            U = polar(U, method, steps, dtype, kernels).float()
-    return U
+            U = polar_of(U).float()
+    return U.mT if is_wide else U
 
 
 def tangent(M: Tensor, U: Tensor, cg_steps: int) -> Tensor:
@@ -110,48 +108,25 @@ def _row_multipliers(M: Tensor, U: Tensor, B: Tensor, cg_steps: int) -> Tensor:
     return centred(solution)
 
 
-RULE_OPTIONS = {
-    "sides": (TEXT, "both"),
-    "outer_steps": (INTEGER, 3),
-    "cg_steps": (INTEGER, 20),
-    "step_size": (REAL, 0.1),
-    "retraction_steps": (INTEGER, 2),
+ASCENT: dict[str, Option] = {
+    "outer_steps": Option(3, "steps of the ascent", (">= 1",)),
+    "cg_steps": Option(20, "conjugate gradients in a step of the ascent", (">= 1",)),
+    "step_size": Option(0.1, "length of such a step, above 0 and at most 1", ("> 0", "<= 1")),
+    "retraction_steps": Option(2, "equal rows, then a polar factor: so many times after such a step", (">= 1",)),
 }
 
 
 class RiemannianAurora(MatrixOptimizer):
-    """Aurora by Riemannian ascent; the options are `riemannian_polar`'s, `sides` is Aurora's."""
+    """Aurora by Riemannian ascent, see `riemannian_polar`."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.02,
-        outer_steps: int = 3,
-        cg_steps: int = 20,
-        step_size: float = 0.1,
-        retraction_steps: int = 2,
-        sides: str = "both",
-        polar_method: str = "simple_quintic",
-        **muon: Any,
-    ) -> None:
-        rule = dict(outer_steps=outer_steps, cg_steps=cg_steps, step_size=step_size, retraction_steps=retraction_steps)
-        super().__init__(params, lr, polar_method=polar_method, rule=dict(**rule, sides=sides), **muon)
-
-    def _check_group(self, index: int) -> None:
-        super()._check_group(index)
-        group = self.param_groups[index]
-        check_kinds("RiemannianAurora", group, RULE_OPTIONS)
-        check_sides("RiemannianAurora", group["sides"])
-        for key in ("outer_steps", "cg_steps", "retraction_steps"):
-            if group[key] < 1:
-                raise ValueError(f"RiemannianAurora: {key} = {group[key]} must be at least 1")
-        if not 0 < group["step_size"] <= 1:
-            raise ValueError(f"RiemannianAurora: step_size = {group['step_size']} must be above 0 and at most 1")
+    options: ClassVar = {
+        **ASCENT,
+        "sides": Aurora.options["sides"],
+        "polar_method": replace(MatrixOptimizer.options["polar_method"], default="simple_quintic"),
+    }
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        dtype = fast_half_dtype(update.device.type)
-        polar_arguments = group["polar_method"], group["polar_steps"], dtype, self.kernels
         if not is_balanced(group["sides"], *update.shape[-2:]):
-            return polar(update, *polar_arguments)
-        ascent = group["outer_steps"], group["cg_steps"], group["step_size"], group["retraction_steps"]
-        return riemannian_polar(update, *ascent, *polar_arguments)
+            return self.polar(update, group)
+        ascent = {name: group[name] for name in ASCENT}
+        return riemannian_polar(update, **ascent, **self.polar_arguments(update, group))

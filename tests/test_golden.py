@@ -47,11 +47,10 @@ def test_the_plain_step_trains_as_it_always_did(matrix_optimizer: str, tmp_path:
 
 
 def write_golden() -> None:
-    import optim.aurora
-    import optim.muon
+    import optim.matrix_optimizer
 
     torch.set_num_threads(1)
-    optim.aurora.fast_half_dtype = optim.muon.fast_half_dtype = lambda device_type: torch.float32  # as in the test
+    optim.matrix_optimizer.fast_half_dtype = lambda device_type: torch.float32  # as in the test
     found = {}
     for name in OPTIMIZERS:
         with tempfile.TemporaryDirectory() as folder:

@@ -93,7 +93,7 @@ def test_a_batch_is_cut_into_as_few_equal_micro_batches_as_it_can(
         inputs, _ = loader.batch(7, num_tokens, 16)
         assert inputs.shape == shape
         np.testing.assert_array_equal(inputs.flatten(), naive[7 : 7 + num_tokens])
-        with pytest.raises(ValueError, match="batch_tokens: 272 are 17 rows on each rank, .* micro-batches"):
+        with pytest.raises(ValueError, match=r"batch_tokens: 272 are 17 rows on each rank, .* micro-batches"):
             TokenLoader(stream, 64).shape(272, 16)
 
 

@@ -309,7 +309,7 @@ def test_a_compiled_graph_holds_the_whole_polar_factor(rule: Callable[..., Tenso
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="trains through the interpreter")
 def test_the_trainer_runs_on_either_kernels_and_says_which(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optim.aurora.fast_half_dtype", lambda device_type: torch.float32)
+    monkeypatch.setattr("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float32)
     losses = {}
     for name in ("torch", "triton"):
         result = trainer(f"--kernels={name}", "--train_steps=2", "--val_every=2", "--num_layers=1")

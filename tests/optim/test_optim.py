@@ -17,7 +17,10 @@ from torch import nn
 from benchmarks.polar_speed import exact_aurora
 from model import GPT, ModelConfig
 from optim import (
-    MATRIX_OPTIMIZERS,
+    RULES as RULE_CLASSES,
+)
+from optim import (
+    TORCH_OPTIMIZERS,
     Aurora,
     MatrixOptimizer,
     Muon,
@@ -528,19 +531,19 @@ def test_an_empty_group_is_nothing_to_do() -> None:
 @pytest.mark.parametrize(
     ("rule", "settings", "words"),
     [
-        (Muon, dict(lr=-1.0), ["lr = -1.0", "at least 0"]),
-        (Muon, dict(momentum=1.0), ["momentum = 1.0", "below 1"]),
+        (Muon, dict(lr=-1.0), ["lr = -1.0", ">= 0; 0.02"]),
+        (Muon, dict(momentum=1.0), ["momentum = 1.0", ">= 0 and < 1"]),
         (Muon, dict(scale="big"), ["scale = 'big'", "spectral"]),
         (Muon, dict(polar_method="qr"), ["'qr'", "polar_express"]),
-        (Aurora, dict(iterations=0), ["iterations = 0", "2 is"]),
+        (Aurora, dict(iterations=0), ["iterations = 0", ">= 1; 2,"]),
         (Aurora, dict(beta=2.0), ["beta = 2.0", "0.5"]),
         (Aurora, dict(sides="left"), ["sides = 'left'", "both"]),
         (Aurora, dict(variant="hot"), ["variant = 'hot'", "warm"]),
         (Muon, dict(row_blocks=3), ["row_blocks = 3", "2 rows", "1 keeps"]),
         (Muon, dict(comm_dtype=torch.float16), ["comm_dtype = torch.float16", "torch.bfloat16"]),
         (NorMuon, dict(beta2=1.0), ["beta2 = 1.0", "0.95"]),
-        (RiemannianAurora, dict(outer_steps=0), ["outer_steps = 0", "at least 1"]),
-        (RiemannianAurora, dict(step_size=0.0), ["step_size = 0.0", "above 0"]),
+        (RiemannianAurora, dict(outer_steps=0), ["outer_steps = 0", ">= 1; 3, the default, works"]),
+        (RiemannianAurora, dict(step_size=0.0), ["step_size = 0.0", "> 0 and <= 1; 0.1"]),
         (RiemannianAurora, dict(sides="left"), ["sides = 'left'", "both"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -556,7 +559,7 @@ def test_wrong_settings_are_refused(rule: Make, settings: dict[str, Any], words:
     [
         (Muon, "lr", ["0.1", None, True, 1j, torch.ones(2)], ["a real number", "lr = 0.02"]),
         (Muon, "momentum", ["0.9", None, False], ["a real number", "momentum = 0.95"]),
-        (Muon, "weight_decay", ["0.1", None, True], ["a real number", "weight_decay = 0.1"]),
+        (Muon, "weight_decay", ["0.1", None, True], ["a real number", "weight_decay = 0.0"]),
         (Muon, "row_blocks", [2.0, "1", None, True], ["an integer", "row_blocks = 1"]),
         (Muon, "polar_steps", [2.5, 5.0, "5", True], ["an integer or None"]),
         (Muon, "flatten", ["no", 0, 1], ["True or False or None"]),
@@ -611,7 +614,7 @@ def config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+@pytest.mark.parametrize("name", [*RULE_CLASSES, *TORCH_OPTIMIZERS])
 def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str) -> None:
     model = GPT(ModelConfig(vocab_size=50, num_layers=2, num_heads=2, head_dim=8, model_dim=16, seq_len=8))
     model.gain = nn.Parameter(torch.ones(16))  # as a fork might add

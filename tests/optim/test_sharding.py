@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from optim import Aurora, MatrixOptimizer, Muon, NorMuon, RiemannianAurora, UNorMuon
+from optim import (
+    Aurora,
+    MatrixOptimizer,
+    Muon,
+    NorMuon,
+    RiemannianAurora,
+    UNorMuon,
+    clip_gradients,
+    finish_reduction,
+    start_reduction,
+)
 from optim.bank import Bank
 from optim.reductions import Reductions
+from optim.replicated import average_gradients
 from tests.matrices import Float64
 
 WORLD = 4
@@ -63,26 +75,30 @@ def make(rule: str, params: dict[str, nn.Parameter], **place: Any) -> MatrixOpti
 
 
 def train(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int, ranks: int, steps: range) -> None:
-    """Gradients that differ between ranks and average to the same for any number of them, from two micro-batches,
-    the second of which starts the reductions."""
     for step in steps:
-        used = {name: p for name, p in params.items() if name not in ("frozen", "unused")}
-        if step % 3 == 1:
-            del used["sometimes"]
-        for micro_batch in range(2):
-            loss = torch.zeros(())
-            for i, p in enumerate(used.values()):
-                seed = 1000 * step + 20 * i
-                noise = [randn(seed + 1 + r, *p.shape).double() for r in range(ranks)]
-                gradient = randn(seed, *p.shape) + (1 + micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
-                loss = loss + (p.float() * gradient).sum() / 2
-            if micro_batch == 1 and step % 2:
-                optimizer.reduce_in_backward()
-            loss.backward()
-            if micro_batch == 1 and step % 2 and ranks > 1:
-                assert optimizer._reductions._started > 0  # while backward ran
+        backward(optimizer, params, rank, ranks, step)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def backward(optimizer: MatrixOptimizer, params: dict[str, nn.Parameter], rank: int, ranks: int, step: int) -> None:
+    """Gradients that differ between ranks and average to the same for any number of them, from two micro-batches, the
+    second of which starts the reductions in odd steps."""
+    used = {name: p for name, p in params.items() if name not in ("frozen", "unused")}
+    if step % 3 == 1:
+        del used["sometimes"]
+    for micro_batch in range(2):
+        loss = torch.zeros(())
+        for i, p in enumerate(used.values()):
+            seed = 1000 * step + 20 * i
+            noise = [randn(seed + 1 + r, *p.shape).double() for r in range(ranks)]
+            gradient = randn(seed, *p.shape) + (1 + micro_batch) * (noise[rank] - torch.stack(noise).mean(0))
+            loss = loss + (p.float() * gradient).sum() / 2
+        if micro_batch == 1 and step % 2:
+            start_reduction([optimizer])
+        loss.backward()
+        if micro_batch == 1 and step % 2 and ranks > 1:
+            assert optimizer._reductions._started > 0  # while backward ran
 
 
 @contextmanager
@@ -108,8 +124,7 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     groups = [dist.new_group(list(range(ranks))) for ranks in range(1, WORLD + 1)]
     out: dict[str, Any] = {}
-    for name in ("muon", "aurora", "normuon", "riemannian_aurora"):
-        mock.patch(f"optim.{name}.fast_half_dtype", lambda device_type: torch.float32).start()
+    mock.patch("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float32).start()
     mock.patch("optim.bank.BUCKET_BYTES", 1000).start()  # several buckets in a bank
     for ranks, group in enumerate(groups, start=1):
         if rank >= ranks:
@@ -133,11 +148,11 @@ def worker(rank: int, folder: str) -> None:
             train(optimizer, params, rank, ranks, range(STEPS))
             out[f"bfloat16 traffic, {dtype}, {ranks} ranks"] = flat(params)
     out.update(hostile(rank, groups))
+    out.update(clipped(rank, groups))
     with float64():
         out.update(fewer_ranks(rank, groups))
     mock.patch.stopall()
-    for name in ("muon", "aurora", "normuon"):
-        mock.patch(f"optim.{name}.fast_half_dtype", lambda device_type: torch.bfloat16).start()
+    mock.patch("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.bfloat16).start()
     for ranks, group in enumerate(groups, start=1):
         if rank < ranks:  # results that are halves: of every owner alike, whatever has a gradient
             params = make_params()
@@ -200,7 +215,7 @@ def hostile(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
     optimizer, reference = (make("muon", each, process_group=groups[-1]) for each in (params, others))
     train(optimizer, params, rank, WORLD, range(1))
     train(reference, others, rank, WORLD, range(1))
-    optimizer.reduce_in_backward()
+    optimizer.start_reduction()
     reached = [p.sum() * 100 for name, p in params.items() if name == "q3" or (p.requires_grad and rank != 1)]
     torch.stack(reached).sum().backward()
     optimizer.zero_grad()
@@ -216,13 +231,42 @@ def hostile(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
     params["q1"].requires_grad_(True)
     train(optimizer, params, rank, WORLD, range(3, 4))
     out["thawed"] = float((params["q1"] - before).norm().detach())
-    optimizer.reduce_in_backward()
+    optimizer.start_reduction()
     loss = torch.stack([p.sum() for p in params.values() if p.requires_grad]).sum()
     loss.backward(retain_graph=True)
     try:
         loss.backward()
     except RuntimeError as error:
         out["twice"] = str(error)
+    return out
+
+
+def clipped(rank: int, groups: list[dist.ProcessGroup]) -> dict[str, Any]:
+    """A step in phases: the gradients' norm, and what moves by a clipped step, with SGD for a parameter beside."""
+    out: dict[str, Any] = {}
+    for ranks, group in enumerate(groups, start=1):
+        if rank >= ranks:
+            continue
+        params, gain = make_params(), nn.Parameter(randn(77, 12).clone())
+        optimizers = [make("muon", params, process_group=group), torch.optim.SGD([gain], lr=1.0)]
+        for step in range(2):
+            noise = [randn(500 + step + r, 12) for r in range(ranks)]
+            gain.grad = randn(400 + step, 12) + noise[rank] - torch.stack(noise).mean(0)
+            backward(optimizers[0], params, rank, ranks, step)
+            finish_reduction(optimizers)
+            out[f"norm {step}, {ranks} ranks"] = clip_gradients(optimizers, 0.5)
+            with mock.patch("torch.distributed.all_reduce") as again:
+                average_gradients(optimizers[1], group)  # as a step of build_optimizers's does
+            out[f"sent again {step}, {ranks} ranks"] = again.called
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        out[f"clipped, {ranks} ranks"] = torch.cat([flat(params), gain.detach()])
+        gain.grad = randn(9, 12) * (rank + 1)
+        average_gradients(optimizers[1], group)
+        gain.grad += rank  # no longer the mean
+        average_gradients(optimizers[1], group)
+        out[f"mean, {ranks} ranks"] = gain.grad
     return out
 
 
@@ -341,6 +385,26 @@ def test_results_that_are_halves_travel_as_they_are(results: list[dict[str, Any]
     together = [results[rank][f"half results, {ranks} ranks"] for rank in range(ranks)]
     assert all(torch.equal(together[0], other) for other in together[1:])
     assert (together[0] - alone).norm() < 0.02 * (alone - flat(make_params())).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_clipping_is_the_same_for_any_number_of_ranks(results: list[dict[str, Any]], ranks: int) -> None:
+    params, rounding = make_params(), 20 * torch.finfo(torch.float32).eps
+    for step in range(2):
+        params["sometimes"].requires_grad_(step % 3 != 1)
+        used = [p for name, p in params.items() if name != "unused" and p.requires_grad]
+        gradients = [randn(1000 * step + 20 * i, *p.shape) for i, p in enumerate(used)] + [randn(400 + step, 12)]
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+        for rank in range(ranks):
+            assert results[rank][f"norm {step}, {ranks} ranks"].item() == pytest.approx(norm, rel=1e-6)
+            assert not results[rank][f"sent again {step}, {ranks} ranks"]
+    ours = [results[rank][f"clipped, {ranks} ranks"] for rank in range(ranks)]
+    assert all(torch.equal(ours[0], other) for other in ours[1:])
+    assert results[0][f"norm 1, {ranks} ranks"] == results[ranks - 1][f"norm 1, {ranks} ranks"]
+    mean = randn(9, 12) * (ranks + 1) / 2 + (ranks - 1) / 2
+    torch.testing.assert_close(results[0][f"mean, {ranks} ranks"], mean, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(ours[0][-12:], results[0]["clipped, 1 ranks"][-12:], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""The routing of a model's parameters to optimizers: matrices inside the blocks, embeddings, head, scalars."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels import backend
+from optim.config import TORCH_OPTIMIZERS, Groups, OptimizerConfig, adamw, find_rule, rule_settings
+from optim.matrix_optimizer import MatrixOptimizer
+
+TABLES = nn.Embedding, nn.EmbeddingBag
+COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def rule_optimizer(rule: type[MatrixOptimizer], groups: Groups, config: OptimizerConfig) -> MatrixOptimizer:
+    """A matrix optimizer as the config says; what it leaves to the rule ("auto", 0) is the rule's own default."""
+    options: dict[str, Any] = dict(momentum=config.momentum, scale=config.matrix_scale, cautious=config.cautious)
+    if config.polar_method != "auto":
+        options["polar_method"] = config.polar_method
+    if config.polar_steps:
+        options["polar_steps"] = config.polar_steps
+    for setting, (name, option) in rule_settings(rule).items():
+        options[name] = getattr(config, setting, option.default)
+    return rule(groups, kernels=config.kernels, comm_dtype=COMM_DTYPES[config.comm_dtype], **options)
+
+
+def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: bool = False) -> set[nn.Parameter]:
+    """The parameters of every child called `head` of a model, at whatever depth: torch.compile, nn.Sequential,
+    DistributedDataParallel and their like put modules of their own around it.
+
+    A module in a list (`is_listed`) is a model where it holds an embedding, and not one where it is a block of another
+    (`is_in_model`), whose `head` is a matrix like its others.
+    """
+    children = dict(module.named_children())
+    is_model = "head" in children
+    if is_model and is_listed:
+        is_model = not is_in_model and any(isinstance(part, TABLES) for part in module.modules())
+    found = set(children["head"].parameters()) if is_model else set[nn.Parameter]()
+    for name, child in children.items():
+        found |= head_parameters(child, name.isdigit() or (is_listed and not is_model), is_in_model or is_model)
+    return found
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig | Any) -> list[torch.optim.Optimizer]:
+    """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
+
+    Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
+    module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
+    `config` has the fields of OptimizerConfig; a rule's option without a field keeps its default. Raises ValueError for
+    an unknown `matrix_optimizer`, a model without matrices and whatever the optimizers refuse.
+    """
+    make = TORCH_OPTIMIZERS.get(config.matrix_optimizer) or partial(rule_optimizer, find_rule(config.matrix_optimizer))
+    if config.comm_dtype not in COMM_DTYPES:
+        raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
+    tables = [module for module in model.modules() if isinstance(module, TABLES)]
+    embeddings = {p for table in tables for p in table.parameters()}  # of a parametrized one, what it is made from
+    heads = head_parameters(model)
+    routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
+    for name, p in model.named_parameters():
+        if p in embeddings:
+            routes["embed"].append((name, p))
+        elif p in heads:
+            routes["head"].append((name, p))
+        else:
+            routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))
+
+    if not routes["matrix"]:
+        raise ValueError(
+            f"matrix_optimizer = {config.matrix_optimizer!r}: the model has no matrices beside embeddings and head; "
+            "train it with torch.optim.AdamW alone"
+        )
+
+    def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
+        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
+
+    groups = [
+        group("embed", config.embed_lr, config.weight_decay),
+        group("head", config.head_lr, config.weight_decay),
+        group("scalar", config.scalar_lr, config.weight_decay),
+    ]
+    matrix_group = group("matrix", config.matrix_lr, config.matrix_weight_decay)
+    matrix_optimizer = make([matrix_group], config)
+    if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
+        matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
+    rest = [g for g in groups if g["params"]]
+    return [matrix_optimizer, adamw(rest, config)] if rest else [matrix_optimizer]
+
+
+def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
+    """Which optimizer moves what: one line per group."""
+    lines = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            count = sum(p.numel() for p in group["params"])
+            what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
+            if isinstance(optimizer, MatrixOptimizer):
+                what += (
+                    f", {group['polar_method']}, {backend(optimizer.kernels, group['params'][0].device).name} kernels"
+                )
+            lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import shutil
 import textwrap
@@ -62,7 +63,7 @@ def parse_settings(
 def peek(argv: Sequence[str], key: str) -> str:
     """The text of one setting on a command line, or else in the config file on it, before it is known which settings
     there are; empty if it is given in neither."""
-    for word, follower in reversed(list(zip(argv, [*argv[1:], ""], strict=True))):
+    for word, follower in reversed(list(itertools.pairwise([*argv, ""]))):
         name, has_value, value = word.partition("=")
         if name == f"--{key}":
             return value if has_value else follower
@@ -229,6 +230,6 @@ def describe(settings: Any, description: str) -> str:
                 elif heading := re.fullmatch(r"    # ([^:]+)", line):
                     lines += ["", heading[1]]
     lines += ["", "Options of single update rules"]
-    for key in rules.keys() - texts:
+    for key in [key for key in rules if key not in texts]:
         show(key, rules[key].help)
     return "\n".join(lines)

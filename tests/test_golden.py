@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw", "muon", "aurora")
 SETTINGS = dict(
     tokenizer="none", vocab_size=100, val_tokens=256, num_layers=3, num_heads=2, head_dim=16, model_dim=48, seq_len=32,
     train_steps=20, batch_tokens=512, micro_batch_tokens=256, val_every=20, log_every=1, warmup_steps=3,
-    momentum_warmup_steps=10, dtype="float32", device="cpu",
+    momentum_warmup_steps=10, dtype="float32", device="cpu", fused="none",
 )  # fmt: skip
 
 

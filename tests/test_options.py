@@ -15,19 +15,18 @@ import torch
 from torch.autograd import DeviceType
 
 import train_gpt
-from data.loader import TokenLoader, TokenStream, tokens_before
+from data.loader import TokenLoader, TokenStream
 from data.shards import write_shard
 from harness.profiling import largest_costs
 from harness.resume import FIXED, WHERE_AND_HOW
 from leaderboard.runs import read_run
-from schedule import window_at
 from tests.conftest import Trainer, python, torchrun
-from train_gpt import Config, load_config, set_schedule, set_up, train_step, warm_up
+from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_up
 
-FUSED = ["--fused_norm=true", "--fused_mlp=true", "--fused_head=true", "--attention=blocks"]
+PLAIN, FUSED = ["--fused=none"], ["--fused=norm,mlp,head,blocks"]
 EVERYTHING = [
     *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--unet_skips=true",
-    "--joint_matrices=true", "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
+    "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
     "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96",
 ]  # fmt: skip
 
@@ -52,7 +51,7 @@ def tiny_run(tiny_recipe: Path, *arguments: str) -> train_gpt.Run:
 
 def test_the_window_grows_in_multiples_of_its_start_and_ends_whole() -> None:
     config = Config(window=1000, window_start=128, train_steps=100)
-    sizes = [window_at(step, config) for step in range(101)]
+    sizes = [plan_step(config, step).window for step in range(101)]
     assert sizes[0] == 128
     assert sizes[-1] == 1000
     assert sorted(set(sizes), key=sizes.index) == [128, 256, 384, 512, 640, 768, 896, 1000]
@@ -60,8 +59,8 @@ def test_the_window_grows_in_multiples_of_its_start_and_ends_whole() -> None:
 
 
 def test_a_window_without_a_start_is_constant_and_none_is_none() -> None:
-    assert {window_at(step, Config(window=64)) for step in range(300)} == {64}
-    assert window_at(0, Config()) is None
+    assert {plan_step(Config(window=64), step).window for step in range(300)} == {64}
+    assert plan_step(Config(), 0).window is None
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [32, 64, 128])
@@ -74,37 +73,29 @@ def test_small_batches_take_the_same_stream_in_the_same_order(
         pytest.skip("one micro-batch of each rank is the whole batch; the other cases cut it")
     write_shard(tmp_path / "a.bin", np.arange(2000) % 1000)
     stream = TokenStream([tmp_path / "a.bin"], 1000)
-    loaders = [
-        TokenLoader(stream, 256, 16, micro_batch_tokens, rank, world_size, small_batch_steps=3)
-        for rank in range(world_size)
-    ]
+    loaders = [TokenLoader(stream, micro_batch_tokens, rank, world_size) for rank in range(world_size)]
+    config = Config(batch_tokens=256, seq_len=16, small_batch_steps=3)
     position = 0
     for step in [0, 1, 2, 3, 4]:
-        assert tokens_before(step, 256, 3) == loaders[0].tokens_before(step) == position
-        batches = [loader.batch(step) for loader in loaders]
+        plan = plan_step(config, step)
+        assert plan.first_token == position
+        batches = [loader.batch(position, plan.batch_tokens, plan.row_tokens) for loader in loaders]
         inputs, targets = (torch.cat([pair[i].flatten() for pair in batches]) for i in (0, 1))
         count = 128 if step < 3 else 256
         assert inputs.tolist() == [(position + i) % 1000 for i in range(count)]
         assert targets.tolist() == [(position + i + 1) % 1000 for i in range(count)]
         assert all(pair[0].shape[2] == 16 for pair in batches)
         position += count
-    assert loaders[0].epoch(9) == (3 * 128 + 6 * 256) // 2000 == 0
-    assert loaders[0].epoch(10) == 1
-    assert loaders[0].epochs(10) == (3 * 128 + 7 * 256) / 2000
     for loader in loaders:
         loader.close()
-
-
-def test_half_of_one_odd_micro_batch_is_refused(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.bin", np.arange(2000) % 1000)
-    with pytest.raises(ValueError, match="small_batch_steps = 3: half of a step, 1 micro-batches of 3 rows"):
-        TokenLoader(TokenStream([tmp_path / "a.bin"], 1000), 48, 16, 48, small_batch_steps=3)
 
 
 def test_short_rows_are_the_same_tokens_cut_in_two(tiny_recipe: Path) -> None:
     long, short = tiny_run(tiny_recipe), tiny_run(tiny_recipe, "--short_row_steps=2")
     for step, rows in enumerate([12, 12, 6]):
-        for whole, cut in zip(long.batch(step), short.batch(step), strict=True):
+        for run in (long, short):
+            run.follow(plan_step(run.config, step))
+        for whole, cut in zip(long.batch(), short.batch(), strict=True):
             assert cut.shape == (1, rows, 192 // rows)
             assert torch.equal(whole.flatten(), cut.flatten())
     for run in (long, short):
@@ -127,8 +118,8 @@ def test_embedding_and_head_are_one_matrix_until_they_are_untied(tiny_recipe: Pa
     run = tiny_run(tiny_recipe, "--tie_head_steps=3", "--embed_lr=0.004")
     equal = []
     for step in range(5):
-        set_schedule(run, step)
-        train_step(run, *run.batch(step))
+        run.follow(plan_step(run.config, step))
+        train_step(run, *run.batch())
         equal.append(torch.equal(run.model.embed.weight, run.model.head.weight))
     assert equal == [True, True, True, False, False]
     run.loader.close()
@@ -136,10 +127,10 @@ def test_embedding_and_head_are_one_matrix_until_they_are_untied(tiny_recipe: Pa
 
 def test_documents_begin_at_the_tokenizers_own_token(tiny_recipe: Path) -> None:
     byte = ["--tokenizer=byte", "--vocab_size=257"]
-    assert train_gpt.model_config(load_config([str(tiny_recipe), *byte, "--doc_mask=true"])).doc_token == 256
+    assert tiny_run(tiny_recipe, *byte, "--doc_mask=true").model.doc_token == 256
     gpt2 = ["--tokenizer=gpt2", "--vocab_size=50257"]
-    assert train_gpt.model_config(load_config([str(tiny_recipe), *gpt2, "--doc_mask=true"])).doc_token == 50256
-    assert train_gpt.model_config(load_config([str(tiny_recipe), *byte])).doc_token is None
+    assert tiny_run(tiny_recipe, *gpt2, "--doc_mask=true").model.doc_token == 50256
+    assert tiny_run(tiny_recipe, *byte).model.doc_token is None
 
 
 # The run
@@ -150,8 +141,8 @@ def test_warm_up_with_everything_on_leaves_no_trace(tiny_recipe: Path) -> None:
     warm_up(warm)
     for step in range(3):
         for run in (cold, warm):
-            set_schedule(run, step)
-            train_step(run, *run.batch(step))
+            run.follow(plan_step(run.config, step))
+            train_step(run, *run.batch())
     for p, q in zip(cold.model.parameters(), warm.model.parameters(), strict=True):
         assert torch.equal(p, q)
     for run in (cold, warm):
@@ -184,8 +175,8 @@ def test_warm_up_meets_every_shape_and_window_before_the_clock_starts(
     warmed = set(seen)
     seen.clear()
     for step in range(run.config.train_steps):
-        set_schedule(run, step)
-        train_step(run, *run.batch(step))
+        run.follow(plan_step(run.config, step))
+        train_step(run, *run.batch())
         if step % 10 == 0:
             train_gpt.evaluate(run)
     assert len(warmed) > 6
@@ -226,7 +217,7 @@ def test_two_ranks_with_everything_on_train_as_one(trainer: Trainer, tiny_recipe
 
 @pytest.mark.parametrize("matrix_optimizer", ["muon", "aurora"])
 def test_options_off_and_fused_parts_on_train_alike(trainer: Trainer, tmp_path: Path, matrix_optimizer: str) -> None:
-    for name, options in (("plain", []), ("fused", FUSED)):
+    for name, options in (("plain", PLAIN), ("fused", FUSED)):
         result = trainer(*options, f"--matrix_optimizer={matrix_optimizer}", f"--run_dir={tmp_path / name}")
         assert result.returncode == 0, result.stderr
     plain, fused = (metrics(only(tmp_path / name), "val_loss") for name in ("plain", "fused"))
@@ -247,17 +238,17 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
 ) -> None:
     """Its settings lack the options, and its training was without them."""
 
-    def stop_at_25(run: train_gpt.Run, step: int) -> None:
+    def stop_at_25(config: Config, step: int) -> train_gpt.StepPlan:
         if step == 25:
             raise KeyboardInterrupt
-        set_schedule(run, step)
+        return plan_step(config, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "set_schedule", stop_at_25)
+        patch.setattr(train_gpt, "plan_step", stop_at_25)
         assert trainer("--checkpoint_every=20").returncode == 130
     checkpoint = only(tmp_path / "runs") / "checkpoint_000020.pt"
     state = torch.load(checkpoint, weights_only=True)
-    for key in ("z_loss", "mask_padding", "fused_norm"):
+    for key in ("z_loss", "mask_padding", "fused"):
         del state["config"][key]
     torch.save(state, checkpoint)
     refused = trainer(f"--resume={checkpoint}", "--mask_padding=true")
@@ -265,14 +256,14 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
     assert "mask_padding is False there and True here" in refused.stderr
     anew = trainer("--resume=auto", "--z_loss=0.1", f"--run_dir={tmp_path / 'runs'}", "--train_steps=2")
     assert "no checkpoint of an unfinished run with these settings" in anew.stdout
-    goes_on = trainer("--resume=auto", "--fused_norm=true")
+    goes_on = trainer("--resume=auto", *PLAIN)
     assert "resumed from" in goes_on.stdout
 
 
 def test_every_option_is_known_to_resume() -> None:
     """What only changes how a step is computed may differ; what changes its result may not, unless it is asked for."""
-    how = {"attention", "fused_norm", "fused_mlp", "fused_head", "profile", "compile"}
-    parameters = {"value_embeds", "embed_skip", "unet_skips", "joint_matrices"}
+    how = {"fused", "profile", "compile"}
+    parameters = {"value_embeds", "embed_skip", "unet_skips", "activation"}
     race = {"mask_padding", "tie_head_steps", "small_batch_steps"}  # another loss, tied matrices, another data order
     rest = {"doc_mask", "window", "window_start", "z_loss", "short_row_steps"}
     assert how <= set(WHERE_AND_HOW.split())
@@ -284,7 +275,7 @@ def test_every_option_is_known_to_resume() -> None:
 
 
 def test_profile_writes_a_trace_and_the_ten_largest_costs(trainer: Trainer, tmp_path: Path) -> None:
-    result = trainer("--profile=true", "--train_steps=12")
+    result = trainer("--profile=true", "--train_steps=12", *PLAIN)
     assert result.returncode == 0, result.stderr
     directory = only(tmp_path / "runs")
     table = result.stdout.partition("ten largest costs")[2].splitlines()[1:11]
@@ -338,18 +329,20 @@ def test_without_it_nothing_is_profiled(trainer: Trainer, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--attention=flash"], ["attention = 'flash' is unknown", "auto, sdpa, flex, blocks"]),
-        (["--attention=flex"], ["attention = 'flex' needs a CUDA GPU", "blocks"]),
+        (["--attention=flex"], ["attention is not a setting; write fused = "]),
+        (["--fused_mlp=true"], ["fused_mlp is not a setting; write fused = 'auto', 'none' or some of "]),
+        (["--joint_matrices=true"], ["joint_matrices is not a setting; it cost loss"]),
+        (["--fused=auto,norm"], ["auto and none stand alone"]),
+        (["--fused=flash"], ["fused = 'flash' must be one of auto, none, norm, mlp, head, blocks"]),
         (["--doc_mask=true"], ["doc_mask needs a tokenizer", "tokenizer = 'gpt2'"]),
         (["--window=8", "--window_start=9"], ["window_start = 9 is more than window = 8", "raise window"]),
         (["--unet_skips=true", "--num_layers=1"], ["unet_skips needs two blocks"]),
-        (["--joint_matrices=true", "--neuron_stats=5"], ["neuron_stats looks at gate and up apart"]),
-        (["--window=-1"], ["window = -1 must be 0 or more"]),
+        (["--window=-1"], ["window = -1 must be >= 0; 0 works"]),
         (["--value_embeds=2"], ["value_embeds = 2 must be at most half of num_layers = 2"]),
         (["--short_row_steps=5", "--seq_len=3", "--micro_batch_tokens=192"], ["seq_len = 3 is odd"]),
         (["--tie_head_steps=5"], ["embed_lr = 0.3, head_lr = 0.004", "--embed_lr=0.004"]),
-        (["--fused_head=true", "--softcap=50"], ["fused_head needs softcap <= 40", "50"]),
-        (["--small_batch_steps=5", "--seq_len=64"], ["1 micro-batches of 3 rows"]),
+        (["--fused=head", "--softcap=50"], ["fused = 'head' needs softcap <= 40", "50"]),
+        (["--small_batch_steps=5", "--seq_len=64"], ["small_batch_steps = 5: half of a step: batch_tokens: found 96"]),
     ],
     ids=lambda value: " ".join(value) if value and str(value[0]).startswith("--") else "",
 )
@@ -367,7 +360,9 @@ def test_what_does_not_go_together_is_refused(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("options", [[], [o for o in EVERYTHING if "blocks" not in o]], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "options", [[], [option.replace(",blocks", "") for option in EVERYTHING]], ids=["plain", "everything"]
+)
 def test_steps_never_wait_for_the_gpu(tiny_recipe: Path, options: list[str]) -> None:
     """After warm-up nothing in a step stops the host: no copy back, no size that depends on data."""
     shape = ["--head_dim=16", "--seq_len=64", "--batch_tokens=512", "--micro_batch_tokens=256", "--val_tokens=2048"]
@@ -376,8 +371,8 @@ def test_steps_never_wait_for_the_gpu(tiny_recipe: Path, options: list[str]) -> 
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(10):
-            set_schedule(run, step)
-            train_step(run, *run.batch(step))
+            run.follow(plan_step(run.config, step))
+            train_step(run, *run.batch())
     finally:
         torch.cuda.set_sync_debug_mode("default")
         run.loader.close()

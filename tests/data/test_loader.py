@@ -150,13 +150,11 @@ def test_validation_has_every_row_once(tmp_path: Path, world_size: int, val_toke
     [
         (
             {"batch_tokens": 100},
-            "batch_tokens: found 100, expected a positive multiple of world_size * micro_batch_tokens = 2 * 32 (64); "
-            "128 works",
+            "batch_tokens: found 100, expected a positive multiple of world_size * seq_len = 2 * 16 (32); 96 works",
         ),
         (
             {"batch_tokens": 0},
-            "batch_tokens: found 0, expected a positive multiple of world_size * micro_batch_tokens = 2 * 32 (64); "
-            "64 works",
+            "batch_tokens: found 0, expected a positive multiple of world_size * seq_len = 2 * 16 (32); 32 works",
         ),
         (
             {"micro_batch_tokens": 40},

@@ -112,8 +112,8 @@ def test_auto_is_sdpa_until_there_is_something_to_leave_out() -> None:
     ids, parts = token_ids(2, 40), qkv(2, 40, torch.float32)
     plain = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts), is_causal=True)
     assert torch.equal(attention("auto", ids)(*parts), plain.transpose(1, 2))
-    blocks = attention("blocks", ids, DOC)(*parts)
-    assert HAS_GPU or torch.equal(attention("auto", ids, DOC)(*parts), blocks)
+    dense = attention("sdpa", ids, DOC)(*parts)
+    assert HAS_GPU or torch.equal(attention("auto", ids, DOC)(*parts), dense)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")

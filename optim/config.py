@@ -51,7 +51,7 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
     path, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(path)
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"matrix_optimizer = {name!r}: {path!r} cannot be imported ({error}); name a module as `import` "
             "does, in train_gpt.py's folder or one in PYTHONPATH"

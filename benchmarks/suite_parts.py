@@ -44,8 +44,8 @@ NOWHERE = Facts("", "", False, 0.0, 0.0, [], "", {})
 def print_facts() -> None:
     import torch
 
-    from benchmarks.bench import slug
     from harness.machine import find_machine, git_commit, versions
+    from harness.tables import slug
     from train_gpt import Config
 
     machine = find_machine("auto", "auto")
@@ -206,13 +206,13 @@ def train_step_part(label: str, recipe: str, facts: Facts, folder: Path, setting
     data = short(folder / "data")
     files = [f"train_files={data}/synthetic_train_*.bin", f"val_files={data}/synthetic_val_*.bin"]
     # One rate for all optimizers, small enough for AdamW: what is compared is two ways to compute the same losses.
-    common = ["tokenizer=none", "val_tokens=8192", "matrix_lr=0.003", "warmup_steps=0", "momentum_warmup_steps=0"]
+    common = ["matrix_lr=0.003", "warmup_steps=0", "momentum_warmup_steps=0"]
     optimizers = OPTIMIZERS if tiny or facts.memory_gib >= (70 if label == "355m" else 30) else ("muon",)
     command = [
         "-m", "benchmarks.train_step", recipe, "--label", label, "--matrix_optimizers", *optimizers,
         "--variants", "plain: compile=true", " ".join(["all: compile=true", *fused]),
         "--rounds", "1" if tiny else "4", "--steps", "2", "--max_seconds", "{seconds}",
-        "--set", *common, *files, *(TINY if tiny else settings),
+        "--set", *common, *files, *(TINY if tiny else ["tokenizer=none", "val_tokens=8192", *settings]),
     ]  # fmt: skip
     what = f"training steps of the {label} model, compiled, plain and with {', '.join(facts.fused) or 'nothing more'}"
 
@@ -233,7 +233,7 @@ def race_part(facts: Facts, folder: Path, data: Path, micro_batch: int, tiny: bo
     settings = [f"{name}=true" for name in facts.fused]
     settings += [*TINY, "compile=false"] if tiny else [f"micro_batch_tokens={min(micro_batch, 32768)}"]
     command = [
-        "-m", "benchmarks.race", *(f"configs/classics_124m_{name}.toml" for name in OPTIMIZERS),
+        "-m", "experiments.race", *(f"configs/classics_124m_{name}.toml" for name in OPTIMIZERS),
         "--seconds", "14" if tiny else "{seconds}", "--data", str(short(data)), "--folder", str(short(folder / "race")),
         "--set", *settings,
     ]  # fmt: skip

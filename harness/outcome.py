@@ -53,3 +53,13 @@ def exit_status(summary: dict[str, Any], config: Any) -> int:
     if summary["status"].startswith("failed"):
         return 4 if "another rank was lost" in summary["status"] else 2
     return 3 if config.require_target and summary["steps_to_target"] is None else 0
+
+
+def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:
+    """Raises KeyboardInterrupt for a run that was stopped, of which the trainer made a status, and ValueError, which
+    names the run as `what`, for one that failed or lost a rank. A run that finished or diverged is a result."""
+    status = summary["status"]
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    if status.split(" ")[0] in ("failed", "lost"):
+        raise ValueError(f"{what}: {': '.join(filter(None, (status, summary.get('reason'))))}; nothing is reported")

@@ -39,14 +39,13 @@ from typing import Any, NoReturn
 from benchmarks.suite_parts import NOWHERE, ROOT, Facts, Part, make_inputs, make_parts
 from benchmarks.suite_plot import draw_rates
 from data import console
-from data.files import check_writable, try_lock, user_path, whole_file
+from data.files import check_writable, try_lock, user_path, write_json
 from data.processes import die_with_parent, end_group
 from harness.tables import align, cell
 
 NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
 GRACE_S = 5.0  # between asking a part to end and ending it
 TAIL = 15  # lines of a failed part's output that are kept
-GOES_ON = "the same command goes on from here"
 ENDED = {"done": "done", "failed": "FAILED", "out of time": "OUT OF TIME"}
 
 
@@ -98,7 +97,7 @@ class Suite:
             record["why"] = f"exit status {code}"
         if record["status"] != "done":
             record["last_lines"] = lines[-TAIL:]
-        write(self.record_of(part), record)
+        write_json(self.record_of(part), record, indent=1)
         return record
 
     def publish(self, records: Sequence[dict[str, Any]], parts: Sequence[Part], minutes: float) -> Path:
@@ -114,13 +113,8 @@ class Suite:
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
         path = self.out / f"gpu_suite_{self.facts.slug}.json"
-        write(path, content)
+        write_json(path, content, indent=1)
         return path
-
-
-def write(path: Path, content: Any) -> None:
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,10 +174,10 @@ def run_suite(suite: Suite, parts: Sequence[Part], minutes: float) -> int:
     if any(record.get("earlier") for record in records) and not records[0]["commit"].isalnum():  # none, or -dirty
         print("what was done before may be of other code: there is no commit to tell; --fresh runs it again")
     if interrupted:
-        print(f"interrupted; {GOES_ON}", file=sys.stderr)
+        print(f"interrupted; {console.GOES_ON}", file=sys.stderr)
         return 130
     if any(record["status"] == "not begun" for record in records):
-        print("some parts were not begun; the same command goes on from here")
+        print(f"some parts were not begun; {console.GOES_ON}")
     return 1 if any(record["status"] in ("failed", "out of time") for record in records) else 0
 
 
@@ -245,7 +239,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def look_at_machine(tiny: bool) -> Facts:
+def find_facts(tiny: bool) -> Facts:
     """Asked of a process of its own, so that the suite holds no memory of the GPU. ValueError if it will not do."""
     code = "from benchmarks.suite_parts import print_facts; print_facts()"
     result = subprocess.run(
@@ -261,14 +255,14 @@ def look_at_machine(tiny: bool) -> Facts:
 
 
 def main(argv: Sequence[str]) -> int:
-    return console.run(lambda: _main(argv), GOES_ON)
+    return console.run(lambda: _main(argv))
 
 
 def _main(argv: Sequence[str]) -> int:
     start, options = time.monotonic(), parse(argv)
     if options.tiny:  # and nothing is compiled, which takes longer than all the rest
         os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
-    facts = look_at_machine(options.tiny)
+    facts = find_facts(options.tiny)
     name = f"tiny_{facts.slug}" if options.tiny else facts.slug
     folder = (options.folder or ROOT / "runs/gpu_suite" / name).resolve()
     out = options.out or (folder / "out" if options.tiny else ROOT / "benchmarks/results")

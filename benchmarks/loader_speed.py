@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.bench import command, median_seconds, report
 from data.loader import TokenLoader, TokenStream
 from data.shards import Tokens, write_shard
+from harness.results import command, report
+from harness.step_timer import median_seconds
 from harness.tables import Row
 
 VOCAB_SIZE = 50257
@@ -28,7 +29,7 @@ BYTES_PER_TOKEN = 2 + 4 + 8  # to read a uint16 and write an int32 and an int64 
 class Args:
     seq_len: int = 1024
     batch_tokens: tuple[int, ...] = (65_536, 131_072, 524_288)
-    """Tokens a batch; one row of the table each."""
+    """Tokens per batch; one row of the table each."""
     shard_tokens: tuple[int, ...] = (16_000_003, 8_000_001, 12_345_678)
     passes: int = 9
     """Timed passes over the data; the table has medians."""

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench import command, median_seconds, report
 from data.processes import Workers
 from harness.machine import find_machine
+from harness.results import command, report
+from harness.step_timer import median_seconds
 from harness.tables import Row
 from kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -66,10 +67,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple
 def forward_backward(variant: str, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The loss and its gradients in x and weight."""
     loss = VARIANTS[variant](x, weight, targets)
-    result = (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return result
+    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
 
 
 def exact(x: Tensor, weight: Tensor, targets: Tensor, rows: int = 256) -> tuple[Tensor, ...]:
@@ -138,7 +136,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, passes: int)
         if not all(e <= a for e, a in zip(found[variant], allowed, strict=True)) or max(found[variant]) > 0.02
     }
     timed = {v: (lambda v=v: forward_backward(v, *inputs)) for v in VARIANTS if v not in wrong}
-    seconds = {variant: time.wall for variant, time in median_seconds(timed, passes).items()}
+    seconds = {variant: time.wall for variant, time in median_seconds(timed, passes, device=device).items()}
     flops = 6 * shape[0] * shape[1] * shape[2]
     for variant in VARIANTS:
         row: Row = {"tokens": shape[0], "vocabulary": shape[1], "width": shape[2], "variant": variant}

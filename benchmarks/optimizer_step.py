@@ -16,9 +16,10 @@ import torch
 import tyro
 from torch import nn
 
-from benchmarks.bench import command, median_seconds, report
 from data.files import user_path
 from harness.machine import find_machine
+from harness.results import command, report
+from harness.step_timer import median_seconds
 from harness.tables import Row
 from model import GPT
 from optim import build_optimizers
@@ -64,40 +65,31 @@ def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 def main(args: Args) -> None:
     device = find_machine(args.device, "auto").device
-    on_gpu = device.type == "cuda"
-
-    def timed(work: Callable[[], object]) -> Callable[[], None]:
-        def once() -> None:
-            work()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-
-        return once
-
     arguments = [str(user_path(args.recipe)), f"--device={device.type}"]
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:
         model = GPT(config, find_machine(args.device, config.dtype).dtype)
     tokens = torch.randint(config.vocab_size, (max(1, args.tokens // config.seq_len), config.seq_len), device=device)
-    work: dict[str, Callable[[], None]] = {
-        "forward and backward": timed(lambda: (model(tokens, tokens) / tokens.numel()).backward())
-    }
-    work["forward and backward"]()
+
+    def forward_backward() -> None:
+        (model(tokens, tokens) / tokens.numel()).backward()
+
+    work: dict[str, Callable[[], object]] = {"forward and backward": forward_backward}
+    forward_backward()
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     for rule in args.rules:
         if rule == "torch.optim.Muon":
-            work[rule] = timed(torch_muon(model, config).step)
+            work[rule] = torch_muon(model, config).step
             continue
         matrix_optimizer, rest = build_optimizers(model, load_config([*arguments, *RULES[rule]]))
         matrix_optimizer.step()
         if not all(p.isfinite().all() for p in model.blocks.parameters()):
             raise ValueError(f"{rule}: the update is not finite; there is nothing to time")
-        work[rule], work["the rest, by AdamW"] = timed(matrix_optimizer.step), timed(rest.step)
-    for once in work.values():
-        once()  # state and caches are made here
-    seconds = {name: time.wall for name, time in median_seconds(work, args.rounds).items()}
+        work[rule], work["the rest, by AdamW"] = matrix_optimizer.step, rest.step
+    medians = median_seconds(work, args.rounds, warmups=1, device=device)  # state and caches are made in the first turn
+    seconds = {name: time.wall for name, time in medians.items()}
     rest_s, pass_s = seconds.pop("the rest, by AdamW"), seconds.pop("forward and backward")
     batch_s = pass_s * config.batch_tokens / tokens.numel()
     rows: list[Row] = []

@@ -14,7 +14,6 @@ products in float16 with float32 sums, one triangle mirrored.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.bench import command, report
 from benchmarks.polar_speed import dense_polar
+from harness.results import command, report
 from harness.tables import Row
 from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
@@ -150,11 +149,9 @@ def is_no_worse(result: Quality, dense: Quality, unrounded: Quality) -> bool:
 
 def main(args: Args) -> int:
     if args.method not in COEFFICIENTS:
-        print(f"error: method = {args.method!r} is none of {', '.join(METHODS[:-1])}", file=sys.stderr)
-        return 2
+        raise ValueError(f"method = {args.method!r} is none of {', '.join(METHODS[:-1])}")
     if args.restarts and len(COEFFICIENTS[args.method]) != 5:
-        print(f"error: --restarts compares cuts of 5 steps; {args.method} has more, polar_express 5", file=sys.stderr)
-        return 2
+        raise ValueError(f"--restarts compares cuts of 5 steps; {args.method} has more, polar_express 5")
     rows: list[Row] = []
     problems = [(shape, spectrum) for shape in args.shapes for spectrum in SPECTRA]
     with torch.no_grad():

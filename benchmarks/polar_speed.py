@@ -10,7 +10,6 @@ with counting kernels: `executed` are those, `effective` what the dense direct f
 roofline is the larger of FLOPs / matrix-product rate and bytes / copy rate, both measured on this device just before.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.bench import command, median_seconds, report
+from harness.results import command, report
+from harness.step_timer import median_seconds, take_turns
 from harness.tables import Row
 from kernels import Backend, backend
 from optim.aurora import aurora_polar
@@ -203,28 +203,18 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     target = torch.empty_like(source)
     best = {}
     for name, run in {"product": lambda: A @ A, "copy": lambda: target.copy_(source)}.items():
-        wait = synchronized(run, device)
-        best[name] = min(median_seconds({name: wait}, 1)[name].wall for _ in range(20))
+        best[name] = min(seconds.wall for seconds in take_turns({name: run}, 20, device=device)[name])
     return 2 * size**3 / best["product"], 2 * source.numel() * 4 / best["copy"]
 
 
-def synchronized(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    def wait() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return wait
-
-
-def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], None] | None:
+def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
     """The same work as one CUDA graph: what it takes without Python between the launches. None on a CPU."""
     if device.type != "cuda":
         return None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return synchronized(graph.replay, device)
+    return graph.replay
 
 
 def time_case(
@@ -247,11 +237,11 @@ def time_case(
 
         count = count_of(variant, inputs, dtype)
         rows[variant.name].update(executed_gflop=count.flops / 1e9, mbytes=count.bytes / 1e6)
-        runs[variant.name] = synchronized(run, device)
+        runs[variant.name] = run
         graph = graphed(run, device) if not variant.name.startswith("torch") else None
         if graph:
             runs[f"{variant.name} graph"] = graph
-    seconds = {key: value.wall for key, value in median_seconds(runs, passes).items()}
+    seconds = {key: value.wall for key, value in median_seconds(runs, passes, device=device).items()}
     baseline = seconds.get("torch eager")
     for key, row in rows.items():
         if row["check"] != "right":
@@ -278,10 +268,7 @@ def main(args: Args) -> int:
     cases = args.cases or (tuple(CASES) if on_gpu else CPU_CASES)
     unknown = set(cases) - set(CASES)
     if unknown or dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        print(
-            f"error: no case {', '.join(unknown)} or no dtype {args.dtype}; cases: {', '.join(CASES)}", file=sys.stderr
-        )
-        return 2
+        raise ValueError(f"no case {', '.join(unknown)} or no dtype {args.dtype}; cases: {', '.join(CASES)}")
     start = time.monotonic()
     with torch.no_grad():
         peaks = ceilings(device, dtype)

@@ -6,7 +6,6 @@ Tiles are chosen once, here, and written down: a kernel that tunes itself would 
 could differ.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.bench import command, median_seconds, report
-from benchmarks.polar_speed import CASES, Shape, synchronized
+from benchmarks.polar_speed import CASES, Shape
+from harness.results import command, report
+from harness.step_timer import median_seconds
 from harness.tables import Row
 from kernels.apply_symmetric import apply_symmetric
 from kernels.gram import gram
@@ -59,27 +59,24 @@ def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.dev
                 if tile.rows == tile.columns or name == "apply_symmetric":  # a triangle needs square tiles
                     with suppress(OutOfResources):
                         product(tile=tile)
-                        runs[str(tuple(tile))] = synchronized(partial(product, tile=tile), device)
-            seconds = {tile: value.wall for tile, value in median_seconds(runs, passes).items()}
+                        runs[str(tuple(tile))] = partial(product, tile=tile)
+            seconds = {tile: value.wall for tile, value in median_seconds(runs, passes, device=device).items()}
             for tile_name in sorted(seconds, key=seconds.__getitem__):
                 row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * seconds[tile_name])
                 rows.append(row | dict(tflops=B * flops / seconds[tile_name] / 1e12))
     return rows
 
 
-def main(args: Args) -> int:
+def main(args: Args) -> None:
     device = torch.device(args.device)
     if args.case not in CASES or not can_launch(device):
-        print(
-            f"error: case = {args.case!r} must be one of {', '.join(CASES)}, and device = {args.device!r} a CUDA GPU: "
-            "tiles are Triton's",
-            file=sys.stderr,
+        raise ValueError(
+            f"case = {args.case!r} must be one of {', '.join(CASES)}, and device = {args.device!r} a CUDA GPU: tiles "
+            "are Triton's"
         )
-        return 2
     with torch.no_grad():
         rows = time_tiles(CASES[args.case], CANDIDATES, device, args.passes)
     report("polar_tiles", rows, args.device, case=args.case, passes=args.passes)
-    return 0
 
 
 if __name__ == "__main__":

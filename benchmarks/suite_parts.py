@@ -17,7 +17,7 @@ from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_WAITING = "tests/test_options.py::test_steps_never_wait_for_the_gpu"
-FUSED = ("fused_norm", "fused_mlp", "fused_head")  # settings of the trainer that "all" turns on
+FUSED = "fused=norm,mlp,head"  # the setting of the trainer that "all" is
 OPTIMIZERS = ("adamw", "muon", "aurora")
 TARGET_BATCH = 524288  # tokens of a step for which the optimizers' shares are wanted
 SHARES = {"muon": 1.5, "aurora": 2.0}  # % of such a step
@@ -33,28 +33,24 @@ class Facts:
     on_gpu: bool
     memory_gib: float
     peak_flops: float  # bfloat16; 0: unknown
-    fused: list[str]  # those of FUSED that the trainer has
     commit: str
     versions: dict[str, str]
 
 
-NOWHERE = Facts("", "", False, 0.0, 0.0, [], "", {})
+NOWHERE = Facts("", "", False, 0.0, 0.0, "", {})
 
 
 def print_facts() -> None:
     import torch
 
-    from benchmarks.bench import slug
     from harness.machine import find_machine, git_commit, versions
-    from train_gpt import Config
+    from harness.tables import slug
 
     machine = find_machine("auto", "auto")
     on_gpu = machine.device.type == "cuda"
     memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else 0
-    fused = [field.name for field in dataclasses.fields(Config) if field.name in FUSED]
     facts = Facts(
-        machine.name, slug(machine.name), on_gpu, memory / GIB, machine.peak_flops or 0.0, fused, git_commit(),
-        versions(),
+        machine.name, slug(machine.name), on_gpu, memory / GIB, machine.peak_flops or 0.0, git_commit(), versions(),
     )  # fmt: skip
     print(json.dumps(vars(facts)))
 
@@ -129,7 +125,7 @@ def find_train_step(files: list[Path], facts: Facts, with_targets: bool) -> Foun
         share = best["optimizer_%"]
         share = 100 * share / (share + (100 - share) * TARGET_BATCH / batch)  # the rest of a step grows with the batch
         mfu = 100 * best["MFU"] if best["MFU"] != "unknown" else None
-        ratio = best["tokens_per_s"] / plain["tokens_per_s"] if facts.fused else None
+        ratio = best["tokens_per_s"] / plain["tokens_per_s"]
         targets += [
             *(Target(f"{rule}: tokens/s, {variant}", rate) for variant, rate in rates[rule].items()),
             target(f"{rule}: MFU, all on (%)", mfu, 50),
@@ -141,8 +137,6 @@ def find_train_step(files: list[Path], facts: Facts, with_targets: bool) -> Foun
             *(Target(f"{rule}: peak memory, {row['variant']} (GiB)", row["peak_mib"] / 1024)
               for row in (plain, best) if row["peak_mib"]),
         ]  # fmt: skip
-    if not facts.fused:
-        figures["note"] = f"all is plain: this trainer has none of {', '.join(FUSED)}"
     figures["rates"] = rates
     return Found(figures, targets if with_targets else [Target(each.name, each.value) for each in targets])
 
@@ -202,19 +196,18 @@ TINY = [
 
 
 def train_step_part(label: str, recipe: str, facts: Facts, folder: Path, settings: list[str], tiny: bool) -> Part:
-    fused = [f"{name}=true" for name in facts.fused]
     data = short(folder / "data")
     files = [f"train_files={data}/synthetic_train_*.bin", f"val_files={data}/synthetic_val_*.bin"]
     # One rate for all optimizers, small enough for AdamW: what is compared is two ways to compute the same losses.
-    common = ["tokenizer=none", "val_tokens=8192", "matrix_lr=0.003", "warmup_steps=0", "momentum_warmup_steps=0"]
+    common = ["matrix_lr=0.003", "warmup_steps=0", "momentum_warmup_steps=0"]
     optimizers = OPTIMIZERS if tiny or facts.memory_gib >= (70 if label == "355m" else 30) else ("muon",)
     command = [
         "-m", "benchmarks.train_step", recipe, "--label", label, "--matrix_optimizers", *optimizers,
-        "--variants", "plain: compile=true", " ".join(["all: compile=true", *fused]),
+        "--variants", "plain: compile=true fused=none", f"all: compile=true {FUSED}",
         "--rounds", "1" if tiny else "4", "--steps", "2", "--max_seconds", "{seconds}",
-        "--set", *common, *files, *(TINY if tiny else settings),
+        "--set", *common, *files, *(TINY if tiny else ["tokenizer=none", "val_tokens=8192", *settings]),
     ]  # fmt: skip
-    what = f"training steps of the {label} model, compiled, plain and with {', '.join(facts.fused) or 'nothing more'}"
+    what = f"training steps of the {label} model, compiled, plain and with {FUSED}"
 
     def find(_: list[str], paths: list[Path]) -> Found:
         return find_train_step(paths, facts, label == "124m" and not tiny)
@@ -230,12 +223,11 @@ def race_part(facts: Facts, folder: Path, data: Path, micro_batch: int, tiny: bo
         f"no shards in {short(data)}: put classics_train_000001.bin and classics_val_000000.bin there (or .bin.xz), or "
         "name their folder with --data"
     )  # fmt: skip
-    settings = [f"{name}=true" for name in facts.fused]
-    settings += [*TINY, "compile=false"] if tiny else [f"micro_batch_tokens={min(micro_batch, 32768)}"]
+    settings = [*TINY, "compile=false"] if tiny else [f"micro_batch_tokens={min(micro_batch, 32768)}"]
     command = [
-        "-m", "benchmarks.race", *(f"configs/classics_124m_{name}.toml" for name in OPTIMIZERS),
+        "-m", "experiments.race", *(f"configs/classics_124m_{name}.toml" for name in OPTIMIZERS),
         "--seconds", "14" if tiny else "{seconds}", "--data", str(short(data)), "--folder", str(short(folder / "race")),
-        "--set", *settings,
+        "--set", FUSED, *settings,
     ]  # fmt: skip
     what = f"{', '.join(OPTIMIZERS)} on the classics shards for equal training time"
     return Part("classics", what, tuple(command), 420, find_race, 90, "race_*", skip)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data.files import whole_file
+from harness.figures import pyplot, save
 
 
 def draw_rates(content: dict[str, Any], path: Path) -> str:
@@ -12,10 +12,7 @@ def draw_rates(content: dict[str, Any], path: Path) -> str:
     if not parts:
         return "no training steps: no figure of them"
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        plt = pyplot()
     except ImportError as error:
         return f"no figures: {error}; install matplotlib and start this again"
     figure, axes = plt.subplots(1, len(parts), figsize=(1 + 4 * len(parts), 4), squeeze=False, layout="constrained")
@@ -32,7 +29,5 @@ def draw_rates(content: dict[str, Any], path: Path) -> str:
     axes[0][0].set_ylabel("thousand tokens/s")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(content["device"], fontsize=9)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return f"-> {path}"

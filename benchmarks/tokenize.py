@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.bench import command, median_seconds, report
 from data.documents import read_documents
 from data.prepare import sotu_speeches
 from data.processes import leave_stops
 from data.shards import Tokens
 from data.tokenizer import encode_documents, end_of_text, get_tokenizer
+from harness.results import command, report
+from harness.step_timer import median_seconds
 from harness.tables import Row
 
 

@@ -1,12 +1,12 @@
-"""Tokens a second of the real training loop, and where a step's time goes, by variant of settings and optimizer.
+"""Tokens per second of the real training loop, and where a step's time goes, by variant of settings and optimizer.
 
     python -m benchmarks.train_step configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora
     python -m benchmarks.train_step configs/classics_124m_muon.toml --matrix_optimizers muon \\
-        --variants "plain: compile=true" "fused: compile=true fused_mlp=true fused_head=true" \\
+        --variants "plain: compile=true" "fused: compile=true fused=mlp,head" \\
         --set batch_tokens=524288 --label 124m
 
 The loop that is timed is train_gpt.train itself: the loader, the forward pass, the backward pass and the optimizers
-stand between stopwatches, and what is left of the training clock is the loop's own overhead. On a GPU the stopwatches
+are timed as phases, and what is left of the training clock is the loop's own overhead. On a GPU the marks
 are events of its stream, read when the turn is over: they make nothing wait. Rows take turns, a few steps at a time, so
 that a slow moment of a shared machine falls on all alike; the first turn, which compiles, is not timed.
 
@@ -20,11 +20,11 @@ import dataclasses
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,13 +32,15 @@ from unittest import mock
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 import train_gpt
-from benchmarks.bench import command, compile_everything, report
 from data.files import user_path
 from harness.machine import Clock, find_machine
+from harness.outcome import raise_if_cut_short
+from harness.overrides import arguments, assignments
+from harness.results import command, report
 from harness.runlog import RunLog
+from harness.step_timer import PhaseTimer, compile_everything, take_turns
 from harness.tables import Row
 from train_gpt import Run, load_config, set_up, train
 
@@ -48,12 +50,12 @@ OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "tar
 
 @dataclass(frozen=True)
 class Args:
-    recipe: tyro.conf.Positional[str] = "configs/sotu_cpu.toml"
+    recipe: tyro.conf.Positional[str] = "configs/sotu_base.toml"
     """The model, batch and data to time."""
     matrix_optimizers: tuple[str, ...] = ("adamw", "muon", "aurora")
     """Optimizers of the hidden matrices, each with every variant; the first row is the baseline of the ratio."""
     variants: tuple[str, ...] = ("plain",)
-    """Settings to compare: a name, then what differs from the recipe, "fused: fused_mlp=true fused_head=true"."""
+    """Settings to compare: a name, then what differs from the recipe, "fused: fused=mlp,head"."""
     set: tuple[str, ...] = ()
     """key=value ...: settings of every row."""
     rounds: int = 9
@@ -66,59 +68,29 @@ class Args:
     """Goes into the result's name, train_step_<label>_<device>.json, so that recipes do not overwrite each other."""
 
 
-class Stopwatches:
-    """Seconds spent inside wrapped functions, by phase: of the host on a CPU, of the device's stream on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, Any, Any]] = []  # phase, start, end
-
-    def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._now()
-            result = function(*args, **kwargs)
-            self.marks.append((phase, start, self._now()))
-            return result
-
-        return timed
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> dict[str, float]:
-        """By phase; the device must have finished."""
-        totals = dict.fromkeys(PHASES, 0.0)
-        for phase, start, end in self.marks:
-            totals[phase] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-        return totals
-
-    @contextlib.contextmanager
-    def on(self, run: Run) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for target, name, phase in [
-                (run.loader, "batch", "loader"),
-                (run, "compiled", "forward"),
-                (torch.Tensor, "backward", "backward"),
-                *((optimizer, "step", "optimizer") for optimizer in run.optimizers),
-            ]:
-                stack.enter_context(mock.patch.object(target, name, self.wrap(phase, getattr(target, name))))
-            yield
+@contextlib.contextmanager
+def phases_timed(run: Run, timer: PhaseTimer) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for target, name, phase in [
+            (run.loader, "batch", "loader"),
+            (run, "compiled", "forward"),
+            (torch.Tensor, "backward", "backward"),
+            *((optimizer, "step", "optimizer") for optimizer in run.optimizers),
+        ]:
+            stack.enter_context(mock.patch.object(target, name, timer.wrap(phase, getattr(target, name))))
+        yield
 
 
 @dataclass
 class Entry:
-    """One row: what it runs, and what was seen of it."""
+    """One row: what it runs, and what was seen of it, turn by turn."""
 
     variant: str
     run: Run
     held_bytes: int  # on the GPU, by this run alone, between its turns
-    turns: list[dict[str, float]] = field(default_factory=list)  # seconds by phase, without the first
-    losses: list[float] = field(default_factory=list)  # nats a token, of every step, the first turn's too
-    peak_bytes: int = 0  # most held on the GPU during a timed turn, without what other runs hold
+    turns: list[dict[str, float]] = field(default_factory=list)  # seconds by phase; the first turn compiles
+    losses: list[float] = field(default_factory=list)  # nats per token, of every step
+    peak_bytes: list[int] = field(default_factory=list)  # most held on the GPU, without what other runs hold
 
     @property
     def name(self) -> str:
@@ -126,7 +98,7 @@ class Entry:
 
     @property
     def step_s(self) -> float:
-        return statistics.median(sum(turn.values()) for turn in self.turns) / self.run.config.train_steps
+        return statistics.median(sum(turn.values()) for turn in self.turns[1:]) / self.run.config.train_steps
 
     @property
     def tokens_per_s(self) -> float:
@@ -137,11 +109,11 @@ def allocated(run: Run) -> int:
     return torch.cuda.memory_allocated(run.machine.device) if run.machine.device.type == "cuda" else 0
 
 
-def take_turn(entry: Entry, is_timed: bool) -> None:
-    """Train a few steps; seconds by phase, with `loop` for the rest of the training clock."""
+def take_turn(entry: Entry) -> None:
+    """Train a few steps; notes seconds by phase, with `loop` for the rest of the training clock."""
     run, losses = entry.run, list[Tensor]()
     device = run.machine.device
-    genuine, run.clock, stopwatches = train_gpt.train_step, Clock(device), Stopwatches(device)
+    genuine, run.clock, timer = train_gpt.train_step, Clock(device), PhaseTimer(device)
 
     def recorded(*arguments: Any) -> Tensor:
         losses.append(genuine(*arguments))
@@ -151,38 +123,26 @@ def take_turn(entry: Entry, is_timed: bool) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
-        stopwatches.on(run),
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        phases_timed(run, timer),
         mock.patch("train_gpt.warm_up"),
         mock.patch("train_gpt.evaluate", return_value=1.0),
         mock.patch("train_gpt.train_step", recorded),
     ):
         summary = train(run, RunLog(run.config, run.machine, run.data))
+    raise_if_cut_short(summary, entry.name)
     entry.losses += [loss.item() / run.config.batch_tokens for loss in losses]
-    if summary["status"] == "interrupted":  # the trainer's own end of a stop
-        raise KeyboardInterrupt
     if summary["status"] != "finished" or not all(map(math.isfinite, entry.losses)):
         outcome = summary["status"] if summary["status"] != "finished" else "its loss is not finite"
         raise ValueError(f"{entry.name}: {outcome}; nothing is reported")
     others = before - entry.held_bytes
     entry.held_bytes = allocated(run) - others
-    if is_timed:
-        seconds = {**stopwatches.seconds(), "logging": run.clock.seconds["logging"]}
-        entry.turns.append({**seconds, "loop": run.clock.seconds["train"] - sum(stopwatches.seconds().values())})
-        if device.type == "cuda":
-            entry.peak_bytes = max(entry.peak_bytes, torch.cuda.max_memory_allocated(device) - others)
-
-
-def overrides(words: Sequence[str], source: str) -> list[str]:
-    """Arguments of the trainer from words key=value; colons join the parts of a tuple. ValueError for other words."""
-    arguments = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not key.isidentifier() or not equals or not value:
-            raise ValueError(f"{source}: {word!r} is not key=value; try compile=true")
-        if key in OWN:
-            raise ValueError(f"{source}: {key} is this benchmark's own to set; leave it out")
-        arguments += [f"--{key}", *value.split(":")]
-    return arguments
+    seconds = dict.fromkeys(PHASES, 0.0) | timer.seconds()
+    loop_s = run.clock.seconds["train"] - sum(seconds.values())
+    entry.turns.append(seconds | {"logging": run.clock.seconds["logging"], "loop": loop_s})
+    if device.type == "cuda":
+        entry.peak_bytes.append(torch.cuda.max_memory_allocated(device) - others)
 
 
 def parse_variants(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -191,64 +151,50 @@ def parse_variants(texts: Sequence[str]) -> dict[str, list[str]]:
     for text in texts:
         name, _, words = text.partition(":")
         if not name.strip() or "=" in name or name.strip() in variants:
-            raise ValueError(f'variant {text!r} has no name of its own; try "fused: fused_mlp=true fused_head=true"')
-        variants[name.strip()] = overrides(words.split(), f"variant {name.strip()}")
+            raise ValueError(f'variant {text!r} has no name of its own; try "fused: fused=mlp,head"')
+        variants[name.strip()] = arguments(assignments(words.split(), f"variant {name.strip()}: ", OWN))
     return variants
 
 
 def make_entries(args: Args, folder: str) -> list[Entry]:
     fixed = [f"--train_steps={args.steps}", "--checkpoint_every=0", "--resume=", f"--run_dir={folder}"]
     fixed += ["--log_every=5", "--target_loss=0"]
+    given = arguments(assignments(args.set, "--set: ", OWN))
     entries: list[Entry] = []
     for variant, changes in parse_variants(args.variants).items():
         for optimizer in args.matrix_optimizers:
-            common = [f"--matrix_optimizer={optimizer}", *overrides(args.set, "--set")]
-            config = load_config([str(user_path(args.recipe)), *fixed, *common, *changes])
+            own = [f"--matrix_optimizer={optimizer}", *given, *changes]
+            config = load_config([str(user_path(args.recipe)), *fixed, *own])
             machine = find_machine(config.device, config.dtype)
-            on_gpu = machine.device.type == "cuda"
-            before = torch.cuda.memory_allocated(machine.device) if on_gpu else 0
+            before = torch.cuda.memory_allocated(machine.device) if machine.device.type == "cuda" else 0
             entry = Entry(variant, set_up(config, machine), 0)
             entry.held_bytes = allocated(entry.run) - before
             entries.append(entry)
     return entries
 
 
-def main(args: Args) -> int:
+def main(args: Args) -> None:
     if args.rounds < 1 or args.steps < 1 or not args.matrix_optimizers or not args.variants:
-        print("error: rounds and steps must be 1 or more, and there must be an optimizer and a variant; leave them out "
-              "for the defaults", file=sys.stderr)  # fmt: skip
-        return 2
-    start = begun = time.monotonic()
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-            compile_everything(),
-        ):
-            entries = make_entries(args, folder)
-            for turn in tqdm(range(args.rounds + 1), unit="round", leave=False, disable=None):
-                begun, last_s = time.monotonic(), time.monotonic() - begun
-                if turn > 1 and 0 < args.max_seconds < begun - start + last_s:
-                    break
-                for entry in entries:
-                    with contextlib.redirect_stdout(nowhere):
-                        take_turn(entry, is_timed=turn > 0)  # the first compiles and warms up
-            for entry in entries:
-                entry.run.loader.close()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(
+            "rounds and steps must be 1 or more, and there must be an optimizer and a variant; leave them out for the "
+            "defaults"
+        )
+    until = time.monotonic() + (args.max_seconds or math.inf)
+    with tempfile.TemporaryDirectory() as folder, compile_everything():
+        entries = make_entries(args, folder)
+        take_turns(dict(enumerate(partial(take_turn, entry) for entry in entries)), args.rounds, 1, until=until)
+        for entry in entries:
+            entry.run.loader.close()
     machine = entries[0].run.machine
-    settings = {**dataclasses.asdict(args), "dtype": str(machine.dtype), "rounds_done": len(entries[0].turns)}
+    settings = {**dataclasses.asdict(args), "dtype": str(machine.dtype), "rounds_done": len(entries[0].turns) - 1}
     settings["batch_tokens"] = entries[0].run.config.batch_tokens
     settings["losses"] = {entry.name: entry.losses for entry in entries}
     name = f"train_step_{args.label}" if args.label else "train_step"
     report(name, [row(entry, entries) for entry in entries], str(machine.device), **settings)
-    return 0
 
 
 def row(entry: Entry, entries: Sequence[Entry]) -> Row:
-    run, turns = entry.run, entry.turns
+    run, turns = entry.run, entry.turns[1:]
     optimizer = run.config.matrix_optimizer
     twin = next(other for other in entries if other.run.config.matrix_optimizer == optimizer)
     peak = run.machine.peak_flops if run.machine.dtype == torch.bfloat16 else None
@@ -261,7 +207,7 @@ def row(entry: Entry, entries: Sequence[Entry]) -> Row:
         "step_ms": 1e3 * entry.step_s,
         "ratio": entry.tokens_per_s / entries[0].tokens_per_s,
         "MFU": run.model.flops_per_token() * entry.tokens_per_s / peak if peak else "unknown",
-        "peak_mib": entry.peak_bytes / 2**20 if entry.peak_bytes else "",
+        "peak_mib": max(entry.peak_bytes[1:]) / 2**20 if entry.peak_bytes else "",
         "loss_diff": max(abs(a - b) for a, b in zip(entry.losses, twin.losses, strict=True)),
         **shares,
     }

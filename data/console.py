@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+GOES_ON = "the same command goes on from here"  # what to tell of a command that keeps what it has done
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 ONE_STOP_S = 1.0  # stops that come together are one: a terminal that goes away, or torchrun's own on top
 _last_stop_s = -math.inf
 _is_held = _was_stopped = False
 
 
-def run(command: Callable[[], int | None], go_on: str) -> int:
+def run(command: Callable[[], int | None], go_on: str = GOES_ON) -> int:
     """The exit status of a whole command, the work of its main: what it returns (None is 0), 2 for a ValueError or an
     OSError, told in one line, or 130 when it was stopped, with a line that says how to go on."""
     prepare()
@@ -35,7 +36,9 @@ def run(command: Callable[[], int | None], go_on: str) -> int:
             sys.stdout.buffer.raw.raise_if_full()
         return status
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(
+            "error:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr
+        )  # a library's may have several lines
         return 2
     except KeyboardInterrupt:
         ignore_stops()

@@ -6,6 +6,7 @@ what cannot be known there is said to be unknown.
 
 import contextlib
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """A whole file of one JSON value; `options` are json.dumps's."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, **options) + "\n")
 
 
 @contextlib.contextmanager

@@ -97,8 +97,8 @@ def files(
     """Your own text, in the order given. The first val_tokens tokens are for validation.
 
     Args:
-        paths: .txt (each one document, or several with <|endoftext|> between them), .jsonl (a document a line), either
-            maybe packed (.txt.gz, .bz2 or .xz), or .parquet (a document a row).
+        paths: .txt (each one document, or several with <|endoftext|> between them), .jsonl (one document per line),
+            either maybe packed (.txt.gz, .bz2 or .xz), or .parquet (one document per row).
         out: Folder of the shards.
         encoding: How text becomes tokens.
         text_field: Field or column that holds the text of a .jsonl or .parquet.
@@ -134,7 +134,7 @@ def files(
 
 
 def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None) -> None:
-    """FineWeb in the GPT-2 encoding, 100 million tokens a shard, from the Hugging Face Hub.
+    """FineWeb in the GPT-2 encoding, 100 million tokens per shard, from the Hugging Face Hub.
 
     Args:
         shards: Training shards to have in the end; those that are whole are kept. A speedrun needs 10 or fewer.
@@ -248,22 +248,16 @@ def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    console.prepare()
+    return console.run(lambda: _main(argv), "the same command goes on from the last whole shard")
+
+
+def _main(argv: Sequence[str] | None) -> None:
     import tyro
 
     subcommands: dict[str, Callable[..., None]] = {"sotu": sotu, "fineweb": fineweb, "files": files, "ensure": ensure}
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            subcommands, prog="python -m data.prepare", description=__doc__, args=argv, use_underscores=True
-        )
-    except (DataError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library put into it
-        return 2
-    except KeyboardInterrupt:
-        console.ignore_stops()
-        print("error: interrupted; the same command goes on from the last whole shard", file=sys.stderr)
-        return 130
-    return 0
+    tyro.extras.subcommand_cli_from_dict(
+        subcommands, prog="python -m data.prepare", description=__doc__, args=argv, use_underscores=True
+    )
 
 
 if __name__ == "__main__":

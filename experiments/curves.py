@@ -17,8 +17,9 @@ import numpy as np
 import tyro
 
 from data import console
-from data.files import check_writable, user_path, whole_file
-from experiments.sweep import Result, load_sweep
+from data.files import check_writable, user_path, write_json
+from experiments.sweep import load_sweep, rows_with
+from harness.figures import pyplot, save
 
 KEPT = (
     "status val_loss steps time_to_target_s steps_to_target tokens_to_target train_time_s tokens_per_s num_params "
@@ -34,29 +35,24 @@ def collect(sweep: Path) -> dict[str, Any]:
         if result.ended:
             summary = {key: result.summary[key] for key in KEPT.split()}
             summary["config"] = {key: value for key, value in summary["config"].items() if key != "run_dir"}
-            runs.append(dict(overrides=result.overrides, seed=result.seed, summary=summary, curve=curve(result)))
+            runs.append(
+                dict(overrides=result.overrides, seed=result.seed, summary=summary, curve=curve(Path(result.directory)))
+            )
     return {key: loaded.record[key] for key in ("recipe", "fixed", "jobs", "threads")} | {"runs": runs}
 
 
-def curve(result: Result) -> list[tuple[int, float, float]]:
+def curve(directory: Path) -> list[tuple[int, float, float]]:
     """(step, seconds of training, validation loss) at every validation of a run."""
-    rows = [
-        json.loads(line) for line in (Path(result.directory) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [(row["step"], round(row["train_time_s"], 3), row["val_loss"]) for row in rows if "val_loss" in row]
+    rows = rows_with("val_loss", directory)
+    return [(row["step"], round(row["train_time_s"], 3), row["val_loss"]) for row in rows]
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cells: dict[str, list[Any]] = defaultdict(list)
     for run in record["runs"]:
         cells[", ".join(run["overrides"].values()) or record["recipe"]].append(run)
     target = record["runs"][0]["summary"]["config"]["target_loss"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for label, runs in cells.items():
         length = min(len(run["curve"]) for run in runs)  # a run that stopped at its target is shorter
         curves = np.array([run["curve"][:length] for run in runs])[:, 1:]  # without step 0: a new model's guess
@@ -72,12 +68,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         if target:
             axis.axhline(target, color="black", linestyle=":", linewidth=1, label=f"target {target:g}")
-    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[0].set_ylabel("validation loss (nats per token)")
     axes[1].legend(frameon=False)
     figure.suptitle(record["runs"][0]["summary"]["device"], fontsize=9)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def keep(source: tyro.conf.Positional[Path], out: Path | None = None) -> None:
@@ -98,8 +92,7 @@ def keep(source: tyro.conf.Positional[Path], out: Path | None = None) -> None:
         raise ValueError(f"{source} has no run that ended: nothing to draw; run the sweep first")
     check_writable(path.parent, "choose another file, such as --out=/tmp/curves.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(json.dumps(record) + "\n")
+    write_json(path, record)
     draw(record, path.with_suffix(".png"))
     print(f"{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
 

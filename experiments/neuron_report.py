@@ -1,11 +1,10 @@
 """Tables and figures of the experiment on dead neurons (experiments/neurons.py), from its JSON alone.
 
 Dead is a neuron below a threshold times its layer's median (harness/neuron_stats.py). Shares are of all layers together
-and of the last look of a run; the spread of row norms is the mean over a run's looks.
+and at the last measurement of a run; the spread of row norms is the mean over a run's measurements.
 """
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,24 +14,18 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from data.files import whole_file
-from experiments.sweep import mean_and_sd
+from experiments.arms import EDGE
+from harness.figures import pyplot, save
 from harness.neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
-from harness.tables import Row, align, markdown
+from harness.tables import Row, mean_and_sd
+from harness.tables import table as as_text
 
 Record = dict[str, Any]
 MAIN_KEY = f"{MAIN:g}"
-EDGE = "*"  # marks a learning rate at an end of the rates that were tried
 
 
-def rows_of(directory: Path) -> list[Row]:
-    """The rows of a run with a look at its neurons."""
-    rows = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if "neurons" in row]
-
-
-def looks_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
-    """A run's looks as curves of three digits, pooled over the layers but for one, and the last look whole."""
+def curves_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
+    """A run's measurements as curves of three digits, pooled over the layers but for one, and the last one whole."""
     found = [row["neurons"] for row in rows]
 
     def short(values: Iterable[float | None]) -> list[float | None]:
@@ -42,12 +35,12 @@ def looks_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
         return short(map(pooled, values))
 
     shares: dict[str, dict[str, list[float | None]]] = {
-        measure: {f"{t:g}": curve(look["dead"][measure][f"{t:g}"] for look in found) for t in THRESHOLDS}
+        measure: {f"{t:g}": curve(one["dead"][measure][f"{t:g}"] for one in found) for t in THRESHOLDS}
         for measure in MEASURES
     }
-    update_cv = {name: curve(look[name]["update_cv"] for look in found) for name in MATRICES}
-    median = curve(look["median"]["mean"] for look in found)
-    layers = [short(look["dead"]["mean"][MAIN_KEY]) for look in found]
+    update_cv = {name: curve(one[name]["update_cv"] for one in found) for name in MATRICES}
+    median = curve(one["median"]["mean"] for one in found)
+    layers = [short(one["dead"]["mean"][MAIN_KEY]) for one in found]
     steps = [row["step"] for row in rows]
     looks = dict(steps=steps, dead=shares, dead_by_layer=layers, update_cv=update_cv, median=median)
     return looks, found[-1] if found else None
@@ -68,7 +61,7 @@ def percent(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def final(run: Row, *keys: str) -> float | None:
-    """A number of a run's last look, over all layers; None for a run that diverged or had no look."""
+    """A number of a run's last measurement, over all layers; None for a run that diverged or was never measured."""
     value: Any = None if run["val_loss"] is None else run["last"]
     for key in keys:
         value = value and value[key]
@@ -76,7 +69,7 @@ def final(run: Row, *keys: str) -> float | None:
 
 
 def mean_spread(run: Row, *matrices: str) -> float | None:
-    """Spread of the updates' row norms, mean over looks and matrices."""
+    """Spread of the updates' row norms, mean over measurements and matrices."""
     return pooled(value for name in matrices for value in run["looks"]["update_cv"][name])
 
 
@@ -105,7 +98,7 @@ def summary(record: Record) -> list[Row]:
 
 
 def table(record: Record, markdown: bool = False) -> str:
-    return _as_text(summary(record), markdown)
+    return as_text(summary(record), markdown)
 
 
 def sensitivity(record: Record, markdown: bool = False) -> str:
@@ -117,7 +110,7 @@ def sensitivity(record: Record, markdown: bool = False) -> str:
             key = f"{threshold:g}"
             row[f"{measure} < {key}"] = percent([pooled(final(run, "dead", measure, key) for run in runs)])
         rows.append(row)
-    return _as_text(rows, markdown)
+    return as_text(rows, markdown)
 
 
 def correlation(record: Record, markdown: bool = False) -> str:
@@ -141,7 +134,7 @@ def correlation(record: Record, markdown: bool = False) -> str:
         rho, p = spearman(pairs)
         row = {"MLP": expansion, "dead by": measure, "runs": str(len(pairs)), "rho": rho, "p": p}
         rows.append(row | {"rho within arms": spearman(within)[0]})
-    return _as_text(rows, markdown)
+    return as_text(rows, markdown)
 
 
 def spearman(pairs: Sequence[Any]) -> tuple[str, str]:
@@ -150,12 +143,6 @@ def spearman(pairs: Sequence[Any]) -> tuple[str, str]:
         return "-", "-"
     found = stats.spearmanr(*zip(*pairs, strict=True))
     return f"{found.statistic:.2f}", f"{found.pvalue:.2g}"
-
-
-def _as_text(rows: list[Row], as_markdown: bool) -> str:
-    if as_markdown:
-        return markdown(rows, {key: key for key in rows[0]})
-    return align([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def report(record: Record) -> str:
@@ -176,9 +163,8 @@ def report(record: Record) -> str:
 
 def draw(record: Record, path: Path) -> None:
     """A line of panels for each expansion: dead shares and spread against steps, final loss against dead share."""
-    plt = _pyplot()
     expansions = record["expansions"]
-    figure, grid = plt.subplots(
+    figure, grid = pyplot().subplots(
         len(expansions), 3, figsize=(12, 3.4 * len(expansions)), squeeze=False, layout="constrained"
     )
     colors = {arm: f"C{index}" for index, arm in enumerate(record["arms"])}
@@ -202,34 +188,32 @@ def draw(record: Record, path: Path) -> None:
         told = f"mean below {MAIN_KEY}; dotted: peak below {THRESHOLDS[0]:g}"
         dead_axis.set(xlabel="step", ylabel=f"dead neurons (%)\n{told}", title=f"MLP {expansion}")
         spread_axis.set(xlabel="step", ylabel="spread of updates' row norms", title="standard deviation / mean")
-        loss_axis.set(xlabel="dead at the end (%)", ylabel="final loss (nats a token)", title="each run")
+        loss_axis.set(xlabel="dead at the end (%)", ylabel="final loss (nats per token)", title="each run")
     for axis in grid.flat:
         axis.grid(alpha=0.3)
     for axis in grid[:, :2].flat:
         axis.set_ylim(bottom=0)
     grid[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{record['recipe']}; {record['device']}", fontsize=9, parse_math=False)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_run(rows: list[Row], path: Path) -> None:
-    """One training run's looks: dead shares by threshold and by layer, and the spread of row norms by matrix."""
-    plt = _pyplot()
-    steps, looks = [row["step"] for row in rows], [row["neurons"] for row in rows]
+    """One training run: dead shares by threshold and by layer, and the spread of row norms by matrix."""
+    plt = pyplot()
+    steps, measured = [row["step"] for row in rows], [row["neurons"] for row in rows]
     figure, (thresholds, layers, spreads) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for (measure, style), threshold in itertools.product({"mean": "-", "peak": ":"}.items(), THRESHOLDS):
-        shares = [_or_nan(pooled(look["dead"][measure][f"{threshold:g}"]), 100) for look in looks]
+        shares = [_or_nan(pooled(one["dead"][measure][f"{threshold:g}"]), 100) for one in measured]
         color = f"C{THRESHOLDS.index(threshold)}"
         thresholds.plot(steps, shares, style, color=color, label=f"{measure} < {threshold:g}")
-    by_layer = np.array([look["dead"]["mean"][MAIN_KEY] for look in looks], dtype=float).T
+    by_layer = np.array([one["dead"]["mean"][MAIN_KEY] for one in measured], dtype=float).T
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_layer)))
     for layer, (shares, shade) in enumerate(zip(by_layer, shades, strict=True)):
         label = f"layer {layer}" if layer in (0, len(by_layer) - 1) else None  # the shades between tell the rest
         layers.plot(steps, 100 * shares, color=shade, label=label)
     for name in MATRICES:
-        spreads.plot(steps, [_or_nan(pooled(look[name]["update_cv"])) for look in looks], label=name)
+        spreads.plot(steps, [_or_nan(pooled(one[name]["update_cv"])) for one in measured], label=name)
     thresholds.set(ylabel="dead neurons (%)", title="by threshold, of the layer's median")
     layers.set(ylabel="dead neurons (%)", title=f"by layer, mean < {MAIN_KEY}")
     spreads.set(ylabel="standard deviation / mean", title="row norms of updates")
@@ -238,19 +222,8 @@ def draw_run(rows: list[Row], path: Path) -> None:
         axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7, ncols=2 if axis is thresholds else 3, loc="upper center")
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _or_nan(value: float | None, scale: float = 1.0) -> float:
     return math.nan if value is None else scale * value
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -4,7 +4,7 @@
     python -m experiments.neurons --preset=full --yes                (seven arms, three MLP widths, tuned: hours there)
     python -m experiments.neurons --recipe=configs/classics_124m_aurora.toml --preset=full --arms adamw muon aurora
     python -m experiments.neurons --draw experiments/results/neurons.json         (tables and figure again)
-    python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run's looks)
+    python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run)
 
 The claim: over 25% of the neurons dead by step 500 under Muon at 340 M parameters, by a threshold that was not
 published. Protocol, with its thresholds, fixed before any reported run: every arm, a rule for the hidden matrices,
@@ -20,7 +20,6 @@ what the tables need, OUT.png is the figure. Exit status as the sweep's.
 
 import dataclasses
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -35,16 +34,17 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import console
-from data.files import check_writable, user_path, whole_file
+from data.files import check_writable, user_path, write_json
 from data.prepare import ensure
-from experiments.cost import confirm, duration
-from experiments.neuron_report import draw, draw_run, looks_of, report, rows_of
-from experiments.sweep import GOES_ON, TRAINER, Result, assignments, load_sweep, run_sweep, visible_gpus
+from experiments import arms
+from experiments.arms import confirm, duration
+from experiments.neuron_report import curves_of, draw, draw_run, report
+from experiments.sweep import TRAINER, Result, load_sweep, rows_with, visible_gpus
 from harness.machine import device_name, find_machine
+from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
 from model import round_up
-from train_gpt import load_config, plan_step, set_up, train_step
+from train_gpt import load_config, set_up
 
 ARMS = {
     "adamw": {"matrix_optimizer": "adamw"},
@@ -74,14 +74,14 @@ class Options:
     seeds: tuple[int, ...] = ()  # reported ones
     steps: int = 0  # of the schedule
     rates_tried: int = -1  # learning rates tried for each arm and expansion; 0: no tuning
-    recipe: str = "configs/sotu_cpu.toml"  # model, data and batch
-    every: int = 25  # steps between looks
+    recipe: str = "configs/sotu_base.toml"  # model, data and batch
+    every: int = 25  # steps between measurements of the neurons
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: the same in every run
     out: str = ""  # folder of the runs; empty: runs/neurons_<preset>
     jobs: int = 0  # runs at once; 0: one for each GPU, or for each CPU thread
     yes: bool = False  # do not ask before the full preset starts
     draw: str = ""  # run nothing, print and draw this JSON
-    run: str = ""  # run nothing, draw the looks of this run directory
+    run: str = ""  # run nothing, draw the measurements of this run directory
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +119,7 @@ def with_preset(options: Options) -> Options:
     if options.every < 1 or options.steps < 1 or options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
     own = {*FIXED, *itertools.chain(*ARMS.values()), "matrix_lr", "mlp_hidden", "seed", "neuron_stats"}
-    for key in assignments(itertools.chain(*options.set)):
-        if key in own:
-            raise ValueError(
-                f"--set {key}: the experiment sets that itself; see --steps, --every, --arms, --expansions"
-            )
+    assignments(itertools.chain(*options.set), "--set: ", own)
     return options
 
 
@@ -151,36 +147,23 @@ def rates_of(arm: str, count: int) -> tuple[float, ...]:
     return tuple(rate / 10 if arm == "adamw" else rate for rate in tried)
 
 
-def _words(settings: Cell) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", *value.split(":"))]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Cost
 
 
 def seconds_of_a_run(options: Options, group: Group, threads: int, start_s: float) -> float:
     """Of training, two validations and the start, from a few training steps here; without torch.compile."""
-    fixed = _words(fixed_settings(options) | group.cell(group.rates[0]))
+    fixed = arguments(fixed_settings(options) | group.cell(group.rates[0]))
     config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         run = set_up(config, find_machine(config.device, config.dtype))
-        times = []
-        for step in range(6):
-            run.follow(plan_step(config, step))
-            inputs, targets = run.batch()
-            run.clock.switch("step")
-            start = time.perf_counter()
-            train_step(run, inputs, targets)
-            run.clock.switch("between")
-            times.append(time.perf_counter() - start)
+        (step_s,) = arms.seconds_per_step({"": run})[""]
         run.loader.close()
     finally:
         torch.set_num_threads(before)
         torch.cuda.empty_cache()  # the runs need it
-    step_s = sorted(times[1:])[2]
     steps_of_validation = 2 * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of a step
     return start_s + step_s * (config.train_steps + steps_of_validation)
 
@@ -207,7 +190,7 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
     for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
         run_s = seconds_of_a_run(options, group, threads, start_s)
         total_s += run_s * (options.rates_tried + len(options.seeds))
-        lines.append(f"  {group.arm:17} MLP {group.expansion:4} {duration(run_s):>7} a run")
+        lines.append(f"  {group.arm:17} MLP {group.expansion:4} {duration(run_s):>7} per run")
     left = 1 - num_done / num_runs
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
     end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
@@ -229,13 +212,9 @@ def fixed_settings(options: Options) -> Cell:
 
 
 def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> list[Result]:
-    """The results of a sweep. Raises RuntimeError if a run crashed."""
+    """The results of a sweep."""
     fixed = fixed_settings(options) | ({"neuron_stats": str(options.every)} if name == "runs" else {})
-    results = run_sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed)
-    crashed = [f"{options.out}/{name}/runs/{run.name}/output.txt" for run in results if not run.ended]
-    if crashed:
-        raise RuntimeError(f"{len(crashed)} runs crashed, see {crashed[0]}; the same command tries them again")
-    return results
+    return arms.sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed)
 
 
 def loss_of(result: Result) -> float | None:
@@ -245,8 +224,8 @@ def loss_of(result: Result) -> float | None:
 
 def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
     """The rate of the lowest loss, the lowest rate if all diverged; whether it is at an end of those tried."""
-    rate = min(tried, key=lambda rate: (math.inf if tried[rate] is None else tried[rate], rate))
-    return rate, rate in (min(tried), max(tried))
+    rate = arms.best({rate: math.inf if loss is None else loss for rate, loss in sorted(tried.items())})
+    return rate, arms.at_edge(rate, tried)
 
 
 def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, Any]:
@@ -265,67 +244,47 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
     results_of_runs = stage(options, "runs", cells, options.seeds, jobs)
     runs = []
     for (_, group), result in zip(itertools.product(options.seeds, of_all), results_of_runs, strict=True):
-        looks, last = looks_of(rows_of(Path(result.directory)))
+        looks, last = curves_of(rows_with("neurons", Path(result.directory)))
         kept = dict(arm=group.arm, expansion=group.expansion, mlp_hidden=int(group.settings["mlp_hidden"]))
         kept |= dict(rate=rates[group], at_edge=at_edge[group], seed=result.seed, status=result.summary["status"])
         runs.append(kept | dict(val_loss=loss_of(result), looks=looks, last=last))
-    places = {
-        key: sorted({run.summary[key] or "unknown" for run in results_of_runs}) for key in ("device", "git_commit")
-    }
     kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "expansions", "seeds", "steps", "every")}
     return dict(
-        **kept_options, device=", ".join(places["device"]), git_commit=", ".join(places["git_commit"]),
+        **kept_options, **arms.origins(run.summary for run in results_of_runs),
         fixed=fixed_settings(options), tuning_seed=TUNING_SEED, tuning=tuning, runs=runs,
     )  # fmt: skip
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that this experiment did not write."""
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-        report(record)
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
-    return record
-
-
 def main(argv: list[str]) -> int:
-    return console.run(lambda: _main(argv), GOES_ON)
+    return arms.command(lambda: _main(argv))
 
 
-def _main(argv: list[str]) -> int:
-    try:
-        options = parse_settings(Options, argv, description=__doc__)
-        if options.run:
-            path = user_path(options.run) / "neurons.png"
-            rows = rows_of(path.parent)
-            if not rows:
-                raise ValueError(f"{options.run} has no look at its neurons; train with --neuron_stats=25, for example")
-            draw_run(rows, path)
-            print(f"{len(rows)} looks -> {path}")
-            return 0
-        path = user_path(options.draw)
-        if not options.draw:
-            options = with_preset(options)
-            path = Path(f"{options.out}.json")
-            check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
-            config = load_config([options.recipe, *_words(assignments(itertools.chain(*options.set)))])
-            ensure(config.train_files, config.val_files, options.steps * config.batch_tokens + 1)
-            of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
-            jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
-            lines = plan(options, of_all, jobs, bool(gpus))
-            if lines:
-                confirm(lines, options.yes or options.preset == "quick")
-            record = experiment(options, of_all, jobs)
-            with whole_file(path) as file:
-                file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-        record = read_record(path)
-        draw(record, path.with_suffix(".png"))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _main(argv: list[str]) -> None:
+    options = parse_settings(Options, argv, description=__doc__)
+    if options.run:
+        path = user_path(options.run) / "neurons.png"
+        rows = rows_with("neurons", path.parent)
+        if not rows:
+            raise ValueError(f"{options.run} has no neuron statistics; train with --neuron_stats=25, for example")
+        draw_run(rows, path)
+        print(f"{len(rows)} measurements -> {path}")
+        return
+    path = user_path(options.draw)
+    if not options.draw:
+        options = with_preset(options)
+        path = Path(f"{options.out}.json")
+        check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
+        config = load_config([options.recipe, *arguments(assignments(itertools.chain(*options.set)))])
+        ensure(config.train_files, config.val_files, options.steps * config.batch_tokens + 1)
+        of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
+        jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
+        lines = plan(options, of_all, jobs, bool(gpus))
+        if lines:
+            confirm(lines, options.yes or options.preset == "quick")
+        write_json(path, experiment(options, of_all, jobs), separators=(",", ":"), allow_nan=False)
+    record = arms.read_result(path, report)
+    draw(record, path.with_suffix(".png"))
     print(f"{report(record)}\n\n{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
-    return 0
 
 
 if __name__ == "__main__":

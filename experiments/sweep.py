@@ -31,14 +31,18 @@ import tyro
 from tqdm import tqdm
 
 from data import console
-from data.files import check_writable, try_lock, user_path, wait_for_lock, whole_file
+from data.files import check_writable, try_lock, user_path, wait_for_lock, write_json
 from data.processes import end_group
 from harness.machine import versions
+from harness.neuron_stats import pooled
+from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
+from harness.tables import Row, mean_and_sd
+from harness.tables import table as as_text
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt.py"
-GOES_ON = "the same command goes on from here"
 DECIMALS = {"val_loss": 4, "time_to_target_s": 2, "steps_to_target": 0, "train_time_s": 2}  # columns of the table
+SPREADS = {"update_cv gate, up": ("gate", "up"), "update_cv down": ("down",)}  # columns of runs with neuron_stats
 Cell = Mapping[str, str]  # overrides: setting -> value as typed
 
 
@@ -78,17 +82,6 @@ class Result:
         return f"{cell_name(self.overrides)}/seed{self.seed}"
 
 
-def assignments(words: Iterable[str]) -> dict[str, str]:
-    """Settings from words key=value. Raises ValueError for any other word or a key that comes twice."""
-    settings: dict[str, str] = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if not key.isidentifier() or "" in value.split(",") or key in settings:
-            raise ValueError(f"{word!r} is not key=value or key=value,value with a new key; try matrix_lr=0.01,0.02")
-        settings[key] = value
-    return settings
-
-
 def grid_cells(grids: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     """The cells of all grids, in order and each once; one empty cell if there is no grid."""
     cells = []
@@ -126,8 +119,7 @@ class Sweep:
 
     def save(self) -> None:
         runs = [dataclasses.asdict(run) for run in self.results.values()]
-        with whole_file(self.out / "sweep.json") as file:
-            file.write(json.dumps({**self.record, "runs": runs}, indent=1) + "\n")
+        write_json(self.out / "sweep.json", {**self.record, "runs": runs}, indent=1)
 
 
 def load_sweep(out: Path) -> Sweep:
@@ -229,8 +221,7 @@ def _start(sweep: Sweep, run: Result, slot: int, lock: int) -> subprocess.Popen[
     folder, gpus = sweep.out / "runs" / run.name, sweep.record["gpus"]
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAINER), sweep.record["recipe"]]
-    for key, value in {**sweep.record["fixed"], **run.overrides}.items():
-        command += [f"--{key}", *value.split(":")]
+    command += [*arguments(sweep.record["fixed"]), *arguments(run.overrides)]
     command += [f"--seed={run.seed}", f"--run_dir={folder}", f"--name={cell_name(run.overrides)}"]
     gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
     environment = {**os.environ, **gpu, "OMP_NUM_THREADS": str(run.threads), "PYTHONUTF8": "1"}
@@ -244,7 +235,8 @@ def _start(sweep: Sweep, run: Result, slot: int, lock: int) -> subprocess.Popen[
 def table(results: Iterable[Result], markdown: bool = False, best_by: str = "") -> str:
     """A row for each cell: mean ± sample standard deviation over the runs that did not diverge.
 
-    Lowest mean val_loss first, cells with diverged runs last; `-` is the recipe's own value, or no value.
+    Lowest mean val_loss first, cells with diverged runs last; `-` is the recipe's own value, or no value. Where runs
+    have neuron statistics, SPREADS of their updates stand beside the losses.
     best_by: only the best cell for each value of that setting. Raises ValueError if no cell has it.
     """
     runs_of: dict[str, list[Result]] = {}
@@ -254,34 +246,43 @@ def table(results: Iterable[Result], markdown: bool = False, best_by: str = "") 
     keys = list(dict.fromkeys(key for runs in runs_of.values() for key in runs[0].overrides))
     if best_by and best_by not in keys:
         raise ValueError(f"best_by = {best_by} is not a setting of the grid; it has: {', '.join(keys) or 'none'}")
-    ranked = []
+    ranked: list[tuple[bool, float, Row]] = []
     for runs in runs_of.values():
-        good = [run.summary for run in runs if not run.diverged]
+        good = [run for run in runs if not run.diverged]
         num_reached = sum(run.summary["steps_to_target"] is not None for run in runs)
-        row = [runs[0].overrides.get(key, "-") for key in keys]
-        row += [f"{len(runs) - len(good)}/{len(runs)}", f"{num_reached}/{len(runs)}"]
-        row += [mean_and_sd([summary[name] for summary in good], digits) for name, digits in DECIMALS.items()]
-        ranked.append((len(good) < len(runs), statistics.fmean([s["val_loss"] for s in good] or [0.0]), row))
-    rows = [row for _, _, row in sorted(ranked)]
+        row: Row = {key: runs[0].overrides.get(key, "-") for key in keys}
+        row |= {"diverged": f"{len(runs) - len(good)}/{len(runs)}", "reached": f"{num_reached}/{len(runs)}"}
+        row |= {name: mean_and_sd([run.summary[name] for run in good], digits) for name, digits in DECIMALS.items()}
+        row |= {name: mean_and_sd([update_spread(run, matrices) for run in good], 3)
+                for name, matrices in SPREADS.items()}  # fmt: skip
+        ranked.append(
+            (len(good) < len(runs), statistics.fmean([run.summary["val_loss"] for run in good] or [0.0]), row)
+        )
+    rows = [row for *_, row in sorted(ranked, key=lambda entry: entry[:2])]
     if best_by:
-        values = [row[keys.index(best_by)] for row in rows]
-        rows = [row for i, row in enumerate(rows) if values[i] not in values[:i]]
-    rows.insert(0, [*keys, "diverged", "reached", *DECIMALS])
-    if markdown:
-        rows.insert(1, ["---"] * len(rows[0]))
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        rows = [row for i, row in enumerate(rows) if row[best_by] not in [better[best_by] for better in rows[:i]]]
+    unknown = [name for name in SPREADS if all(row[name] == "-" for row in rows)]
+    rows = [{key: value for key, value in row.items() if key not in unknown} for row in rows]
+    return as_text(rows, markdown).rstrip() if rows else "no run has ended"
 
 
-def mean_and_sd(values: Iterable[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.{digits}f}{spread}" if known else "-"
+def rows_with(key: str, directory: Path) -> list[Row]:
+    """The rows of a run's metrics.jsonl that have `key`."""
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if key in row]
+
+
+def update_spread(run: Result, matrices: Sequence[str]) -> float | None:
+    """Standard deviation over mean of the updates' row norms, mean over layers, matrices and measured steps; None for a
+    run without neuron statistics."""
+    if not run.summary.get("neurons"):
+        return None
+    measured = [row["neurons"] for row in rows_with("neurons", Path(run.directory))]
+    return pooled(pooled(each[name]["update_cv"]) for each in measured for name in matrices)
 
 
 def main(argv: list[str]) -> int:
-    return console.run(lambda: _main(argv), GOES_ON)
+    return console.run(lambda: _main(argv))
 
 
 def _main(argv: list[str]) -> int:

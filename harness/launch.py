@@ -1,4 +1,4 @@
-"""Start the trainer on this node: missing data first, then torchrun with one process a GPU (one on a CPU machine).
+"""Start the trainer on this node: missing data first, then torchrun with one process per GPU (one on a CPU machine).
 
     python -m harness.launch configs/fineweb_124m_aurora.toml --matrix_lr=0.03
 
@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
-from data.console import STOPS, prepare
+from data import console
 from data.prepare import ensure
 from harness.machine import ROOT, check_device
 from train_gpt import Config, load_config, plan_step
@@ -85,22 +85,14 @@ def first_cause(failures: Iterable[ProcessFailure]) -> ProcessFailure:
 
 
 def main(argv: list[str]) -> int:
-    prepare()
-    try:
-        config = load_config(argv)
-        check_device(config.device, config.dtype)
-        arguments = torchrun_arguments(config, dict(os.environ))
-        ensure(
-            config.train_files,
-            config.val_files,
-            plan_step(config, config.train_steps).first_token + 1,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what data there is", file=sys.stderr)
-        return 130
+    return console.run(lambda: _main(argv), "the same command goes on with what data there is")
+
+
+def _main(argv: list[str]) -> int:
+    config = load_config(argv)
+    check_device(config.device, config.dtype)
+    arguments = torchrun_arguments(config, dict(os.environ))
+    ensure(config.train_files, config.val_files, plan_step(config, config.train_steps).first_token + 1)
     if names := forget_other_launchers(os.environ):
         print(
             f"not obeyed, as they are of another launcher: {' '.join(names)} (see harness/launch.py)", file=sys.stderr
@@ -110,7 +102,7 @@ def main(argv: list[str]) -> int:
         socket.getfqdn = lambda name="": name or socket.gethostname()
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store for each attempt, see machine.fresh_store
     # torchrun takes over the signals named here, also those that its parent ignores; no signal is no list
-    stops = [stop.name for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN]
+    stops = [stop.name for stop in console.STOPS if signal.getsignal(stop) != signal.SIG_IGN]
     os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(stops or ["SIGUSR2"])
     try:
         run(parse_args([*arguments, str(ROOT / "train_gpt.py"), *argv]))
@@ -124,9 +116,6 @@ def main(argv: list[str]) -> int:
         cause = f"the node that holds RDZV_ENDPOINT, or too many others, cannot be reached ({type(error).__name__})"
     except (SignalException, KeyboardInterrupt):
         return 130
-    except OSError as error:  # nowhere to write what torchrun keeps of its ranks
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     again = "with --resume=auto" if config.checkpoint_every else "(without checkpoints, from the start)"
     everywhere = "" if is_alone else " on every node"
     print(f"error: {cause}; start the same command again{everywhere} {again}", file=sys.stderr)

@@ -92,3 +92,12 @@ def refusals(result: list[int]) -> Iterator[None]:
             raise
         print_error(f"another rank was lost before training began ({lost_rank(error)})", event=LOST)
         result.append(4)
+
+
+def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:
+    """KeyboardInterrupt for a run that was stopped, of which the trainer made a status, and ValueError, which names the
+    run as `what`, for one that failed or lost a rank. A run that finished or diverged is a result."""
+    if summary["status"] == INTERRUPTED:
+        raise KeyboardInterrupt
+    if summary["status"] in (FAILED, LOST):
+        raise ValueError(f"{what}: {summary['status']} at {summary['reason']}; nothing is reported")

@@ -27,8 +27,8 @@ class FakeClock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    """What time.perf_counter, time.monotonic and time.thread_time show for the length of a test."""
+    """What time.perf_counter, time.monotonic and time.process_time show for the length of a test."""
     fake = FakeClock()
-    for name in ("perf_counter", "monotonic", "thread_time"):
+    for name in ("perf_counter", "monotonic", "process_time"):
         monkeypatch.setattr(time, name, fake)
     return fake

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.console import prepare
+from data import console
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_LOCALE = {"LC_ALL": "", "LANG": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
@@ -151,7 +151,7 @@ def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 def numerical_tests() -> list[str]:
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     imports = re.compile(r"^(import|from) torch\b", re.MULTILINE)
-    return [f"tests/{path.name}" for path in paths if imports.search(path.read_text(encoding="utf-8"))]
+    return [str(path.relative_to(ROOT)) for path in paths if imports.search(path.read_text(encoding="utf-8"))]
 
 
 def run_tests(variation: Variation, arguments: list[str], seed: int) -> tuple[dict[str, int], bool]:
@@ -185,7 +185,10 @@ def run_tests(variation: Variation, arguments: list[str], seed: int) -> tuple[di
 
 
 def main(arguments: list[str]) -> int:
-    prepare()
+    return console.run(lambda: _main(arguments), "the same command starts again")
+
+
+def _main(arguments: list[str]) -> int:
     known = {variation.name: [variation] for variation in [PLAIN, *VARIATIONS]}
     chosen = list(known.values())
     plain, seed, rows, red = facts_of(PLAIN), int(time.time()), [], False
@@ -194,8 +197,7 @@ def main(arguments: list[str]) -> int:
         try:
             chosen = [[part for name in run.split("+") for part in known[name]] for run in arguments[1].split(",")]
         except KeyError as unknown:
-            print(f"error: --only: {unknown} is none of {', '.join(known)}", file=sys.stderr)
-            return 2
+            raise ValueError(f"--only: {unknown} is none of {', '.join(known)}") from None
         arguments = arguments[2:]
     for variations in chosen:
         variation = combine(variations)
@@ -213,7 +215,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data import console
 from tests import portable
 from tests.conftest import ROOT
 from tests.portable import Variation, busy_loops, environment_of, main
@@ -54,7 +55,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert arguments == ["-x"]
         return ({"passed": 5, "failed": 2}, False) if "THREADS=4" in variation.name else ({"passed": 7}, True)
 
-    monkeypatch.setattr(portable, "prepare", lambda: None)
+    monkeypatch.setattr(console, "prepare", lambda: None)
     monkeypatch.setattr(portable, "facts_of", facts_of)
     monkeypatch.setattr(portable, "run_tests", run_tests)
     return names

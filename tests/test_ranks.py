@@ -140,7 +140,7 @@ class Torchrun:
         self.raises = raises
         monkeypatch.setattr(launch, "run", self.run)
         self.prepared = 0
-        monkeypatch.setattr(launch, "prepare", self.prepare)
+        monkeypatch.setattr(launch.console, "prepare", self.prepare)
         monkeypatch.setattr(os, "environ", os.environ.copy())
         monkeypatch.setattr(socket, "getfqdn", socket.getfqdn)
 

@@ -23,7 +23,6 @@ Exit status: 0 done, 1 a process was killed, 2 a mistake in what was asked for, 
 
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -35,15 +34,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data import console
-from data.files import check_writable, user_path, whole_file
-from experiments.cost import confirm, duration
+from data.files import check_writable, user_path, write_json
+from experiments import arms
+from experiments.arms import confirm, duration
 from experiments.grokking import findings
 from experiments.grokking.decoder import LOSSES, WEIGHTS
 from experiments.grokking.pool import Store, place, read_runs, run_all
 from experiments.grokking.tasks import TASKS, TRAIN_SHARES
-from experiments.grokking.train import Settings, rows_a_step, seconds_a_step
-from experiments.sweep import GOES_ON
+from experiments.grokking.train import Settings, rows_per_step, seconds_per_step
 from harness.machine import versions
 from harness.settings import parse_settings
 from harness.tables import align
@@ -70,7 +68,7 @@ class Options:
     attentions: tuple[str, ...] = tuple(WEIGHTS)  # what turns attention's scores into weights
     losses: tuple[str, ...] = tuple(LOSSES)  # and the logits in the loss
     widths: tuple[int, ...] = (128,)  # of the residual stream
-    batch_sizes: tuple[int, ...] = (0,)  # rows a step; 0: 512, and 128 for parity
+    batch_sizes: tuple[int, ...] = (0,)  # rows per step; 0: 512, and 128 for parity
     depth: int = 1  # blocks
     heads: int = 4  # attention heads
     adam_lr: float = 0.01  # of embedding and head, which are on AdamW in all runs
@@ -143,7 +141,7 @@ def tuning_runs(options: Options) -> list[Settings]:
             runs.append(
                 Settings(
                     task, optimizer, lr, weight_decay, seed, train_share=SPLITS[split] * TRAIN_SHARES[task],
-                    batch_size=0 if batch_size == rows_a_step(task) else batch_size,
+                    batch_size=0 if batch_size == rows_per_step(task) else batch_size,
                     depth=options.depth, width=width, heads=options.heads,
                     max_steps=options.max_steps, sustain_steps=options.sustain_steps,
                     adam_lr=options.adam_lr, adam_weight_decay=options.adam_weight_decay,
@@ -174,12 +172,10 @@ def choose(runs: Iterable[dict[str, Any]]) -> list[Settings]:
         steps, accuracy = scores.get(settings, (0.0, 0.0))
         reached = settings.max_steps if run["sustained"] is None else run["sustained"]
         scores[settings] = (steps + reached, accuracy - run["best_val_accuracy"])
-    best: dict[Settings, Settings] = {}
+    alike: dict[Settings, dict[Settings, tuple[float, float]]] = {}  # by what is tuned, the pairs tried for it
     for settings, score in scores.items():
-        of = dataclasses.replace(settings, lr=0.0, weight_decay=0.0)
-        if of not in best or score < scores[best[of]]:
-            best[of] = settings
-    return list(best.values())
+        alike.setdefault(dataclasses.replace(settings, lr=0.0, weight_decay=0.0), {})[settings] = score
+    return [arms.best(tried) for tried in alike.values()]
 
 
 def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
@@ -192,7 +188,7 @@ def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
     torch.set_num_threads(1)
     for settings in tqdm(left, desc="timing a few steps of each kind", leave=False, disable=not sys.stderr.isatty()):
         if _kind(settings) not in step_s:
-            step_s[_kind(settings)] = seconds_a_step(settings)
+            step_s[_kind(settings)] = seconds_per_step(settings)
     most = sum(step_s[_kind(settings)] * settings.max_steps for settings in left) / jobs
     lines = [
         f"{len(tuning)} runs to tune {len(untuned)} optimizers and settings, {len(reported)} runs to report; "
@@ -201,7 +197,7 @@ def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
     if left:
         lines.append(
             f"about {duration(most)} at most here ({place()}, {jobs} at once): {1000 * min(step_s.values()):.0f} to "
-            f"{1000 * max(step_s.values()):.0f} ms a step, {options.max_steps} steps in a run that never groks"
+            f"{1000 * max(step_s.values()):.0f} ms per step, {options.max_steps} steps in a run that never groks"
         )
     if not torch.cuda.is_available():
         lines.append("what it costs on a GPU is timed and said when the same command is started on one")
@@ -210,7 +206,7 @@ def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
 
 def _kind(settings: Settings) -> tuple[Any, ...]:
     """What a step's time depends on, roughly."""
-    return settings.task == "parity", settings.optimizer, settings.width, settings.rows_a_step, settings.depth
+    return settings.task == "parity", settings.optimizer, settings.width, settings.rows_per_step, settings.depth
 
 
 def tell(result: dict[str, Any]) -> None:
@@ -224,11 +220,8 @@ def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[
     """What is kept of these options' runs, of those that there are."""
     tuning = [known[run] for run in tuning_runs(options) if run in known]
     runs = [known[run] for run in reported_runs(options, choose(tuning)) if run in known]
-    origins = {
-        key: ", ".join(sorted({run[key] or "unknown" for run in (*tuning, *runs)})) for key in ("device", "git_commit")
-    }
     return dict(
-        options=dataclasses.asdict(options), **origins, versions=versions(),
+        options=dataclasses.asdict(options), **arms.origins((*tuning, *runs)), versions=versions(),
         tuning=[findings.without_curves(run) for run in tuning], runs=[findings.thinned(run) for run in runs],
     )  # fmt: skip
 
@@ -253,27 +246,26 @@ def run(options: Options) -> None:
         raise ValueError(f"{out} has none of these runs yet; leave --table away to start them")
     tell(result)
     if not options.table:
-        with whole_file(out / "result.json") as file:
-            file.write(json.dumps(result) + "\n")
+        write_json(out / "result.json", result)
         findings.draw(result, out / "result.png")
         print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
 
 
 def draw_again(path: Path) -> None:
     """Raises ValueError for a file that is not a result."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8-sig"))
+
+    def show(result: dict[str, Any]) -> None:
         findings.draw(result, path.with_suffix(".png"))
         tell(result)
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
+
+    arms.read_result(path, show)
 
 
 def main(argv: list[str]) -> int:
-    return console.run(lambda: _main(argv), GOES_ON)
+    return arms.command(lambda: _main(argv))
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, preset_of(argv))
     try:
         if options.draw:
@@ -281,9 +273,9 @@ def _main(argv: list[str]) -> int:
         else:
             run(options)
     except BrokenProcessPool:
-        print("error: a run's process was killed (out of memory?); fewer --jobs; the rest is kept", file=sys.stderr)
-        return 1
-    return 0
+        raise arms.RunCrashedError(
+            "a run's process was killed (out of memory?); fewer --jobs; the rest is kept"
+        ) from None
 
 
 def preset_of(argv: list[str]) -> Options:

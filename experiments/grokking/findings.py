@@ -6,10 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data.files import whole_file
+from experiments.arms import EDGE, at_edge
 from experiments.grokking.survival import holm, logrank, median, stratified_logrank
 from experiments.grokking.tasks import TRAIN_SHARES
 from experiments.grokking.train import Settings
+from harness.figures import pyplot, save
 
 Run = dict[str, Any]
 Cell = tuple[str, str]  # setting, optimizer
@@ -27,7 +28,7 @@ def without_curves(run: Run) -> Run:
 
 
 def thinned(run: Run, every: int = 2) -> Run:
-    """The run with every second look of its accuracies, for a file that is kept."""
+    """The run with every second measurement of its accuracies, for a file that is kept."""
     kept = ("step", "train_accuracy", "val_accuracy")
     return {**run, "curves": {key: values[::every] for key, values in run["curves"].items() if key in kept}}
 
@@ -85,10 +86,10 @@ def in_words(step: float) -> str:
 
 
 def chosen(run: Run, key: str, tuning: list[Run]) -> str:
-    """The value that the sweep chose; * where it is the lowest or highest of those tried."""
+    """The value that the sweep chose; EDGE where it is the lowest or highest of those tried."""
     optimizer, value = run["settings"]["optimizer"], run["settings"][key]
     tried = {one["settings"][key] for one in tuning if one["settings"]["optimizer"] == optimizer}
-    return f"{value:g}{'*' if len(tried) > 1 and value in (min(tried), max(tried)) else ''}"
+    return f"{value:g}{EDGE if at_edge(value, tried) else ''}"
 
 
 def verdicts(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -140,7 +141,7 @@ def remarks(result: dict[str, Any]) -> list[str]:
         "interval: of the median of held 95%; p: log-rank test of held 95% against adamw, by permutation; "
         + "; ".join(limits),
         "delay: from memorised to held 95%, of runs that held it; fell below 80%: after the first 95%, while watched",
-        f"*: at an edge of the {options['lrs']} x {options['weight_decays']} grid that each optimizer tried",
+        f"{EDGE}: at an edge of the {options['lrs']} x {options['weight_decays']} grid that each optimizer tried",
     ]
     for row in verdicts(result):
         lines.append(
@@ -153,17 +154,13 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Curves of accuracy for up to six settings, and a map of the medians of all: settings x optimizers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
     by_cell = cells(result["runs"])
     settings, optimizers = (list(dict.fromkeys(cell[i] for cell in by_cell)) for i in (0, 1))
     num_rows = math.ceil(len(settings[:6]) / 3)
     heights = 2.4 * num_rows + 0.6, 0.35 * len(settings) + 1.4
-    figure = plt.figure(figsize=(12, sum(heights)), layout="constrained")
+    figure = pyplot().figure(figsize=(12, sum(heights)), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=heights)).flat
     grid = above.subplots(num_rows, min(3, len(settings)), sharey=True, squeeze=False)
     for axis, setting in zip(grid.flat, settings, strict=False):
@@ -180,10 +177,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.set_xticks(range(len(optimizers)), optimizers, fontsize=8)
     axis.set_yticks(range(len(settings)), settings, fontsize=8)
     figure.suptitle(result["device"], fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=100)
-    plt.close(figure)
+    save(figure, path, dpi=100)
 
 
 def _draw_curves(axis: Any, setting: str, runs_of: dict[str, list[Run]]) -> None:

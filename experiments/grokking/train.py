@@ -1,9 +1,9 @@
 """One run: a decoder on one task until it has grokked and held it, or until its steps are used up.
 
-Steps are counted, not seconds: `memorised` is the first look at which the training rows are at 99% accuracy, `crossed`
-the first one from there on with the validation rows at 95% (the definition of arXiv 2504.16041), `sustained` the first
-from which they stay at 95% for `sustain_steps`. A run ends when that is seen. What has not happened by then is
-censored, not missing: it is known to be later than the last step at which it could have been seen.
+Steps are counted, not seconds: `memorised` is the first measurement at which the training rows are at 99% accuracy,
+`crossed` the first one from there on with the validation rows at 95% (the definition of arXiv 2504.16041), `sustained`
+the first from which they stay at 95% for `sustain_steps`. A run ends when that is seen. What has not happened by then
+is censored, not missing: it is known to be later than the last step at which it could have been seen.
 """
 
 import math
@@ -22,8 +22,8 @@ from optim import MatrixOptimizer, build_optimizers
 from train_gpt import Config
 
 MEMORISED, GENERALISED, COLLAPSED = 0.99, 0.95, 0.8  # accuracies
-ROWS_LOOKED_AT = 1024  # of either part at most: a standard error of 0.7 points at the 95% line
-BATCH_SIZES = {"parity": 128}  # rows a step; its 512 training rows would be one batch
+ROWS_MEASURED = 1024  # of either part at most: a standard error of 0.7 points at the 95% line
+BATCH_SIZES = {"parity": 128}  # rows per step; its 512 training rows would be one batch
 DEFAULT_BATCH_SIZE = 512
 
 
@@ -39,7 +39,7 @@ class Settings:
     attention: str = "softmax"
     loss: str = "softmax"
     train_share: float = 0.0  # of the rows; 0: the task's own
-    batch_size: int = 0  # rows a step; 0: the task's own
+    batch_size: int = 0  # rows per step; 0: the task's own
     depth: int = 1  # blocks
     width: int = 128
     heads: int = 4
@@ -51,17 +51,17 @@ class Settings:
     adam_weight_decay: float = 0.01  # embedding and head
 
     @property
-    def rows_a_step(self) -> int:
-        return self.batch_size or rows_a_step(self.task)
+    def rows_per_step(self) -> int:
+        return self.batch_size or rows_per_step(self.task)
 
 
-def rows_a_step(task: str) -> int:
+def rows_per_step(task: str) -> int:
     """The task's own batch size."""
     return BATCH_SIZES.get(task, DEFAULT_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     step: int
     train_loss: float
     train_accuracy: float
@@ -93,16 +93,16 @@ def train(settings: Settings) -> dict[str, Any]:
     share = settings.train_share or TRAIN_SHARES[settings.task]
     train_rows, val_rows = (part.to(device) for part in split(table(settings.task), share, generator))
     model, optimizers = build(settings, device)
-    loss_of, rows_of = LOSSES[settings.loss], batches(train_rows, settings.rows_a_step, generator)
-    looks: list[Look] = []
+    loss_of, rows_of = LOSSES[settings.loss], batches(train_rows, settings.rows_per_step, generator)
+    measured: list[Measurement] = []
     status, start = "ended", time.perf_counter()
     for step in range(settings.max_steps + 1):
         if step % settings.look_every == 0:
-            looks.append(look(model, loss_of, step, train_rows, val_rows))
-            if not math.isfinite(looks[-1].train_loss + looks[-1].val_loss):
-                status, looks = "diverged", looks[:-1]
+            measured.append(measure(model, loss_of, step, train_rows, val_rows))
+            if not math.isfinite(measured[-1].train_loss + measured[-1].val_loss):
+                status, measured = "diverged", measured[:-1]
                 break
-            if milestones(looks, settings.sustain_steps)["sustained"] is not None or step == settings.max_steps:
+            if milestones(measured, settings.sustain_steps)["sustained"] is not None or step == settings.max_steps:
                 break
         rows = next(rows_of)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -118,12 +118,12 @@ def train(settings: Settings) -> dict[str, Any]:
             status = "diverged"
             break
     outcome = dict(status=status, steps=step, seconds=round(time.perf_counter() - start, 3))
-    curves = {field.name: [getattr(one, field.name) for one in looks] for field in fields(Look)}
-    return dict(settings=asdict(settings), **outcome, **milestones(looks, settings.sustain_steps), curves=curves)
+    curves = {field.name: [getattr(one, field.name) for one in measured] for field in fields(Measurement)}
+    return dict(settings=asdict(settings), **outcome, **milestones(measured, settings.sustain_steps), curves=curves)
 
 
-def seconds_a_step(settings: Settings, steps: int = 10) -> float:
-    """Of a run with these settings, looks included, by the clock; the first step, which sets up, is left out."""
+def seconds_per_step(settings: Settings, steps: int = 10) -> float:
+    """Of a run with these settings, measurements included, by the clock; the first step, which sets up, is left out."""
     train(replace(settings, max_steps=1))
     return train(replace(settings, max_steps=steps))["seconds"] / steps
 
@@ -139,27 +139,27 @@ def batches(rows: Rows, batch_size: int, generator: torch.Generator) -> Iterator
 
 
 @torch.no_grad()
-def look(
+def measure(
     model: Decoder, loss_of: Callable[[Tensor, Tensor], Tensor], step: int, train_rows: Rows, val_rows: Rows
-) -> Look:
+) -> Measurement:
     """Loss and accuracy on the first rows of either part, whose order is random."""
     found = []
     for rows in (train_rows, val_rows):
-        targets = rows.targets[:ROWS_LOOKED_AT]
-        logits = model(rows.inputs[:ROWS_LOOKED_AT], rows.num_classes)
+        targets = rows.targets[:ROWS_MEASURED]
+        logits = model(rows.inputs[:ROWS_MEASURED], rows.num_classes)
         hits = (logits.argmax(-1) == targets).float().mean()
         found += [round(loss_of(logits, targets).item(), 5), round(hits.item(), 4)]
-    return Look(step, *found)
+    return Measurement(step, *found)
 
 
-def milestones(looks: Sequence[Look], sustain_steps: int) -> dict[str, Any]:
+def milestones(measured: Sequence[Measurement], sustain_steps: int) -> dict[str, Any]:
     """What the curve shows: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
 
-    collapsed: whether validation accuracy was below 80% at any look after it had crossed 95%. A run is not watched
-    longer than it takes to see 95% held, so that later collapses are not seen.
+    collapsed: whether validation accuracy was below 80% at any measurement after it had crossed 95%. A run is not
+    watched longer than it takes to see 95% held, so that later collapses are not seen.
     """
-    memorised = next((one.step for one in looks if one.train_accuracy >= MEMORISED), None)
-    later = [one for one in looks if memorised is not None and one.step >= memorised]
+    memorised = next((one.step for one in measured if one.train_accuracy >= MEMORISED), None)
+    later = [one for one in measured if memorised is not None and one.step >= memorised]
     crossed = next((one.step for one in later if one.val_accuracy >= GENERALISED), None)
     sustained = since = None
     for one in later:
@@ -175,5 +175,5 @@ def milestones(looks: Sequence[Look], sustain_steps: int) -> dict[str, Any]:
         memorised=memorised, crossed=crossed, sustained=sustained,
         delay=None if sustained is None or memorised is None else sustained - memorised,
         collapsed=bool(after) and min(after) < COLLAPSED,
-        best_val_accuracy=max((one.val_accuracy for one in looks), default=0.0),
+        best_val_accuracy=max((one.val_accuracy for one in measured), default=0.0),
     )  # fmt: skip

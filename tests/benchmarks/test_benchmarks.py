@@ -1,6 +1,7 @@
 """The benchmarks of training: shares of a step add up, ratios are against what they name."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from benchmarks import bench, loader_speed, neuron_stats_cost, optimizer_step, readme, train_step
+from benchmarks import loader_speed, neuron_stats_cost, optimizer_step, readme, train_step
+from harness import results
 from harness.neuron_stats import NeuronStats
+from harness.results import command
 from tests.clock import FakeClock
 from tests.conftest import Trainer
 
@@ -32,7 +35,7 @@ def test_shares_of_a_step_are_those_of_the_clock(
     monkeypatch.setattr(train_step, "set_up", slowed)
     monkeypatch.setattr(torch.Tensor, "backward", clock.during(3e-3, torch.Tensor.backward))
     monkeypatch.setattr(train_gpt.Run, "batch", clock.during(1e-3, train_gpt.Run.batch))
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     rows = timed(train_step.Args(str(tiny_recipe), ("adamw", "muon"), rounds=2, steps=4), tmp_path)["rows"]
     assert [row["matrix_optimizer"] for row in rows] == ["adamw", "muon"]
     for row, step_ms in zip(rows, (9, 13), strict=True):
@@ -45,7 +48,7 @@ def test_shares_of_a_step_are_those_of_the_clock(
 
 
 def timed(arguments: train_step.Args, folder: Path) -> dict[str, Any]:
-    assert train_step.main(arguments) == 0
+    train_step.main(arguments)
     (path,) = folder.glob(f"train_step_{arguments.label}*.json")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -94,7 +97,7 @@ def test_only_the_first_turn_takes_what_comes_once(
         return run
 
     monkeypatch.setattr(train_step, "set_up", slow_at_first)
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     variants = ("plain", "compiled: num_layers=1")
     arguments = train_step.Args(str(tiny_recipe), ("adamw",), variants, rounds=99, steps=1, max_seconds=100.01)
     result = timed(arguments, tmp_path)
@@ -106,11 +109,11 @@ def test_a_stop_ends_a_benchmark_as_one(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trainer catches it for its summary; it is no mistake of the arguments."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["train_step", str(tiny_recipe), "--rounds=1", "--steps=2"])
     monkeypatch.setattr(train_gpt, "set_schedule", raising(KeyboardInterrupt))
     with pytest.raises(SystemExit, match="130"):
-        bench.command(train_step.main, train_step.Args, "")
+        command(train_step.main, train_step.Args, "")
     assert capsys.readouterr().err.endswith("interrupted; nothing was written; the same command starts again\n")
     assert not list(tmp_path.iterdir())
 
@@ -129,7 +132,7 @@ def test_a_folder_for_results_is_asked_for_before_the_work(
     monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path / "file/results"))
     monkeypatch.setattr(sys, "argv", ["loader"])
     with pytest.raises(SystemExit, match="2"):
-        bench.command(raising(AssertionError), loader_speed.Args, "")
+        command(raising(AssertionError), loader_speed.Args, "")
     assert capsys.readouterr().err == (
         f"error: {tmp_path}/file/results cannot be written (Not a directory); BENCHMARK_RESULTS=/tmp/results chooses "
         "another folder\n"
@@ -139,42 +142,41 @@ def test_a_folder_for_results_is_asked_for_before_the_work(
 def test_the_results_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("BENCHMARK_RESULTS", "~/results")
-    assert bench.results_folder() == tmp_path / "results"
+    assert results.results_folder() == tmp_path / "results"
     monkeypatch.setenv("BENCHMARK_RESULTS", "")
-    assert bench.results_folder() == bench.RESULTS
+    assert results.results_folder() == results.RESULTS
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(variants=("plain", "fused: fused")), "variant fused: 'fused' is not key=value; try compile=true"),
+        (dict(variants=("plain", "fused: fused")), "variant fused: 'fused' is not key=value with a new key"),
         (dict(variants=("compile=true",)), "variant 'compile=true' has no name of its own"),
         (dict(variants=("a", "a")), "variant 'a' has no name of its own"),
         (dict(variants=("a: trian_steps=3",)), "trian_steps is not a setting; did you mean train_steps?"),
-        (dict(set=("seed=3",)), "--set: seed is this benchmark's own to set"),
+        (dict(set=("seed=3",)), "--set: seed is set by this command itself; leave it out"),
         (dict(rounds=0), "rounds and steps must be 1 or more"),
         (dict(variants=("a: head_lr=1e20 weight_decay=1e20",)), "a muon: diverged by step 1: the gradient of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    changes: dict[str, Any], message: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    changes: dict[str, Any], message: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     arguments = dict(recipe=str(tiny_recipe), matrix_optimizers=("muon",), rounds=1, steps=3)
-    assert train_step.main(train_step.Args(**(arguments | changes))) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_step.main(train_step.Args(**(arguments | changes)))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_readme_says_what_a_row_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"variant": "fused", "matrix_optimizer": "muon", "tokens_per_s": 5e5, "ratio": 1.5, "MFU": 0.5, "loader_%": 1}
-    settings = dict(recipe="r.toml", set=["batch_tokens=64", "train_files=x"], variants=["fused: fused_mlp=true"])
+    settings = dict(recipe="r.toml", set=["batch_tokens=64", "train_files=x"], variants=["fused: fused=mlp"])
     result = dict(device="a GPU", settings=settings, rows=[row | {"peak_mib": "", "loss_diff": 0.001}])
     (tmp_path / "train_step_124m_a-gpu.json").write_text(json.dumps(result), encoding="utf-8")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.train_step_section().splitlines() == [
-        'a GPU, `r.toml`; `batch_tokens=64`; `"fused: fused_mlp=true"`:',
+        'a GPU, `r.toml`; `batch_tokens=64`; `"fused: fused=mlp"`:',
         "",
         "| variant | matrix optimizer | tokens/s | of the first's | MFU | losses differ by | loader % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -197,7 +199,7 @@ class Operations(TorchDispatchMode):
 def test_optimizer_steps_are_compared_with_adamw_and_muon(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     rules = ("adamw", "torch.optim.Muon", "muon", "aurora release", "riemannian_aurora")
     with Operations(clock):
         optimizer_step.main(optimizer_step.Args(str(tiny_recipe), rules, rounds=3, tokens=64, device="cpu"))
@@ -215,14 +217,14 @@ def test_optimizer_steps_are_compared_with_adamw_and_muon(
         assert row["matrices_over_torch.optim.Muon"] == row["matrices_ms"] / rows["torch.optim.Muon"]["matrices_ms"]
 
 
-def test_a_look_at_neurons_is_timed_beside_its_step(
+def test_neuron_statistics_are_timed_beside_their_step(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
-    """A look of 200 ms after the step and 10 before it, and a step of 50."""
+    """200 ms after the step and 10 before it, and a step of 50."""
     for method, seconds in (("look", 0.2), ("before_step", 0.01)):
         monkeypatch.setattr(NeuronStats, method, clock.during(seconds, getattr(NeuronStats, method)))
     monkeypatch.setattr(neuron_stats_cost, "train_step", clock.during(0.05, neuron_stats_cost.train_step))
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     neuron_stats_cost.main(neuron_stats_cost.Args(str(tiny_recipe), steps=3, every=50))
     (path,) = tmp_path.glob("neuron_stats_*.json")
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, loader_speed
+from benchmarks import loader_speed
 from data.loader import TokenStream
 
 ARGS = loader_speed.Args(seq_len=8, batch_tokens=(64, 128), shard_tokens=(501, 333), passes=1)
@@ -14,7 +14,7 @@ ARGS = loader_speed.Args(seq_len=8, batch_tokens=(64, 128), shard_tokens=(501, 3
 def test_loader_benchmark_saves_what_it_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     loader_speed.main(ARGS)
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def test_loader_benchmark_saves_what_it_prints(
 
 def test_wrong_batches_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = TokenStream.read
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     monkeypatch.setattr(TokenStream, "read", lambda stream, start, count: read(stream, start + (start > 200), count))
     with pytest.raises(SystemExit, match="step 4: the loader's batch is wrong; nothing was timed"):
         loader_speed.main(ARGS)

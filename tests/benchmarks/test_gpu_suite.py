@@ -1,10 +1,9 @@
-"""The GPU suite and its race: limits that hold, nothing left behind, and a killed suite that goes on where it was."""
+"""The GPU suite: limits that hold, nothing left behind, and a killed suite that goes on where it was."""
 
 import dataclasses
 import errno
 import fcntl
 import json
-import lzma
 import os
 import signal
 import subprocess
@@ -12,21 +11,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import train_gpt
-from benchmarks import bench, gpu_suite, race, suite_parts
+from benchmarks import gpu_suite, suite_parts
 from benchmarks.suite_parts import NOWHERE, Facts, make_parts
-from benchmarks.train_step import overrides
 from data.shards import write_shard
+from harness.overrides import arguments, assignments
 from tests.clock import FakeClock
 from tests.conftest import ROOT
 from tests.fake_suite import GOOD, fake, run_fakes
-from train_gpt import Run, load_config
+from train_gpt import load_config
 
-H100 = Facts("NVIDIA H100 80GB HBM3", "h100", True, 79.2, 989e12, list(suite_parts.FUSED), "c0ffee", {})
+H100 = Facts("NVIDIA H100 80GB HBM3", "h100", True, 79.2, 989e12, "c0ffee", {})
 
 
 def runs(folder: Path, name: str) -> int:
@@ -180,7 +177,7 @@ def test_fresh_forgets_the_parts_and_deletes_nothing_else(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", without_locks)
-    monkeypatch.setattr(gpu_suite, "look_at_machine", lambda tiny: NOWHERE)
+    monkeypatch.setattr(gpu_suite, "find_facts", lambda tiny: NOWHERE)
     monkeypatch.setattr(gpu_suite, "run_suite", lambda *_: 0)
     for name in ("polar_speed.json", "mine.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
@@ -203,19 +200,29 @@ def test_what_was_done_before_by_an_unknown_commit_is_said(
 @pytest.mark.parametrize("memory_gib", [79.2, 39.4, 22.0])
 @pytest.mark.parametrize("peak_flops", [989e12, 125e12, 0.0])
 def test_the_real_commands_are_ones_the_trainer_takes(memory_gib: float, peak_flops: float, tmp_path: Path) -> None:
-    facts = dataclasses.replace(H100, memory_gib=memory_gib, peak_flops=peak_flops, fused=[])
+    facts = dataclasses.replace(H100, memory_gib=memory_gib, peak_flops=peak_flops)
     write_shard(tmp_path / "x_train_000001.bin", [1])
     write_shard(tmp_path / "x_val_000000.bin", [1])
     parts = {part.name: part for part in make_parts(facts, tmp_path, tmp_path, tiny=False)}
     for name in ("train_step_124m", "train_step_355m", "classics"):
         assert not parts[name].skip
         command = parts[name].command_within(100)
-        settings = overrides(command[command.index("--set") + 1 :], "--set")
+        settings = arguments(assignments(command[command.index("--set") + 1 :]))
         config = load_config([command[2], *settings])
         assert config.batch_tokens % config.micro_batch_tokens == 0 and config.micro_batch_tokens % config.seq_len == 0
         assert config.seq_len == 1024 and config.compile
     assert config.batch_tokens == 65536  # the classics recipes' own
     assert "--matrix_optimizers adamw muon aurora" in " ".join(parts["train_step_124m"].command) or memory_gib < 30
+
+
+def test_the_tiny_commands_are_too(tmp_path: Path) -> None:
+    suite_parts.make_inputs(tmp_path, tiny=True)
+    for part in make_parts(H100, tmp_path, tmp_path, tiny=True):
+        if "--set" in part.command:
+            config = load_config(
+                [part.command[2], *arguments(assignments(part.command[part.command.index("--set") + 1 :]))]
+            )
+            assert config.model_dim == 32
 
 
 def test_without_shards_the_race_says_what_to_put_where(tmp_path: Path) -> None:
@@ -240,8 +247,6 @@ def test_training_steps_are_held_to_the_targets(tmp_path: Path) -> None:
     share, verdict = verdicts["muon: optimizer's share at 524288 tokens a step (%)"]
     assert share == pytest.approx(100 * 4 / (4 + 96 * 8)) and verdict.startswith("met by 0.98")
     assert verdicts["muon: losses of all on and plain differ by at most (nats)"] == (1e-3, "")
-    plain = suite_parts.find_train_step([path], dataclasses.replace(H100, fused=[]), with_targets=True)
-    assert {each.name: each.verdict for each in plain.targets}["muon: tokens/s, all on over plain"] == "not measured"
 
 
 @pytest.mark.parametrize(
@@ -253,55 +258,6 @@ def test_training_steps_are_held_to_the_targets(tmp_path: Path) -> None:
 )
 def test_tests_are_counted(line: str, counts: dict[str, int]) -> None:
     assert suite_parts.find_tests(["FAILED tests/x.py::y - 1 failed", line, ""], []).figures == counts
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The race
-
-
-def test_the_time_to_a_target_is_where_a_line_crosses_it() -> None:
-    losses = [(0, 0.0, 4.0), (10, 5.0, 3.0), (20, 9.0, 2.0), (30, 14.0, 2.5)]
-    assert [race.seconds_to(target, losses) for target in (3.5, 3.0, 2.25, 1.9)] == [2.5, 5.0, 8.0, None]
-
-
-@pytest.mark.slow
-def test_a_race_trains_each_for_the_same_seconds_and_ends_in_time(
-    tiny_recipe: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
-) -> None:
-    """From compressed shards; the first run is the baseline. A step of AdamW takes 1/8 s and one of Muon 1/4, so that
-    Muon's 40 steps, its recipe's, are 10 s, in which AdamW does 80."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
-    train_step, evaluate = train_gpt.train_step, train_gpt.evaluate
-
-    def step(run: Run, *batch: Any) -> Any:
-        clock.now += 1 / 8 if run.config.matrix_optimizer == "adamw" else 1 / 4
-        return train_step(run, *batch)
-
-    for module in (train_gpt, race):
-        monkeypatch.setattr(module, "train_step", step)
-        monkeypatch.setattr(module, "evaluate", clock.during(1 / 16, evaluate))
-    (tmp_path / "packed").mkdir()
-    for path in tiny_data.glob("*.bin"):
-        (tmp_path / "packed" / f"{path.name}.xz").write_bytes(lzma.compress(path.read_bytes()))
-    settings = ("softcaps=1",)
-    arguments = race.Args(
-        (str(tiny_recipe),), ("adamw", "muon"), seconds=40, data=str(tmp_path / "packed"), folder=str(tmp_path / "race")
-    )
-    assert race.main(dataclasses.replace(arguments, set=settings)) == 2  # not a setting
-    started = clock.now
-    assert race.main(arguments) == 0
-    assert clock.now - started < 40
-    (path,) = (tmp_path / "results").glob("race_*.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    adamw, muon = content["rows"]
-    assert (adamw["train_time_s"], adamw["steps"]) == (10, 80)
-    assert (muon["train_time_s"], muon["steps"]) == (10, 40)
-    assert max(adamw["val_loss"], muon["val_loss"]) <= content["settings"]["target_loss"]
-    assert all(0 < row["time_to_target_s"] <= row["train_time_s"] for row in (adamw, muon))
-    assert adamw["speedup"] == 1
-    assert len(content["settings"]["curves"]["muon"]) > race.VALIDATIONS
-    assert path.with_suffix(".png").exists()
-    assert race.main(dataclasses.replace(arguments, seconds=1)) == 2  # too short for any
 
 
 @pytest.mark.slow

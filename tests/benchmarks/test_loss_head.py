@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench, loss_head
+from benchmarks import loss_head
 from benchmarks.loss_head import Args, main
 
 
@@ -27,7 +27,7 @@ def test_the_fused_way_holds_one_array_of_logits_and_the_plain_way_three(
     """Three of float32, 64 MiB each, at least, and one in the dtype of the products: 32 or 64 MiB. The fused way's
     blocks and gradients are 4 MiB more; 16, a quarter of an array, leaves room for whole pages. Both in processes
     of their own."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     assert main(Args(("1024x16384x8",), passes=1, device="cpu")) == 0
     found, dtype = result(tmp_path)
     assert {row["check"] for row in found.values()} == {"right"}  # of every gradient, against float64
@@ -41,7 +41,7 @@ def test_the_fused_way_holds_one_array_of_logits_and_the_plain_way_three(
 
 def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose gradient in the weights is 3 % too large."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     monkeypatch.setattr(loss_head, "peak_bytes", lambda *arguments: 1)
     genuine = loss_head.fused
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from experiments.grokking import decoder, survival, tasks, train
-from experiments.grokking.train import Look, Settings
+from experiments.grokking.train import Measurement, Settings
 from model import ModelConfig
 
 P = 97
@@ -172,16 +172,16 @@ def test_attention_is_causal_and_weighs_as_named(attention: str) -> None:
     assert k.grad is not None and k.grad.isfinite().all()
 
 
-def curve(*values: tuple[float, float]) -> list[Look]:
-    """Looks every 10 steps from (train accuracy, validation accuracy)."""
-    return [Look(10 * i, 0.0, of_train, 0.0, of_val) for i, (of_train, of_val) in enumerate(values)]
+def curve(*values: tuple[float, float]) -> list[Measurement]:
+    """Measurements every 10 steps from (train accuracy, validation accuracy)."""
+    return [Measurement(10 * i, 0.0, of_train, 0.0, of_val) for i, (of_train, of_val) in enumerate(values)]
 
 
 NEW, MEMORISED, GROKKED = (0.01, 0.01), (1.0, 0.2), (1.0, 0.97)
 
 
 @pytest.mark.parametrize(
-    ("looks", "memorised", "crossed", "sustained", "collapsed"),
+    ("measured", "memorised", "crossed", "sustained", "collapsed"),
     [
         pytest.param(curve(*[NEW] * 8), None, None, None, False, id="learns nothing"),
         pytest.param(curve(NEW, *[MEMORISED] * 9), 10, None, None, False, id="never groks"),
@@ -195,13 +195,13 @@ NEW, MEMORISED, GROKKED = (0.01, 0.01), (1.0, 0.2), (1.0, 0.97)
         ),
         pytest.param(curve(NEW, GROKKED, *[(0.5, 0.4)] * 9), 10, 10, None, True, id="collapses for good"),
         pytest.param(curve(NEW, (0.9, 0.96), *[GROKKED] * 5), 20, 20, 20, False, id="generalises before it memorises"),
-        pytest.param([], None, None, None, False, id="no look"),
+        pytest.param([], None, None, None, False, id="never"),
     ],
 )
 def test_milestones_of_synthetic_curves(
-    looks: list[Look], memorised: int | None, crossed: int | None, sustained: int | None, collapsed: bool
+    measured: list[Measurement], memorised: int | None, crossed: int | None, sustained: int | None, collapsed: bool
 ) -> None:
-    found = train.milestones(looks, sustain_steps=40)
+    found = train.milestones(measured, sustain_steps=40)
     assert [found[key] for key in ("memorised", "crossed", "sustained")] == [memorised, crossed, sustained]
     assert found["collapsed"] == collapsed
     assert found["delay"] == (None if sustained is None or memorised is None else sustained - memorised)
@@ -229,36 +229,36 @@ def test_every_optimizer_learns_and_repeats_itself(optimizer: str) -> None:
         assert train.train(settings)["curves"] == run["curves"]
 
 
-def test_batches_are_of_training_rows_and_looks_of_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a split made here: what is learnt from, what is looked at as which, and that no row is in both."""
-    seen: dict[str, list[tasks.Rows]] = {"batches": [], "looks": []}
-    genuine_batches, genuine_look = train.batches, train.look
+def test_batches_are_of_training_rows_and_measured_of_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a split made here: what is learnt from, what is measured as which, and that no row is in both."""
+    seen: dict[str, list[tasks.Rows]] = {"batches": [], "measured": []}
+    genuine_batches, genuine_measure = train.batches, train.measure
 
     def noted_batches(rows: tasks.Rows, *arguments: Any) -> Any:
         seen["batches"].append(rows)
         return genuine_batches(rows, *arguments)
 
-    def noted_look(model: Any, loss_of: Any, step: int, *parts: tasks.Rows) -> Look:
-        seen["looks"] += parts
-        return genuine_look(model, loss_of, step, *parts)
+    def noted_measure(model: Any, loss_of: Any, step: int, *parts: tasks.Rows) -> Measurement:
+        seen["measured"] += parts
+        return genuine_measure(model, loss_of, step, *parts)
 
     monkeypatch.setattr(train, "batches", noted_batches)
-    monkeypatch.setattr(train, "look", noted_look)
+    monkeypatch.setattr(train, "measure", noted_measure)
     train.train(
         Settings("mul", seed=7, train_share=0.3, width=16, heads=2, batch_size=16, max_steps=10, sustain_steps=10)
     )
     parts = tasks.split(tasks.table("mul"), 0.3, torch.Generator().manual_seed(7))
     assert [len(part.targets) for part in parts] == [2823, 6586]
     assert not {tuple(row) for row in parts[0].inputs.tolist()} & {tuple(row) for row in parts[1].inputs.tolist()}
-    for found, expected in zip([*seen["batches"], *seen["looks"]], [parts[0], *parts, *parts], strict=True):
+    for found, expected in zip([*seen["batches"], *seen["measured"]], [parts[0], *parts, *parts], strict=True):
         assert torch.equal(found.inputs, expected.inputs) and torch.equal(found.targets, expected.targets)
 
 
-def test_a_look_is_loss_and_accuracy_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ROWS_LOOKED_AT", 300)
+def test_a_measurement_is_loss_and_accuracy_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "ROWS_MEASURED", 300)
     rows = tasks.table("gcd")
     model = tiny_decoder(1).float()
-    found = train.look(model, F.cross_entropy, 30, rows.take(torch.arange(200)), rows)
+    found = train.measure(model, F.cross_entropy, 30, rows.take(torch.arange(200)), rows)
     for count, loss, accuracy in (
         (200, found.train_loss, found.train_accuracy),
         (300, found.val_loss, found.val_accuracy),
@@ -306,16 +306,16 @@ def test_all_that_is_no_hidden_matrix_is_the_same_for_every_optimizer() -> None:
 
 def test_a_gradient_that_is_not_finite_ends_a_run_of_muon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train.LOSSES, "softmax", lambda logits, targets: F.cross_entropy(logits, targets) * math.inf)
-    monkeypatch.setattr(train, "look", lambda model, loss_of, step, *rows: Look(step, 1.0, 0.1, 1.0, 0.1))
+    monkeypatch.setattr(train, "measure", lambda model, loss_of, step, *rows: Measurement(step, 1.0, 0.1, 1.0, 0.1))
     run = train.train(replace(BASE, optimizer="muon"))
     assert (run["status"], run["steps"], run["sustained"]) == ("diverged", 0, None)
 
 
 def test_a_run_ends_when_generalisation_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    def grokked(model: object, loss_of: object, step: int, *rows: object) -> Look:
-        return Look(step, 0.1, 1.0 if step >= 20 else 0.2, 0.1, 0.96 if step >= 30 else 0.1)
+    def grokked(model: object, loss_of: object, step: int, *rows: object) -> Measurement:
+        return Measurement(step, 0.1, 1.0 if step >= 20 else 0.2, 0.1, 0.96 if step >= 30 else 0.1)
 
-    monkeypatch.setattr(train, "look", grokked)
+    monkeypatch.setattr(train, "measure", grokked)
     run = train.train(Settings("parity", width=16, heads=2, max_steps=200, sustain_steps=20))
     assert (run["memorised"], run["crossed"], run["sustained"], run["delay"], run["steps"]) == (20, 30, 30, 10, 50)
 

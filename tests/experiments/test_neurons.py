@@ -18,19 +18,18 @@ from tests.test_train import metrics, only_run
 FAKE_TRAINER = """
 import json, math, pathlib, sys
 words = dict(word[2:].split("=", 1) for word in sys.argv if word.startswith("--") and "=" in word)
-pairs = dict(zip(sys.argv, sys.argv[1:]))
-rule, rate, seed = pairs.get("--matrix_optimizer"), float(pairs.get("--matrix_lr", 0)), int(words.get("seed", 0))
+rule, rate, seed = words.get("matrix_optimizer"), float(words.get("matrix_lr", 0)), int(words.get("seed", 0))
 best = dict(muon=0.02, aurora=0.04, adamw=0.004).get(rule, 0.02)
 loss = 2 + abs(math.log(rate / best)) + 0.1 * (seed % 3) if rate else 0
 directory = pathlib.Path(words.get("run_dir", "."), "fake")
 if rate:
     directory.mkdir()
-    status = "diverged by step 3" if pairs.get("--mlp_hidden") == "128" and rate > 0.02 else "finished"
+    status = "diverged by step 3" if words.get("mlp_hidden") == "128" and rate > 0.02 else "finished"
     summary = dict(status=status, val_loss=loss, device="a device", git_commit="abc", steps_to_target=None)
     shares = lambda share: {measure: {t: [share, 2 * share] for t in ("0.3", "0.1", "0.03", "0.01")}
                             for measure in ("mean", "peak")}
     rows = []
-    for step in range(10, 41, 10) if "--neuron_stats" in pairs and status == "finished" else ():
+    for step in range(10, 41, 10) if "neuron_stats" in words and status == "finished" else ():
         dead = shares(0.01 * step / 40 * (1 + seed))
         look = {name: dict(update_cv=[None, 0.5], least_moved_share=[0.05, 0.07]) for name in ("gate", "up", "down")}
         look |= dict(median=dict(mean=[1.0, 2.0]), dead=dead, ever_dead=dead, revived=dead, dead_since=dict(mean=20.0))
@@ -107,7 +106,7 @@ def test_an_interrupted_experiment_goes_on_to_the_same_result(
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == (tmp_path / "whole.json").read_text(encoding="utf-8")
 
 
-def test_a_real_run_is_kept_as_its_looks_say(
+def test_a_real_run_is_kept_as_it_was_measured(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neurons, "plan", lambda *_: [])
@@ -209,8 +208,8 @@ def test_hidden_widths_are_multiples_of_64() -> None:
         (["--steps=20"], ["every = 25 must divide steps = 20"]),
         (["--expansions", "8/0"], ["'8/0'", "try 8/3 4 8"]),
         (["--expansions", "8/3", "4"], ["8/3 and 4 are both mlp_hidden = 64"]),
-        (["--set", "mlp_hidden=3"], ["mlp_hidden: the experiment sets that itself"]),
-        (["--set", "train_steps=3"], ["train_steps: the experiment sets that itself"]),
+        (["--set", "mlp_hidden=3"], ["--set: mlp_hidden is set by this command itself"]),
+        (["--set", "train_steps=3"], ["--set: train_steps is set by this command itself"]),
         ([f"--draw={ROOT / 'experiments/results/sotu_tuning.json'}"], ["not a result of this experiment"]),
         (["--preset=full", "--expansions", "4", "--arms", "muon"], ["nothing was started", "--yes"]),
         (["--draw=none.json"], ["none.json"]),
@@ -234,11 +233,11 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out/runs").exists() or not list((tmp_path / "out").glob("runs/runs/*"))
 
 
-def test_the_looks_of_one_run_are_drawn(trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_run_is_drawn(trainer: Trainer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert trainer("--train_steps=8", "--neuron_stats=4").returncode == 0
     directory = only_run(tmp_path)
     assert main([f"--run={directory}"]) == 0
-    assert "2 looks" in capfd.readouterr().out
+    assert "2 measurements" in capfd.readouterr().out
     assert (directory / "neurons.png").read_bytes().startswith(b"\x89PNG")
     (directory / "metrics.jsonl").write_text("", encoding="utf-8")
     assert main([f"--run={directory}"]) == 2

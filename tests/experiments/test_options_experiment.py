@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments import arms
 from experiments import options as experiment
-from experiments.options import ARMS, Options, arguments, compare, main, step_seconds, summary
+from experiments.options import ARMS, Options, arm_settings, compare, main, step_seconds, summary
 from experiments.sweep import Cell, Result
 from tests.clock import FakeClock
 from tests.conftest import TINY_VOCAB
@@ -19,10 +20,10 @@ from train_gpt import Config
 
 
 def test_shares_of_a_schedule_become_steps_of_the_arms_own() -> None:
-    assert arguments(Options(), "tie_head", 300) == dict(
+    assert arm_settings("tie_head", 300) == dict(
         train_steps="300", val_every="300", tie_head_steps="200", embed_lr="0.004"
     )
-    assert arguments(Options(), "small_batch", 501)["small_batch_steps"] == "250"
+    assert arm_settings("small_batch", 501)["small_batch_steps"] == "250"
 
 
 def test_every_arm_sets_what_the_trainer_knows() -> None:
@@ -77,7 +78,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ]
 
     monkeypatch.setattr(experiment, "step_seconds", timed)
-    monkeypatch.setattr(experiment, "run_sweep", sweep)
+    monkeypatch.setattr(arms, "run_sweep", sweep)
     return calls
 
 
@@ -103,7 +104,7 @@ def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
     [
         (["--arms", "skips"], "arm 'skips' is unknown; arms are plain, value_embeds"),
         (["--jobs", "0"], "--seeds 0 1 2 --jobs 2 is usual"),
-        (["--set", "compile"], "--set compile: not key=value"),
+        (["--set", "compile"], "--set: 'compile' is not key=value"),
         (["missing.toml"], "missing.toml"),
         (["--arms", "plain"], "nothing was started"),
     ],
@@ -120,13 +121,13 @@ def test_real_steps_are_timed_in_their_first_and_last_kind(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
     """A second for each token: small_batch has half as many in the first half of its schedule."""
-    genuine = experiment.train_step
+    genuine = arms.train_step
 
     def timed(run: Any, inputs: Any, targets: Any) -> Any:
         clock.now += inputs.numel()
         return genuine(run, inputs, targets)
 
-    monkeypatch.setattr(experiment, "train_step", timed)
+    monkeypatch.setattr(arms, "train_step", timed)
     options = Options(recipe=str(tiny_recipe), set=((f"vocab_size={TINY_VOCAB}",),))
     seconds = step_seconds(options, ["plain", "small_batch"], 10)
     assert seconds == {"plain": 192, "small_batch": 0.5 * 96 + 0.5 * 192}

@@ -1,13 +1,13 @@
 """A race: the same model under several optimizers, each for the same training time, to the same target loss.
 
-    python -m benchmarks.race --seconds 240 --data data/classics
-    python -m benchmarks.race configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora --seconds 300
+    python -m experiments.race --seconds 240 --data data/classics
+    python -m experiments.race configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora --seconds 300
 
 A few steps and a validation of every run are timed first; then the schedules are cut so that each run trains for the
 same number of seconds and all of it (compilation, validations, set-up) ends within --seconds. The slowest run gets no
 more steps than its recipe has; warm-ups shrink with the schedule. Without --target_loss the target is the highest of
 the final losses, so that every run has a time for it: where a line between two validations first crosses it. One seed:
-curves to look at, not a record.
+curves, not a record.
 
 Writes results/race_<device>.json, with the curves, and the figure beside it.
 """
@@ -17,8 +17,6 @@ import gc
 import lzma
 import math
 import shutil
-import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,22 +24,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
-from benchmarks.bench import command, compile_everything, report
-from benchmarks.train_step import overrides
 from data.files import check_writable, user_path, whole_file
+from experiments.arms import seconds_per_step
 from experiments.curves import curve, draw
-from experiments.sweep import Result
 from harness.machine import Clock, find_machine
+from harness.outcome import raise_if_cut_short
+from harness.overrides import arguments, assignments
+from harness.results import command, report
 from harness.runlog import RunLog
+from harness.step_timer import compile_everything, median_seconds
 from harness.tables import Row
 from optim import build_optimizers
-from train_gpt import Config, Run, evaluate, load_config, plan_step, set_up, train, train_step, warm_up
+from train_gpt import Config, Run, evaluate, load_config, set_up, train, warm_up
 
+OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "target_loss", "seed")
 VALIDATIONS = 12  # of a run, after the one before its first step
-TIMED_STEPS = 5
 FEWEST_STEPS = 2 * VALIDATIONS  # of a run that says anything
 OVERHEAD_S = 2.0  # of a run, besides training and validations: its log, and warming up once more
 Curve = Sequence[tuple[int, float, float]]  # step, seconds of training, validation loss
@@ -58,7 +57,7 @@ class Args:
     seconds: float = 240.0
     """For everything together."""
     target_loss: float = 0.0
-    """Nats a token; 0: the highest of the final losses."""
+    """Nats per token; 0: the highest of the final losses."""
     data: str = ""
     """Folder with *_train_*.bin and *_val_*.bin, or the same as .bin.xz; empty: the recipe's files."""
     set: tuple[str, ...] = ()
@@ -102,20 +101,11 @@ def make_racer(config: Config) -> Racer:
     run = set_up(config, find_machine(config.device, config.dtype))
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     warm_up(run)
-    clock = Clock(run.machine.device)
-    for step in range(TIMED_STEPS + 1):
-        clock.switch(f"step {step}")
-        run.follow(plan_step(config, step))
-        train_step(run, *run.batch())
-    clock.switch("first validation")
-    evaluate(run)
-    clock.switch("validation")
-    evaluate(run)
-    clock.switch("end")
+    (step_s,) = seconds_per_step({"": run})[""]
+    validation = median_seconds({"": lambda: evaluate(run)}, 1, warmups=1, device=run.machine.device)
     run.model.load_state_dict(weights)
     run.optimizers = build_optimizers(run.model, config)
-    step_s = statistics.median(clock.seconds[f"step {step}"] for step in range(1, TIMED_STEPS + 1))
-    return Racer(run, step_s, clock.seconds["validation"])
+    return Racer(run, step_s, validation[""].wall)
 
 
 def training_seconds(racers: Sequence[Racer], left_s: float) -> float:
@@ -161,14 +151,12 @@ def race(racers: Sequence[Racer], left_s: float, folder: Path) -> list[dict[str,
         log = RunLog(run.config, run.machine, run.data)
         summary = train(run, log)
         run.loader.close()
-        if summary["status"] == "interrupted":  # the trainer's own end of a stop
-            raise KeyboardInterrupt
-        if summary["status"].startswith("failed"):
-            raise ValueError(f"{run.config.matrix_optimizer}: {summary['status']}; nothing is reported")
+        raise_if_cut_short(summary, run.config.matrix_optimizer)
         summary.update(device=run.machine.name, config=dataclasses.asdict(run.config))
-        losses = curve(Result({}, run.config.seed, 1, torch.get_num_threads(), str(log.directory)))
         name = {"matrix_optimizer": run.config.matrix_optimizer}
-        runs.append(dict(overrides=name, summary=summary, curve=losses, train_s=run.clock.seconds["train"]))
+        runs.append(
+            dict(overrides=name, summary=summary, curve=curve(log.directory), train_s=run.clock.seconds["train"])
+        )
     return runs
 
 
@@ -187,22 +175,19 @@ def rows(runs: Sequence[dict[str, Any]], target: float) -> list[Row]:
     return table
 
 
-def main(args: Args) -> int:
+def main(args: Args) -> None:
     start, folder = time.monotonic(), user_path(args.folder)
     recipes = [str(user_path(recipe)) for recipe in args.recipes]
-    try:
-        check_writable(folder, "choose another one, such as --folder=/tmp/race")
-        words = [*(shards(user_path(args.data), folder / "data") if args.data else ()), *overrides(args.set, "--set")]
-        starts = [(recipe, [*words]) for recipe in recipes]
-        if args.matrix_optimizers:
-            starts = [(recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
-        with compile_everything():
-            racers = [make_racer(load_config([recipe, *more])) for recipe, more in starts]
-            gc.collect()
-            runs = race(racers, args.seconds - (time.monotonic() - start), folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_writable(folder, "choose another one, such as --folder=/tmp/race")
+    words = shards(user_path(args.data), folder / "data") if args.data else []
+    words += arguments(assignments(args.set, "--set: ", OWN))
+    starts = [(recipe, words) for recipe in recipes]
+    if args.matrix_optimizers:
+        starts = [(recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
+    with compile_everything():
+        racers = [make_racer(load_config([recipe, *more])) for recipe, more in starts]
+        gc.collect()
+        runs = race(racers, args.seconds - (time.monotonic() - start), folder)
     finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]
     target = args.target_loss or math.ceil(1e3 * max(finals, default=0.0)) / 1e3
     for run in runs:
@@ -215,7 +200,6 @@ def main(args: Args) -> int:
         draw(dict(runs=runs, recipe=args.recipes[0]), path.with_suffix(".png"))
     except ImportError as error:
         print(f"no figure: {error}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""What the experiments do alike: say what they will cost and ask, give every arm the same time and the same tuning,
+run them as sweeps, and keep and read results."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from data import console
+from experiments.sweep import Cell, Result, run_sweep
+from harness.step_timer import median_seconds
+from train_gpt import Run, plan_step, train_step
+
+Name = TypeVar("Name", bound=Hashable)
+EDGE = "*"  # marks a setting at an end of those that were tried
+
+
+class RunCrashedError(Exception):
+    """A run that ended without a result; the others' results are kept."""
+
+
+def command(work: Callable[[], None]) -> int:
+    """The exit status of a whole experiment: as console.run's, and 1 when a run crashed."""
+
+    def status() -> int:
+        try:
+            work()
+        except RunCrashedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return console.run(status)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def duration(seconds: float) -> str:
+    """Two digits' worth of a time: 45 s, 12 min, 3.4 h, 2.1 days."""
+    for least, unit_s, text in ((129_600, 86_400, "{:.1f} days"), (5_400, 3_600, "{:.1f} h"), (100, 60, "{:.0f} min")):
+        if seconds >= least:
+            return text.format(seconds / unit_s)
+    return f"{seconds:.0f} s"
+
+
+def confirm(lines: list[str], yes: bool) -> None:
+    """Print the plan and its cost on stderr; ask whether to start unless `yes`.
+
+    Raises KeyboardInterrupt for a no, ValueError where there is nobody to ask.
+    """
+    print("\n".join(lines), file=sys.stderr)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError("nothing was started: there is no terminal to confirm this in; add --yes to go ahead")
+    print("Start? [y/N] ", end="", file=sys.stderr, flush=True)
+    answer = ""
+    with contextlib.suppress(EOFError, OSError, UnicodeError):  # Ctrl-D; the terminal went away; no word at all
+        answer = input().strip().lower()
+    if answer not in ("y", "yes"):
+        raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Equal time
+
+
+def seconds_per_step(
+    runs: Mapping[Name, Run], steps: Sequence[int] = (0,), turns: int = 5, computed: bool = False
+) -> dict[Name, list[float]]:
+    """Median seconds of each of the training `steps`, for each run; all take turns, and all train their models.
+
+    computed: of the CPU's time instead of the clock's where a single thread computes, so that waiting for neighbours
+    does not count.
+    """
+    device = next(iter(runs.values())).machine.device
+    computed &= device.type == "cpu" and torch.get_num_threads() == 1
+    work = {(name, step): _training_step(run, step) for name, run in runs.items() for step in steps}
+    seconds = median_seconds(work, turns, warmups=1, device=device)
+    return {name: [seconds[name, step].cpu if computed else seconds[name, step].wall for step in steps]
+            for name in runs}  # fmt: skip
+
+
+def _training_step(run: Run, step: int) -> Callable[[], object]:
+    plan = plan_step(run.config, step)
+    run.follow(plan)
+    batch = run.batch()
+
+    def train() -> None:
+        run.follow(plan)
+        train_step(run, *batch)
+
+    return train
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Equal tuning
+
+
+def best(scores: Mapping[Name, Any]) -> Name:
+    """The choice with the lowest score, the first of equal ones."""
+    return min(scores, key=scores.__getitem__)
+
+
+def at_edge(value: float, tried: Iterable[float]) -> bool:
+    """Whether it is the lowest or the highest of several values: one beyond them may be better."""
+    ordered = sorted(set(tried))
+    return len(ordered) > 1 and value in (ordered[0], ordered[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs and results
+
+
+def sweep(
+    recipe: str, cells: Sequence[Cell], seeds: Sequence[int], out: Path, jobs: int, fixed: Cell
+) -> list[Result]:  # fmt: skip
+    """The results of experiments.sweep.run_sweep. Raises RunCrashedError if a run has none."""
+    results = run_sweep(recipe, cells, seeds, out, jobs, fixed)
+    crashed = [f"{out}/runs/{run.name}/output.txt" for run in results if not run.ended]
+    if crashed:
+        raise RunCrashedError(f"{len(crashed)} runs crashed, see {crashed[0]}; the same command tries them again")
+    return results
+
+
+def origins(summaries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The device and the commit of runs, several joined by commas."""
+    kept = list(summaries)
+    return {key: ", ".join(sorted({run[key] or "unknown" for run in kept})) for key in ("device", "git_commit")}
+
+
+def read_result(path: Path, use: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """A result file, after `use` has worked with it. Raises ValueError for a file of another kind."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        use(result)
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
+    return result

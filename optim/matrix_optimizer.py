@@ -56,7 +56,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Raises ValueError for wrong hyperparameters, for parameters that are not matrices (and what else optim/checks.py
     refuses), and for a state dict that does not fit, which then changes nothing. A gradient that is not finite raises
-    FloatingPointError on all ranks before anything is touched. Looking makes a GPU wait at every step; with
+    FloatingPointError on all ranks before anything is touched. The check makes a GPU wait at every step; with
     `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
     """
 
@@ -292,7 +292,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss, self._gradients = closure(), None
         gradients, self._gradients = self.finish_reduction(), None
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check)

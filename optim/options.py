@@ -86,18 +86,12 @@ def completed(who: str, given: Mapping[str, Any], options: Mapping[str, Option])
 
 def signature_with(options: Mapping[str, Option], constructor: Callable[..., None]) -> inspect.Signature:
     """The signature of a class whose constructor takes `lr` and **options, each option shown with its default."""
-    _, *parameters = inspect.signature(constructor).parameters.values()
-    shown = []
-    for parameter in parameters:
-        if parameter.name == "lr":
-            parameter = parameter.replace(default=options["lr"].default)
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named = {other.name for other in parameters}
-            shown += [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-                for name, option in options.items()
-                if name not in named
-            ]
-        else:
-            shown.append(parameter)
-    return inspect.Signature(shown)
+    _, *shown = inspect.signature(constructor).parameters.values()
+    named = {parameter.name for parameter in shown}
+    if shown[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        shown[-1:] = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
+            for name, option in options.items()
+            if name not in named
+        ]
+    return inspect.Signature([p.replace(default=options["lr"].default) if p.name == "lr" else p for p in shown])

@@ -99,6 +99,20 @@ def test_gradients_of_zero_have_norm_zero_and_huge_ones_a_finite_norm() -> None:
     assert weight.isfinite().all()
 
 
+def test_gradients_of_a_closure_are_the_step_s() -> None:
+    (params, optimizers), (fresh, reference) = run(), run()
+
+    def closure() -> float:
+        for each in (params, fresh):
+            each["a"].grad = randn(6, 4, seed=99)
+        return 1.0
+
+    finish_reduction(optimizers)
+    assert optimizers[0].step(closure) == 1.0
+    reference[0].step()
+    assert torch.equal(params["a"], fresh["a"])
+
+
 @pytest.mark.parametrize("skip", ["zero_grad", "start_reduction", "add_param_group"])
 def test_gradients_of_a_step_that_was_skipped_are_forgotten(skip: str) -> None:
     params, optimizers = run()

@@ -1,4 +1,4 @@
-"""The polar benchmarks: they refuse what is wrong, count what is done, and say which section is missing."""
+"""The polar benchmarks: they refuse what is wrong and count what is done."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import bench, polar_quality, polar_speed
-from harness import tables
 
 CPU = torch.device("cpu")
 
@@ -93,8 +92,3 @@ def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest
         ("apply_symmetric", "1x40x20"),
     ]  # fmt: skip
     assert [(row["tile"], row["ms"]) for row in rows[2:4]] == [(str(tuple(tiles[1])), 2), (str(tuple(tiles[0])), 3)]
-
-
-def test_a_missing_section_is_said() -> None:
-    with pytest.raises(ValueError, match=r"<!-- polar -->"):
-        tables.with_section("# Nothing\n", "polar", "")

@@ -139,6 +139,11 @@ def test_the_rule_that_is_shown_does_what_it_says(document: str) -> None:
     assert torch.equal(found.sign(), update.sign())
 
 
+def test_the_version_is_the_newest_of_the_changelog() -> None:
+    (version,) = re.findall(r"^version: (.+)$", text(ROOT / "CITATION.cff"), re.MULTILINE)
+    assert re.findall(r"^## \[(.+)\]", text(ROOT / "CHANGELOG.md"), re.MULTILINE)[0] == version
+
+
 def test_generated_tables_are_of_the_committed_results() -> None:
     whole = {path: text(path) for path in generate.DOCUMENTS}
     for path, document in whole.items():

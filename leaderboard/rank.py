@@ -12,6 +12,7 @@ from leaderboard.records import Record
 from leaderboard.tracks import find_track
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+SECTION = "leaderboard"  # of the README, between <!-- leaderboard --> and <!-- /leaderboard -->
 PLOTS = Path(__file__).with_name("plots")
 COLUMNS = {
     "rank": "#", "name": "record", "time_s": "time to target (s)", "interval": "95% CI", "median_s": "median (s)",
@@ -121,4 +122,4 @@ def readme_section(table: Sequence[Mapping[str, Any]]) -> str:
 
 def with_leaderboard(document: str, table: Sequence[Mapping[str, Any]]) -> str:
     """The README with its leaderboard as the records say."""
-    return with_section(document, "leaderboard", readme_section(table))
+    return with_section(document, SECTION, readme_section(table))

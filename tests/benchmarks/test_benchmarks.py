@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from benchmarks import loader_speed, neuron_stats_cost, optimizer_step, readme, train_step
+from benchmarks import loader_speed, neuron_stats_cost, optimizer_step, train_step
+from docs import generate
 from harness import results
 from harness.neuron_stats import NeuronStats
 from harness.results import command
@@ -169,13 +170,13 @@ def test_what_cannot_be_compared_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_readme_says_what_a_row_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generated_table_says_what_a_row_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"variant": "fused", "matrix_optimizer": "muon", "tokens_per_s": 5e5, "ratio": 1.5, "MFU": 0.5, "loader_%": 1}
     settings = dict(recipe="r.toml", set=["batch_tokens=64", "train_files=x"], variants=["fused: fused=mlp"])
     result = dict(device="a GPU", settings=settings, rows=[row | {"peak_mib": "", "loss_diff": 0.001}])
     (tmp_path / "train_step_124m_a-gpu.json").write_text(json.dumps(result), encoding="utf-8")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.train_step_section().splitlines() == [
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert generate.train_step_section().splitlines() == [
         'a GPU, `r.toml`; `batch_tokens=64`; `"fused: fused=mlp"`:',
         "",
         "| variant | matrix optimizer | tokens/s | of the first's | MFU | losses differ by | loader % |",

@@ -1,4 +1,4 @@
-"""The polar benchmarks: they refuse what is wrong, count what is done, and write the README's tables."""
+"""The polar benchmarks: they refuse what is wrong and count what is done."""
 
 import json
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import polar_quality, polar_speed, readme
-from harness import tables
+from benchmarks import polar_quality, polar_speed
 from harness.step_timer import Seconds
 
 CPU = torch.device("cpu")
@@ -95,14 +94,3 @@ def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest
         ("apply_symmetric", "1x40x20"),
     ]  # fmt: skip
     assert [(row["tile"], row["ms"]) for row in rows[2:4]] == [(str(tuple(tiles[1])), 2), (str(tuple(tiles[0])), 3)]
-
-
-def test_the_readme_holds_the_committed_results() -> None:
-    document = readme.README.read_text(encoding="utf-8")
-    assert all(section() for section in readme.SECTIONS.values())
-    assert readme.with_sections(document) == document, "run python -m benchmarks.readme"
-
-
-def test_a_missing_section_is_said() -> None:
-    with pytest.raises(ValueError, match=r"<!-- polar -->"):
-        tables.with_section("# Nothing\n", "polar", "")

@@ -1,25 +1,34 @@
-"""Write the README's generated tables from the committed results.
+"""Write the generated tables of README.md and docs/*.md from the committed results and records.
 
-    python -m benchmarks.readme
+    python -m docs.generate
 
-A section stands between <!-- name --> and <!-- /name -->; a test fails when the README and the results differ.
+A section stands between <!-- name --> and <!-- /name -->, in whichever document: it is found by its name. A test fails
+when a document and the results differ. The leaderboard's section is also written by `./run.sh leaderboard publish`,
+which verifies the records first and draws their figures.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
+
+from scipy import stats
 
 from benchmarks.bench import RESULTS
 from data import console
 from data.files import whole_file
 from experiments import neuron_report, options
 from experiments.grokking import findings as grokking
+from experiments.grokking.survival import holm
 from experiments.row_norms import cells
 from harness.neuron_stats import THRESHOLDS
 from harness.tables import Row, markdown, with_section
+from leaderboard import rank
+from leaderboard.records import find_records, load_record
 
-README = Path(__file__).parent.parent / "README.md"
-EXPERIMENTS = README.parent / "experiments/results"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+EXPERIMENTS = ROOT / "experiments/results"
 
 
 def polar_section() -> str:
@@ -118,9 +127,18 @@ def cross_entropy_section() -> str:
 
 
 def options_section() -> str:
-    """Final losses of the model's options for equal training time."""
-    rows = options.summary(json.loads((EXPERIMENTS / "options.json").read_text(encoding="utf-8")))
-    return markdown(rows, {key: key for key in rows[-1]})
+    """Final losses of the model's options for equal training time; p by a paired t-test, then Holm's correction."""
+    result = json.loads((EXPERIMENTS / "options.json").read_text(encoding="utf-8"))
+    rows = options.summary(result)
+    losses = {arm["arm"]: arm["val_loss"] for arm in result["arms"] if None not in arm["val_loss"]}
+    plain = losses.pop("plain")
+    p = {arm: float(stats.ttest_rel(of_arm, plain).pvalue) for arm, of_arm in losses.items()}
+    adjusted = holm(p)
+    for row in rows:
+        if (name := str(row["option"])) in p:
+            row |= {"p": p[name], "p, Holm": adjusted[name]}
+    shown = ("option", "step", "steps", "final loss", "difference", "95% interval", "p", "p, Holm")
+    return markdown(rows, dict(zip(shown, shown, strict=True)))
 
 
 def row_norms_section() -> str:
@@ -132,16 +150,30 @@ def row_norms_section() -> str:
 
 def grokking_section(name: str) -> str:
     """Steps to generalisation of each setting and optimizer, in one of the committed results."""
-    table = grokking.summary(json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8")))
+    result = json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8"))
+    table = grokking.summary(result)
+    latest = f"> {result['options']['max_steps']:,}"  # a run that was cut off there says no more than this
+    for row in table:
+        row |= {key: text.replace("never", latest) for key, text in row.items()}
     return markdown(table, {key: key for key in max(table, key=len)})
 
 
 def neurons_section() -> str:
-    """Dead neurons and losses, by expansion and arm."""
-    rows = neuron_report.summary(json.loads((EXPERIMENTS / "neurons.json").read_text(encoding="utf-8")))
-    dead = [f"dead % < {threshold:g}" for threshold in THRESHOLDS[:2]]
-    shown = ["MLP", "arm", "rate", "final loss", *dead, f"by peak % < {THRESHOLDS[0]:g}", "ever dead %", "CV gate, up"]
+    """Leverage of the least-moved rows, weak neurons and losses, by expansion and arm."""
+    result = json.loads((EXPERIMENTS / "neurons.json").read_text(encoding="utf-8"))
+    rows = neuron_report.summary(result)
+    for row in rows:
+        last = [run["last"] for run in result["runs"] if (run["expansion"], run["arm"]) == (row["MLP"], row["arm"])]
+        for name in ("gate", "up"):
+            row[f"leverage, {name}"] = statistics.fmean(x for look in last for x in look[name]["leverage_low"])
+    dead = [f"dead % < {THRESHOLDS[0]:g}", f"dead % < {THRESHOLDS[1]:g}", f"by peak % < {THRESHOLDS[0]:g}"]
+    shown = ["MLP", "arm", "rate", "final loss", "leverage, gate", "leverage, up", "CV gate, up", *dead]
     return markdown(rows, dict(zip(shown, shown, strict=True)))
+
+
+def leaderboard_section() -> str:
+    """Tables and figures of the records, by track and hardware."""
+    return rank.readme_section(rank.rows([load_record(path) for path in find_records()]))
 
 
 SECTIONS = {
@@ -155,21 +187,27 @@ SECTIONS = {
     "grokking": lambda: grokking_section("grokking"),
     "grokking_scale": lambda: grokking_section("grokking_scale"),
     "neurons": neurons_section,
+    rank.SECTION: leaderboard_section,
 }
 
 
 def with_sections(document: str) -> str:
-    """The README with all its generated sections as the results say."""
+    """A document with those generated sections that it has as the results say."""
     for name, section in SECTIONS.items():
-        document = with_section(document, name, section())
+        if f"<!-- {name} -->" in document:
+            document = with_section(document, name, section())
     return document
 
 
 def main() -> None:
-    document = with_sections(README.read_text(encoding="utf-8"))
-    with whole_file(README) as file:
-        file.write(document)
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = with_sections(before)
+        if after != before:
+            with whole_file(path) as file:
+                file.write(after)
+            print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
-    sys.exit(console.run(main, "nothing was written; the same command starts again"))
+    sys.exit(console.run(main, "some documents may be written; the same command starts again"))

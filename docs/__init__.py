@@ -1,0 +1,1 @@
+"""The documents behind the README, and the command that makes their tables."""

@@ -37,7 +37,7 @@ import train_gpt
 from data.files import user_path
 from harness.machine import Clock, find_machine
 from harness.outcome import raise_if_cut_short
-from harness.overrides import arguments, assignments
+from harness.overrides import OWN, arguments, assignments
 from harness.results import command, report
 from harness.runlog import RunLog
 from harness.step_timer import PhaseTimer, compile_everything, take_turns
@@ -45,7 +45,6 @@ from harness.tables import Row
 from train_gpt import Run, load_config, set_up, train
 
 PHASES = ("loader", "forward", "backward", "optimizer")
-OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "target_loss", "seed")
 
 
 @dataclass(frozen=True)

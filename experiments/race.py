@@ -31,7 +31,7 @@ from experiments.arms import seconds_per_step
 from experiments.curves import curve, draw
 from harness.machine import Clock, find_machine
 from harness.outcome import raise_if_cut_short
-from harness.overrides import arguments, assignments
+from harness.overrides import OWN, arguments, assignments
 from harness.results import command, report
 from harness.runlog import RunLog
 from harness.step_timer import compile_everything, median_seconds
@@ -39,7 +39,6 @@ from harness.tables import Row
 from optim import build_optimizers
 from train_gpt import Config, Run, evaluate, load_config, set_up, train, warm_up
 
-OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "target_loss", "seed")
 VALIDATIONS = 12  # of a run, after the one before its first step
 FEWEST_STEPS = 2 * VALIDATIONS  # of a run that says anything
 OVERHEAD_S = 2.0  # of a run, besides training and validations: its log, and warming up once more

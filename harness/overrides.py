@@ -2,6 +2,9 @@
 
 from collections.abc import Container, Iterable, Mapping
 
+# What a command that trains a few models itself sets, so that they compare.
+OWN = ("train_steps", "checkpoint_every", "resume", "run_dir", "log_every", "target_loss", "seed")
+
 
 def assignments(words: Iterable[str], source: str = "", own: Container[str] = ()) -> dict[str, str]:
     """Settings from words key=value. Raises ValueError, which begins with `source`, for any other word, for a key that

@@ -44,7 +44,6 @@ def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fake_trainer.py"
     path.write_text(FAKE_TRAINER, encoding="utf-8")
     monkeypatch.setattr(sweep, "TRAINER", path)
-    monkeypatch.setattr(neurons, "TRAINER", path)
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> list[str]:

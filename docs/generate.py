@@ -14,7 +14,6 @@ from pathlib import Path
 
 from scipy import stats
 
-from benchmarks.bench import RESULTS
 from data import console
 from data.files import whole_file
 from experiments import neuron_report, options
@@ -22,6 +21,7 @@ from experiments.grokking import findings as grokking
 from experiments.grokking.survival import holm
 from experiments.row_norms import cells
 from harness.neuron_stats import THRESHOLDS
+from harness.results import RESULTS
 from harness.tables import Row, markdown, with_section
 from leaderboard import rank
 from leaderboard.records import find_records, load_record

@@ -56,8 +56,9 @@ def exit_status(summary: dict[str, Any], config: Any) -> int:
 
 
 def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:
-    """Raises KeyboardInterrupt for a run that was stopped, of which the trainer made a status, and ValueError, which
-    names the run as `what`, for one that failed or lost a rank. A run that finished or diverged is a result."""
+    """Refuse a summary that is no result: KeyboardInterrupt for a run that was stopped, of which the trainer made a
+    status, ValueError, which names the run as `what`, for one that failed or lost a rank. One that finished or diverged
+    passes."""
     status = summary["status"]
     if status == "interrupted":
         raise KeyboardInterrupt

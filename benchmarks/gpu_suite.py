@@ -66,7 +66,7 @@ class Suite:
         return self.folder / f"{part.name}.json"
 
     def finished(self, part: Part) -> dict[str, Any] | None:
-        """What an earlier start found, if the part was done then by the same commit."""
+        """Record of an earlier start, if the part was done then by the same commit."""
         path = self.record_of(part)
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return record if record.get("status") == "done" and record["commit"] == self.facts.commit else None
@@ -208,7 +208,7 @@ def target_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors of one line."""
+    """Parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists what there is\n")
@@ -240,7 +240,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def find_facts(tiny: bool) -> Facts:
-    """Asked of a process of its own, so that the suite holds no memory of the GPU. ValueError if it will not do."""
+    """Facts of this machine, from a process of its own, so that the suite holds no memory of the GPU. ValueError if it
+    will not do."""
     code = "from benchmarks.suite_parts import print_facts; print_facts()"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,

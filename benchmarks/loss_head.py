@@ -35,7 +35,7 @@ class Args:
     shapes: tuple[str, ...] = ()
     """Tokens x vocabulary x width, each; by default what the device is meant for."""
     dtype: str = "bfloat16"
-    """Of the hidden state and the products; weights are float32."""
+    """Format of the hidden state and the products; weights are float32."""
     device: str = "auto"
     """auto, cuda or cpu."""
     passes: int = 5

@@ -92,7 +92,7 @@ def quality(U: Tensor, problem: Problem) -> Quality:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """On a CPU, plain kernels in the Triton kernels' format and with a mirrored triangle (theirs is, by tiles)."""
+    """Kernels for a CPU: plain ones in the Triton kernels' format, with a mirrored triangle (theirs is, by tiles)."""
 
     def mirrored(*arguments: Any, **options: Any) -> Tensor:
         product: Tensor = plain.symmetric_product(*arguments, **options)

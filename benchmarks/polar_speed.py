@@ -44,7 +44,7 @@ class Args:
     """Names of shapes, such as 124m, 1024 or 2048x768; default: all on a GPU, single matrices on a CPU."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "auto"
-    """Of the result: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Format of the result: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 on a CPU."""
     passes: int = 15
     """Turns of each variant; the table has medians."""
 
@@ -95,7 +95,7 @@ class Variant:
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
-    """In the table's order; the first is the baseline. Tolerances: rounding of five steps in the format."""
+    """Variants in the table's order; the first is the baseline. Tolerances: rounding of five steps in the format."""
     half, full = 0.02, 5e-4
     tolerance = full if dtype == torch.float32 else half
 

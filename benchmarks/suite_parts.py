@@ -1,4 +1,4 @@
-"""What the GPU suite is made of: each part's command, its time, and what is read from its results. No torch in here,
+"""Parts of the GPU suite: each part's command, its time, and what is read from its results. No torch in here,
 but in `print_facts`, which the suite calls in a process of its own."""
 
 import dataclasses
@@ -26,7 +26,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Facts:
-    """Of the machine and of this checkout."""
+    """Facts of the machine and of this checkout."""
 
     device: str
     slug: str
@@ -185,7 +185,7 @@ def find_cross_entropy(_: list[str], files: list[Path]) -> Found:
 
 
 def short(path: Path) -> Path:
-    """As seen from the repository, where parts run: results name no machine's folders."""
+    """The path as seen from the repository, where parts run: results name no machine's folders."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
@@ -234,7 +234,7 @@ def race_part(facts: Facts, folder: Path, data: Path, micro_batch: int, tiny: bo
 
 
 def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]:
-    """In order of worth. `folder` is the suite's own, `data` has the classics shards."""
+    """The parts in order of worth. `folder` is the suite's own, `data` has the classics shards."""
     has = {name: importlib.util.find_spec(name) is not None for name in ("pytest", "xdist")}
     tests = ["tests/kernels"]
     tests += ["-k", "refusals or empty_batch"] if tiny else [NO_WAITING, *(["-n", "4"] if has["xdist"] else [])]
@@ -269,7 +269,7 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
 
 
 def tiny_recipe(folder: Path) -> Path:
-    """Of the toy model, for benchmarks that take settings from nowhere else."""
+    """Path of the toy model's recipe, for benchmarks that take settings from nowhere else."""
     return folder / "data/tiny.toml"
 
 

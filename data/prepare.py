@@ -216,7 +216,7 @@ def _check_hub() -> None:
 
 
 def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
-    """What a run reads, made if it is not there; returns at once if it is.
+    """Make the shards that a run reads if they are not there; returns at once if they are.
 
     Args:
         train_files: Glob pattern of the training shards.

@@ -1,5 +1,5 @@
-"""What the experiments do alike: say what they will cost and ask, give every arm the same time and the same tuning,
-run them as sweeps, and keep and read results."""
+"""Parts that experiments share: the cost, said before anything starts, equal time and equal tuning for every arm, runs
+as sweeps, and results."""
 
 import contextlib
 import json

@@ -28,7 +28,7 @@ KEPT = (
 
 
 def collect(sweep: Path) -> dict[str, Any]:
-    """What a reader needs of a sweep: its plan and, for each run that ended, summary and validation curve."""
+    """The record of a sweep that is kept: its plan and, for each run that ended, summary and validation curve."""
     loaded = load_sweep(sweep)
     runs = []
     for result in loaded.results.values():

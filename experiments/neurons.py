@@ -151,7 +151,7 @@ def rates_of(arm: str, count: int) -> tuple[float, ...]:
 
 
 def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
-    """Of training and two validations, from a few training steps here, and the start; without torch.compile."""
+    """Expected seconds of a run: start, training and two validations, from a few steps here without torch.compile."""
     fixed = arguments(fixed_settings(options) | group.cell(group.rates[0]))
     config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
     before = torch.get_num_threads()
@@ -168,7 +168,7 @@ def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
 
 
 def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list[str]:
-    """What is going to run and how long it takes here, in lines; none if there is nothing left to run."""
+    """Lines that say what is going to run and how long it takes here; none if nothing is left to run."""
     threads = max(1, torch.get_num_threads() // jobs)
     num_done, settings, seeds = 0, [group.settings for group in of_all], (TUNING_SEED, *options.seeds)
     for sweep in Path(options.out).glob("*/sweep.json"):
@@ -199,7 +199,7 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
 
 
 def fixed_settings(options: Options) -> Cell:
-    """Of every run; a validation at the end alone, as nothing stops at a target."""
+    """Settings of every run; one validation, at the end, as nothing stops at a target."""
     steps = str(options.steps)
     return {**FIXED, "train_steps": steps, "val_every": steps, **assignments(itertools.chain(*options.set))}
 

@@ -133,7 +133,7 @@ def scheduled(config: Config, train_steps: int, run_dir: str) -> Config:
 
 
 def seconds_to(target: float, losses: Curve) -> float | None:
-    """Where a line between two validations first crosses the target; None if none does."""
+    """Seconds of training at which a line between two validations first crosses the target; None if none does."""
     for (_, time_0, loss_0), (_, time_1, loss_1) in pairwise(losses):
         if loss_1 <= target:
             return time_1 - (time_1 - time_0) * (target - loss_1) / (loss_0 - loss_1) if loss_0 > target else time_0

@@ -91,5 +91,6 @@ class PhaseTimer:
 
 
 def compile_everything() -> contextlib.AbstractContextManager[None]:
-    """Without it torch.compile gives up, quietly, after a few variants of one function, and runs the next as it is."""
+    """Settings under which torch.compile compiles every variant of a function: by default it gives up, quietly, after a
+    few and runs the next as it is."""
     return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)

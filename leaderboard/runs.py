@@ -7,7 +7,6 @@ Files come from strangers: whatever has not the form it should have is put into 
 of the leaderboard deals with numbers that are numbers.
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -181,15 +180,18 @@ class Run:
         return self.log.facts.get("config", {})
 
     def tokens_at(self, step: int) -> int:
-        """Tokens trained on by then, by the schedule in the settings. Raises ValueError if that is none."""
-        return self._plan_step(step).first_token
+        """Tokens trained on by then, by the schedule in the settings; -1 if that is none."""
+        return -1 if isinstance(self.schedule, str) else self.schedule(step).first_token
 
     @cached_property
-    def _plan_step(self) -> Callable[[int], Any]:
-        from train_gpt import Config, plan_step  # brings torch along, which most commands do without
+    def schedule(self) -> Callable[[int], Any] | str:
+        """From a step to its StepPlan, as far as tokens go; or why the settings have none."""
+        from train_gpt import Config, plan_step  # brings torch along, which reading a log does without
 
-        schedule = {key: self.config[key] for key in SCHEDULE if key in self.config}
-        return partial(plan_step, dataclasses.replace(Config(), **schedule))
+        try:
+            return partial(plan_step, Config(**{key: self.config[key] for key in SCHEDULE if key in self.config}))
+        except ValueError as error:
+            return str(error)
 
     @property
     def seed(self) -> int | None:

@@ -14,21 +14,11 @@ BELOW = {
     "model": {"kernels"},
     "harness": {"data", "optim", "model", "kernels"},
 }
-BELOW["train_gpt"] = BELOW["harness"] | {"harness"}
-BELOW |= {
-    room: BELOW["train_gpt"] | {"train_gpt"} for room in ("leaderboard", "experiments", "benchmarks", "inference")
-}
-EXCEPTIONS = {
-    ("harness/launch.py", "train_gpt"),  # it checks the settings before any rank starts
-    ("benchmarks/readme.py", "experiments"),  # a document's tables are of both rooms; it belongs above them
-    # Modules of the trainer at the top level, until they have a room.
-    ("rules.py", "data"),
-    ("rules.py", "kernels"),
-    ("train_gpt.py", "rules"),
-    ("train_gpt.py", "schedule"),
-    ("benchmarks/neuron_stats_cost.py", "schedule"),
-    ("experiments/arms.py", "schedule"),
-}
+BELOW["inference"] = BELOW["harness"]
+BELOW["train_gpt"] = BELOW["harness"] | {"harness", "inference"}
+BELOW |= {room: BELOW["train_gpt"] | {"train_gpt"} for room in ("leaderboard", "experiments", "benchmarks")}
+BELOW["docs"] = BELOW["leaderboard"] | {"leaderboard", "experiments", "benchmarks"}  # its tables are of all rooms
+EXCEPTIONS = {("harness/launch.py", "train_gpt")}  # it checks the settings before any rank starts
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -105,7 +105,7 @@ BOUNDS = {  # lowest and highest values that make sense
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for what cannot be run, before anything is."""
+    """Refuse, with ValueError, options that cannot be run, before anything is."""
     for key in LISTS:
         values = getattr(options, key)
         for value in values:
@@ -205,7 +205,7 @@ def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
 
 
 def _kind(settings: Settings) -> tuple[Any, ...]:
-    """What a step's time depends on, roughly."""
+    """The settings that a step's time depends on, roughly."""
     return settings.task == "parity", settings.optimizer, settings.width, settings.rows_per_step, settings.depth
 
 
@@ -217,7 +217,7 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of these options' runs, of those that there are."""
+    """The content of result.json: what is kept of these options' runs, as far as they have ended."""
     tuning = [known[run] for run in tuning_runs(options) if run in known]
     runs = [known[run] for run in reported_runs(options, choose(tuning)) if run in known]
     return dict(
@@ -252,7 +252,7 @@ def run(options: Options) -> None:
 
 
 def draw_again(path: Path) -> None:
-    """Raises ValueError for a file that is not a result."""
+    """Draw and print a result once more; ValueError for another file."""
 
     def show(result: dict[str, Any]) -> None:
         findings.draw(result, path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""What runs amount to: a table, a few sentences, a figure; all of it from result.json alone."""
+"""Table, remarks and figure of the experiment, from result.json alone."""
 
 import math
 import statistics
@@ -34,7 +34,7 @@ def thinned(run: Run, every: int = 2) -> Run:
 
 
 def setting_name(run: Run) -> str:
-    """What a run was of, but for its optimizer and seed: add, 40% of rows, width 64."""
+    """A run's setting, without its optimizer and seed: add, 40% of rows, width 64."""
     settings = Settings(**run["settings"])
     share = f"{settings.task}, {100 * (settings.train_share or TRAIN_SHARES[settings.task]):.0f}% of rows"
     weights = "" if (settings.attention, settings.loss) == ("softmax", "softmax") else (
@@ -128,7 +128,7 @@ def summary(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
-    """What the table's marks mean, and the verdicts."""
+    """Lines below the table: the meaning of its marks, and the verdicts."""
     options = result["options"]
     latest = options["max_steps"] - options["sustain_steps"]
     limits = [

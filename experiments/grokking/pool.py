@@ -68,7 +68,7 @@ class Store:
         print(json.dumps(run), file=self.file, flush=True)
 
     def of(self, wanted: Iterable[Settings]) -> list[dict[str, Any]]:
-        """Those of the wanted runs that are there, in their order."""
+        """The wanted runs that are in the store, in the order asked for."""
         return [self.runs[settings] for settings in wanted if settings in self.runs]
 
 

@@ -28,7 +28,7 @@ class Median(NamedTuple):
 
 
 def median(times: Times, confidence: float = 0.95) -> Median:
-    """Where the Kaplan-Meier curve reaches one half, with the narrowest such interval of `confidence` or more.
+    """Time at which the Kaplan-Meier curve reaches one half, with the narrowest interval of `confidence` or more.
 
     Of fewer than six times that is lowest to highest, whatever that covers. Raises ValueError for no times.
     """

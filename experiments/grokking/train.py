@@ -29,7 +29,7 @@ DEFAULT_BATCH_SIZE = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run's curve. Whatever is not a hidden matrix is the same for every optimizer."""
+    """Settings that decide a run's curve. Whatever is not a hidden matrix is the same for every optimizer."""
 
     task: str
     optimizer: str = "muon"  # of the hidden matrices, as matrix_optimizer in training
@@ -123,7 +123,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 def seconds_per_step(settings: Settings, steps: int = 10) -> float:
-    """Of a run with these settings, measurements included, by the clock; the first step, which sets up, is left out."""
+    """Wall-clock seconds per step of a short run, measurements included, without the first step, which sets up."""
     train(replace(settings, max_steps=1))
     return train(replace(settings, max_steps=steps))["seconds"] / steps
 
@@ -153,7 +153,7 @@ def measure(
 
 
 def milestones(measured: Sequence[Measurement], sustain_steps: int) -> dict[str, Any]:
-    """What the curve shows: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
+    """Milestones of a curve: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
 
     collapsed: whether validation accuracy was below 80% at any measurement after it had crossed 95%. A run is not
     watched longer than it takes to see 95% held, so that later collapses are not seen.

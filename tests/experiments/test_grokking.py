@@ -229,7 +229,7 @@ def test_every_optimizer_learns_and_repeats_itself(optimizer: str) -> None:
         assert train.train(settings)["curves"] == run["curves"]
 
 
-def test_batches_are_of_training_rows_and_measured_of_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_of_training_rows_and_measurements_of_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a split made here: what is learnt from, what is measured as which, and that no row is in both."""
     seen: dict[str, list[tasks.Rows]] = {"batches": [], "measured": []}
     genuine_batches, genuine_measure = train.batches, train.measure

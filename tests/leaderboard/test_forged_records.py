@@ -225,7 +225,7 @@ def fewer_tokens_a_step_claimed(texts: Texts) -> None:
         set_facts(texts[folder], lambda facts: facts["config"].update(batch_tokens=96))
 
 
-@forgery(r"small_batch_steps = -40 is no number of its 40 steps")
+@forgery(r"the settings have no schedule: small_batch_steps = -40 must be >= 0")
 def more_tokens_by_small_batches_below_none(texts: Texts) -> None:
     for folder in ALL:
         set_facts(texts[folder], lambda facts: facts["config"].update(small_batch_steps=-40))
@@ -364,8 +364,8 @@ def a_key_twice_in_the_metrics(texts: Texts) -> None:
     replace(texts, "metrics.jsonl", '{"step": 0', '{"step": 0, "step": 0')
 
 
-@forgery(r"seed 0: metrics.jsonl has looks at neurons, .* a record's runs go without: neuron_stats = 0")
-def looks_at_neurons(texts: Texts) -> None:
+@forgery(r"seed 0: metrics.jsonl has neuron statistics, .* a record's go without: neuron_stats = 0")
+def neuron_statistics(texts: Texts) -> None:
     look = dict(step=20, tokens=20 * 192, train_time_s=1.0, neurons=dict(dead={}))
     texts["seed_0"]["metrics.jsonl"] += 2 * f"{json.dumps(look)}\n"
 
@@ -405,9 +405,9 @@ def test_a_forged_record_is_caught_with_its_reason(name: str, honest: Path) -> N
     assert any(re.search(reason, line) for line in found), found
 
 
-def test_looks_at_neurons_are_one_reason(honest: Path) -> None:
+def test_neuron_statistics_are_one_reason(honest: Path) -> None:
     texts = read_texts(honest)
-    looks_at_neurons(texts)
+    neuron_statistics(texts)
     write_texts(honest, texts)
     assert len(reasons(load_record(honest))) == 1
 

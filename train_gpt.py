@@ -397,8 +397,8 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
     warm_up(run)
     for step in range(first_step, config.train_steps + 1):
         plan, is_last = plan_step(config, step), step == config.train_steps
-        run.follow(plan)
         summary["steps"] = step
+        run.follow(plan)
         if (step % config.val_every == 0 or is_last) and step != summary["val_step"]:
             clock.switch("validation")
             loss = evaluate(run)
@@ -513,7 +513,7 @@ def main(argv: list[str]) -> int:
     try:
         finish(run, log, summary)
     except OSError as error:  # a full disk
-        summary.update(status=FAILED, reason=f"the end: {error}; {log.directory} is not whole")
+        summary.update(status=FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
     status = exit_status(summary, config.require_target)
     if status in (0, 3) and run.machine.world_size > 1:
         dist.destroy_process_group()

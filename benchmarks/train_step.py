@@ -36,7 +36,7 @@ from torch import Tensor
 import train_gpt
 from data.files import user_path
 from harness.machine import Clock, find_machine
-from harness.outcome import raise_if_cut_short
+from harness.outcome import FINISHED, raise_if_cut_short
 from harness.overrides import OWN, arguments, assignments
 from harness.results import command, report
 from harness.runlog import RunLog
@@ -133,7 +133,8 @@ def take_turn(entry: Entry) -> None:
     raise_if_cut_short(summary, entry.name)
     entry.losses += [loss.item() / run.config.batch_tokens for loss in losses]
     if summary["status"] != "finished" or not all(map(math.isfinite, entry.losses)):
-        outcome = summary["status"] if summary["status"] != "finished" else "its loss is not finite"
+        is_finished = summary["status"] == FINISHED
+        outcome = "its loss is not finite" if is_finished else f"{summary['status']} {summary['reason']}"
         raise ValueError(f"{entry.name}: {outcome}; nothing is reported")
     others = before - entry.held_bytes
     entry.held_bytes = allocated(run) - others

@@ -35,6 +35,7 @@ from data.files import check_writable, try_lock, user_path, wait_for_lock, write
 from data.processes import end_group
 from harness.machine import versions
 from harness.neuron_stats import pooled
+from harness.outcome import DIVERGED, is_complete
 from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd
@@ -71,11 +72,11 @@ class Result:
 
     @property
     def diverged(self) -> bool:
-        return str(self.summary.get("status")).startswith("diverged")
+        return str(self.summary.get("status")).startswith(DIVERGED)  # with the reason, in older summaries
 
     @property
     def ended(self) -> bool:
-        return self.diverged or self.summary.get("status") in ("finished", "stopped at target")
+        return is_complete(self.summary)
 
     @property
     def name(self) -> str:

@@ -43,7 +43,8 @@ def noted_in(summary: dict[str, Any], checkpoints: CheckpointWriter, micro_batch
             console.ignore_stops()  # torchrun sends one to those that are left
         checkpoints.wait()
         status, reason = _outcome_of(error, micro_batch_tokens, checkpoints.newest)
-        summary.update(status=status, reason=f"step {summary['steps']}: {reason}" if reason else "")
+        when = "by" if status == DIVERGED else "at"
+        summary.update(status=status, reason=f"{when} step {summary['steps']}: {reason}" if reason else "")
 
 
 def _outcome_of(error: BaseException, micro_batch_tokens: int, checkpoint: str) -> tuple[str, str]:
@@ -67,7 +68,7 @@ def exit_status(summary: dict[str, Any], require_target: bool) -> int:
     """0, 1, 2, 3, 4 or 130, as at the top of train_gpt.py. Tells why, in a line on stderr, where a run has failed."""
     status = summary["status"]
     if status in (FAILED, LOST):  # the ranks that see the loss of another one see it in different ways
-        print_error(f"{status} at {summary['reason']}", event=LOST if status == LOST else "")
+        print_error(f"{status} {summary['reason']}", event=LOST if status == LOST else "")
     if EXIT_STATUS[status] == 0 and require_target and summary["steps_to_target"] is None:
         return TARGET_MISSED
     return EXIT_STATUS[status]
@@ -86,12 +87,15 @@ def refusals(result: list[int]) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:  # OSError: a full disk
         print_error(str(error))
-        result.append(2)
+        result.append(EXIT_STATUS[FAILED])
     except RuntimeError as error:
         if not lost_rank(error):
             raise
         print_error(f"another rank was lost before training began ({lost_rank(error)})", event=LOST)
-        result.append(4)
+        result.append(EXIT_STATUS[LOST])
+    except KeyboardInterrupt:
+        console.ignore_stops()
+        result.append(EXIT_STATUS[INTERRUPTED])
 
 
 def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:
@@ -100,4 +104,4 @@ def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:
     if summary["status"] == INTERRUPTED:
         raise KeyboardInterrupt
     if summary["status"] in (FAILED, LOST):
-        raise ValueError(f"{what}: {summary['status']} at {summary['reason']}; nothing is reported")
+        raise ValueError(f"{what}: {summary['status']} {summary['reason']}; nothing is reported")

@@ -185,7 +185,7 @@ class RunLog:
         elif self.target and summary["val_loss"] is not None:
             gap = summary["val_loss"] - self.target
             self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
-        self.line(f"run          {summary['status']}{summary['reason'] and ' at ' + summary['reason']}")
+        self.line(f"run          {summary['status']} {summary['reason']}".rstrip())
         if summary["val_loss"] is not None:
             self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
         if summary["neurons"]:

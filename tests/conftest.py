@@ -138,6 +138,22 @@ def trainer(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     return run
 
 
+def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Do something at the beginning of a training step."""
+    genuine = train_gpt.Run.follow
+
+    def follow(run: train_gpt.Run, plan: train_gpt.StepPlan) -> None:
+        if run.summary.get("steps") == step:
+            action()
+        genuine(run, plan)
+
+    patch.setattr(train_gpt.Run, "follow", follow)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
 def python(script: list[str], recipe: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python <script> <recipe> <arguments>` from the repository's root, to its end; torch is loaded beforehand."""
     command = [sys.executable, str(ROOT / "tests/warm.py"), *script, str(recipe), *arguments]

@@ -24,18 +24,18 @@ def die() -> None:
 
 
 def arm(point: str, at_step: int, rank: int) -> None:
-    schedule, validation, save = train_gpt.set_schedule, train_gpt.validation, torch.save
+    follow_genuinely, validation, save = train_gpt.Run.follow, train_gpt.validation, torch.save
     now = 0
 
-    def set_schedule(run: train_gpt.Run, step: int) -> None:
+    def follow(run: train_gpt.Run, plan: train_gpt.StepPlan) -> None:
         nonlocal now
-        if point == "step" and rank == 1 and step == at_step:
+        now = run.summary.get("steps", 0)
+        if point == "step" and rank == 1 and now == at_step:
             die()
-        if point == "node" and step == at_step:
+        if point == "node" and now == at_step:
             os.kill(os.getppid(), signal.SIGKILL)
             die()
-        schedule(run, step)
-        now = step
+        follow_genuinely(run, plan)
 
     def killed_validation(*arguments: Any) -> Iterator[Any]:
         for batch in validation(*arguments):
@@ -53,7 +53,7 @@ def arm(point: str, at_step: int, rank: int) -> None:
         save(state, file)
 
     replace: Callable[[Any, str, Any], None] = setattr
-    replace(train_gpt, "set_schedule", set_schedule)
+    replace(train_gpt.Run, "follow", follow)
     replace(train_gpt, "validation", killed_validation)
     replace(checkpoint.torch, "save", half_save)
 

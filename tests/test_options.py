@@ -20,7 +20,7 @@ from data.shards import write_shard
 from harness.profiling import largest_costs
 from harness.resume import FIXED, WHERE_AND_HOW
 from leaderboard.runs import read_run
-from tests.conftest import Trainer, python, torchrun
+from tests.conftest import Trainer, at_step, python, stop, torchrun
 from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_up
 
 PLAIN, FUSED = ["--fused=none"], ["--fused=norm,mlp,head,blocks"]
@@ -47,20 +47,6 @@ def tiny_run(tiny_recipe: Path, *arguments: str) -> train_gpt.Run:
 
 
 # Schedules
-
-
-def test_the_window_grows_in_multiples_of_its_start_and_ends_whole() -> None:
-    config = Config(window=1000, window_start=128, train_steps=100)
-    sizes = [plan_step(config, step).window for step in range(101)]
-    assert sizes[0] == 128
-    assert sizes[-1] == 1000
-    assert sorted(set(sizes), key=sizes.index) == [128, 256, 384, 512, 640, 768, 896, 1000]
-    assert all(size >= 128 + 872 * step / 100 for step, size in enumerate(sizes) if size != 1000)
-
-
-def test_a_window_without_a_start_is_constant_and_none_is_none() -> None:
-    assert {plan_step(Config(window=64), step).window for step in range(300)} == {64}
-    assert plan_step(Config(), 0).window is None
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [32, 64, 128])
@@ -237,14 +223,8 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its settings lack the options, and its training was without them."""
-
-    def stop_at_25(config: Config, step: int) -> train_gpt.StepPlan:
-        if step == 25:
-            raise KeyboardInterrupt
-        return plan_step(config, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "plan_step", stop_at_25)
+        at_step(patch, 25, stop)
         assert trainer("--checkpoint_every=20").returncode == 130
     checkpoint = only(tmp_path / "runs") / "checkpoint_000020.pt"
     state = torch.load(checkpoint, weights_only=True)

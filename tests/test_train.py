@@ -1,6 +1,5 @@
 """The trainer as its users run it: schedules, log, clock, target, exact restore and resume, mistakes."""
 
-import dataclasses
 import fcntl
 import io
 import json
@@ -26,11 +25,11 @@ from data.shards import head_fingerprint, open_shard, write_shard
 from harness import checkpoint, machine, runlog
 from harness.checkpoint import CheckpointWriter, verify
 from harness.runlog import RunLog, run_sources
+from inference import sample
 from leaderboard.runs import parse_log
-from schedule import lr_scale, momentum_at, steps_of_each_kind, window_at
 from tests.conftest import PATIENCE_S, ROOT, Result, Trainer
 from tests.harness.test_checkpoint import files_no_larger_than
-from train_gpt import Config, load_config, set_up, train_step, warm_up
+from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_up
 
 
 def only_run(tmp_path: Path) -> Path:
@@ -49,55 +48,6 @@ def summary(directory: Path) -> dict[str, Any]:
 
 
 # Schedules
-
-
-def test_learning_rate_warms_up_stays_and_cools_down_to_almost_nothing() -> None:
-    config = Config(train_steps=100, warmup_steps=10, cooldown_frac=0.4)
-    scales = [lr_scale(step, config) for step in range(100)]
-    assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert scales[10:61] == [1.0] * 51
-    assert scales[60:] == pytest.approx([1 - i / 40 for i in range(40)])
-
-
-def test_learning_rate_without_warmup_or_cooldown_is_constant() -> None:
-    config = Config(train_steps=10, warmup_steps=0, cooldown_frac=0.0)
-    assert [lr_scale(step, config) for step in range(10)] == [1.0] * 10
-
-
-def test_momentum_rises_from_085() -> None:
-    config = Config(momentum=0.95, momentum_warmup_steps=4)
-    assert [momentum_at(step, config) for step in range(6)] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
-    assert momentum_at(0, Config(momentum=0.9)) == 0.9
-    assert momentum_at(0, Config(momentum=0.5, momentum_warmup_steps=4)) == 0.5  # never above the target
-
-
-def test_the_kinds_of_steps_are_those_that_a_look_at_every_step_finds() -> None:
-    def kind(step: int) -> tuple[object, ...]:
-        return step < 7, step < 300, min(5, step // 90)
-
-    for first in (0, 6, 7, 200, 499, 500):
-        expected = [step for step in range(first, 500) if step == first or kind(step) != kind(step - 1)]
-        assert steps_of_each_kind(kind, first, 500) == expected
-
-
-def test_set_up_does_not_grow_with_the_steps(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at each of 300 million steps would take minutes."""
-    looks = []
-
-    def counting_window(step: int, config: Config) -> int | None:
-        looks.append(step)
-        return window_at(step, config)
-
-    monkeypatch.setattr(train_gpt, "window_at", counting_window)
-    monkeypatch.setattr(train_gpt, "train_step", lambda *_: None)
-    growth = ["--window=32", "--window_start=8", "--small_batch_steps=2", "--micro_batch_tokens=96"]
-    run = tiny_run(tiny_recipe, *growth, "--train_steps=300000000")
-    run.config = dataclasses.replace(run.config, compile=True)  # of which windows are a part
-    run.compiled = lambda *_: torch.zeros(())
-    warm_up(run)
-    run.loader.close()
-    kinds, steps_of_bisection = 4 + 1, 28 + 1  # windows 8, 16, 24, 32 and the first two steps; 2**28 < 3e8 < 2**29
-    assert len(looks) <= kinds * 2 * (steps_of_bisection + 1)
 
 
 # A run
@@ -220,7 +170,7 @@ def test_the_gradient_is_of_the_mean_loss_whatever_the_micro_batch(tiny_recipe: 
     with torch.no_grad():
         for p in run.model.parameters():  # no zeros, behind which gradients vanish
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 8)
-    inputs, targets = run.batch(0)
+    inputs, targets = run.batch()
     loss = run.model(inputs.flatten(0, 1), targets.flatten(0, 1)) / targets.numel()
     expected = torch.autograd.grad(loss, list(run.model.parameters()))
     for optimizer in run.optimizers:
@@ -242,7 +192,8 @@ def test_warm_up_leaves_no_trace(tiny_recipe: Path, matrix_optimizer: str) -> No
     assert torch.equal(torch.rand(3), expected_draw)
     for step in range(3):
         for run in (cold, warm):
-            train_step(run, *run.loader.batch(step))
+            run.follow(plan_step(run.config, step))
+            train_step(run, *run.batch())
     for p, q in zip(cold.model.parameters(), warm.model.parameters(), strict=True):
         assert torch.equal(p, q)
     for run in (cold, warm):
@@ -279,8 +230,10 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
     result = trainer("--matrix_lr=1e38", "--checkpoint_every=10")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    status = summary(only_run(tmp_path))["status"]
-    assert re.search(r"diverged by step \d+: .*; last good checkpoint: none", status), status
+    ended = summary(only_run(tmp_path))
+    assert ended["status"] == "diverged"
+    assert re.fullmatch(r"by step \d+: .*; last good checkpoint: none", ended["reason"]), ended["reason"]
+    assert f"run          diverged {ended['reason']}" in result.stdout
     assert not list(only_run(tmp_path).glob("checkpoint*"))
 
 
@@ -345,7 +298,7 @@ def test_what_the_parent_ignores_ends_nothing(
         (train_gpt, "finish", False, "finished"),
         (RunLog, "summary", False, "finished"),
         (RunLog, "closing", True, "finished"),
-        (train_gpt.GPT, "generate", False, "finished"),
+        (sample, "generate", False, "finished"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -400,7 +353,7 @@ def test_a_terminal_that_cannot_show_the_sample_ends_nothing(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    monkeypatch.setattr(train_gpt.GPT, "generate", lambda *_: [*"naïve café 日本".encode()])
+    monkeypatch.setattr(sample, "generate", lambda *_: [*"naïve café 日本".encode()])
     result = trainer("--tokenizer=byte", "--vocab_size=257", "--train_steps=2", f"--run_dir={tmp_path}/caf\udce9")
     assert result.returncode == 0
     (log,) = tmp_path.glob("caf*/*/log.txt")
@@ -570,7 +523,7 @@ def test_a_broken_shard_is_refused(
         (["--comm_dtype=int8"], ["'int8'", "bfloat16"]),
         (["--resume=nothing.pt"], ["resume = 'nothing.pt'", "No such file"]),
         (["--matrx_lr=1"], ["did you mean matrix_lr?"]),
-        (["--train_steps=x"], ["--train_steps", "'x'"]),
+        (["--train_steps=x"], ["train_steps = 'x' must be a whole number"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
@@ -609,7 +562,8 @@ def test_a_bad_token_far_into_the_data_ends_the_run_with_its_place(trainer: Trai
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert re.search(r"^error: failed at step \d+: .*late.bin: token 3000: found 500", line)
-    assert line.removeprefix("error: ") == summary(only_run(tmp_path))["status"]
+    ended = summary(only_run(tmp_path))
+    assert line == f"error: {ended['status']} {ended['reason']}"
 
 
 def assert_refused(result: Result, tmp_path: Path, words: list[str]) -> None:

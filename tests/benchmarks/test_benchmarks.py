@@ -112,7 +112,7 @@ def test_a_stop_ends_a_benchmark_as_one(
     """The trainer catches it for its summary; it is no mistake of the arguments."""
     monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["train_step", str(tiny_recipe), "--rounds=1", "--steps=2"])
-    monkeypatch.setattr(train_gpt, "set_schedule", raising(KeyboardInterrupt))
+    monkeypatch.setattr(train_gpt.Run, "follow", raising(KeyboardInterrupt))
     with pytest.raises(SystemExit, match="130"):
         command(train_step.main, train_step.Args, "")
     assert capsys.readouterr().err.endswith("interrupted; nothing was written; the same command starts again\n")
@@ -222,7 +222,7 @@ def test_neuron_statistics_are_timed_beside_their_step(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
     """200 ms after the step and 10 before it, and a step of 50."""
-    for method, seconds in (("look", 0.2), ("before_step", 0.01)):
+    for method, seconds in (("measure", 0.2), ("before_step", 0.01)):
         monkeypatch.setattr(NeuronStats, method, clock.during(seconds, getattr(NeuronStats, method)))
     monkeypatch.setattr(neuron_stats_cost, "train_step", clock.during(0.05, neuron_stats_cost.train_step))
     monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))

@@ -9,7 +9,7 @@ from benchmarks import optimizer_plan
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
 from tests.conftest import ROOT
-from train_gpt import load_config, model_config
+from train_gpt import load_config
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from train_gpt import load_config, model_config
 def test_counted_state_is_the_state_of_a_real_step(tiny_recipe: Path, settings: str, dtype: torch.dtype) -> None:
     config = load_config([str(tiny_recipe), *f"--matrix_optimizer={settings}".split()])
     with torch.device("meta"):
-        planned = GPT(model_config(config)).to(dtype)
+        planned = GPT(config).to(dtype)
     lines, counted = optimizer_plan.routing(build_optimizers(planned, config), 1)
-    model = GPT(model_config(config)).to(dtype)
+    model = GPT(config).to(dtype)
     optimizers = build_optimizers(model, config)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -46,7 +46,7 @@ def test_a_rank_s_share_shrinks_with_the_number_of_ranks(ranks: int) -> None:
     the rest, on AdamW, that every rank keeps whole."""
     config = load_config([str(ROOT / "configs/classics_124m_muon.toml"), "--device=cpu"])
     with torch.device("meta"):
-        optimizers = build_optimizers(GPT(model_config(config)), config)
+        optimizers = build_optimizers(GPT(config), config)
     _, alone = optimizer_plan.routing(optimizers[1:], ranks)
     lines, held = optimizer_plan.routing(optimizers, ranks)
     matrices = 84_934_656 * 4 / ranks

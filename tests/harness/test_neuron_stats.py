@@ -90,7 +90,7 @@ class Planted:
         """Of gate (0) or up (1)."""
         self.mlp(layer).gate_up[matrix, neurons] *= factor
 
-    def look(self, *updates: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    def measure(self, *updates: tuple[Tensor, Tensor]) -> dict[str, Any]:
         """Move gate and up, and down, of the first layers by these updates; the row, through JSON."""
         self.stats.before_step()
         for layer, (gate_up, down) in enumerate(updates):
@@ -98,13 +98,13 @@ class Planted:
                 self.mlp(layer).gate_up += gate_up
                 self.mlp(layer).down += down
         self.step += 10
-        row = self.stats.look(self.step, self.tokens, self.tokens)
+        row = self.stats.measure(self.step, self.tokens, self.tokens)
         return strict_json(json.dumps(row))
 
 
 def test_magnitudes_are_those_of_the_neurons_by_hand() -> None:
     planted = Planted()
-    planted.look(*[(torch.randn(2, NUM_NEURONS, 16), torch.randn(16, NUM_NEURONS)) for _ in range(2)])
+    planted.measure(*[(torch.randn(2, NUM_NEURONS, 16), torch.randn(16, NUM_NEURONS)) for _ in range(2)])
     gpt = planted.model
     x = rms_norm(gpt.embed(planted.tokens))
     for layer, found in enumerate(magnitudes(gpt, planted.tokens)):
@@ -123,20 +123,24 @@ def test_rows_that_only_fill_a_batch_up_do_not_count() -> None:
     targets[5:] = IGNORE_INDEX
     for planted in (whole, part, filled):
         planted.stats.before_step()
-    expected = part.stats.look(1, part.tokens[:5], part.tokens[:5])
-    assert filled.stats.look(1, filled.tokens, targets) == expected != whole.stats.look(1, whole.tokens, whole.tokens)
+    expected = part.stats.measure(1, part.tokens[:5], part.tokens[:5])
+    assert (
+        filled.stats.measure(1, filled.tokens, targets)
+        == expected
+        != whole.stats.measure(1, whole.tokens, whole.tokens)
+    )
 
 
 def test_planted_dead_neurons_are_counted_by_layer_and_threshold_and_may_revive() -> None:
     planted = Planted()
-    before = planted.look()
+    before = planted.measure()
     for measure in MEASURES:
         assert before["dead"][measure]["0.01"] == before["dead"][measure]["0.03"] == [0, 0]
         assert before["dead_since"][measure] is None
     planted.scale(0, matrix=1, neurons=slice(0, 5), factor=0.0)
     planted.scale(0, matrix=1, neurons=slice(5, 8), factor=0.005)  # far below 0.03 and above 1e-4 of its own size
     planted.scale(1, matrix=0, neurons=slice(0, 9), factor=0.0)  # silu(0) = 0
-    after = planted.look()
+    after = planted.measure()
     for measure in MEASURES:
         assert after["dead"][measure]["0.03"] == pytest.approx([8 / 64, 9 / 64], rel=1e-4)
         assert after["dead"][measure]["0.01"][1] == pytest.approx(9 / 64, rel=1e-4)
@@ -145,12 +149,12 @@ def test_planted_dead_neurons_are_counted_by_layer_and_threshold_and_may_revive(
         assert after["median"][measure][0] > 0
     planted.scale(0, matrix=1, neurons=slice(5, 8), factor=200.0)
     planted.scale(1, matrix=0, neurons=slice(9, 20), factor=0.0)
-    end = planted.look()
+    end = planted.measure()
     for measure in MEASURES:
         assert end["dead"][measure]["0.03"] == pytest.approx([5 / 64, 20 / 64], rel=1e-4)
         assert end["revived"][measure]["0.03"] == pytest.approx([3 / 64, 0], rel=1e-4)
         assert end["ever_dead"][measure]["0.03"] == pytest.approx([8 / 64, 20 / 64], rel=1e-4)
-        assert end["dead_since"][measure] == 20  # 14 neurons of the second look, 11 of the third
+        assert end["dead_since"][measure] == 20  # 14 neurons of the second measurement, 11 of the third
 
 
 def test_a_neuron_that_fires_rarely_is_dead_by_its_mean_and_not_by_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +163,7 @@ def test_a_neuron_that_fires_rarely_is_dead_by_its_mean_and_not_by_its_peak(monk
     answers[:, :, 7] = 0
     answers[0, 0, 7] = -2  # 2/64 in the mean
     monkeypatch.setattr(model.MLP, "activations", lambda mlp, x_BTD: answers)
-    row = planted.look()
+    row = planted.measure()
     assert row["median"] == {"mean": [1, 1], "peak": [1, 1]}
     for threshold in THRESHOLDS:
         dead = 1 / 64 if threshold > 2 / 64 else 0.0
@@ -174,7 +178,7 @@ def test_hand_made_updates_have_their_known_spread_and_shares() -> None:
     gate[:, 3], up[:, 5] = sizes, 1.0
     down = torch.zeros(16, NUM_NEURONS)
     down[2] = sizes.flip(0)
-    row = planted.look((torch.stack([gate, up]), down))
+    row = planted.measure((torch.stack([gate, up]), down))
     cv = (sizes.std() / sizes.mean()).item()
     assert [row[name]["update_cv"][0] for name in MATRICES] == pytest.approx([cv, 0, cv], abs=1e-5)
     assert [row[name]["update_cv"][1] for name in MATRICES] == [None] * 3  # that layer did not move
@@ -186,7 +190,7 @@ def test_hand_made_updates_have_their_known_spread_and_shares() -> None:
     assert row["gate"]["least_moved_share"][0] == pytest.approx(
         0.1 * (sizes[:6].mean() / sizes.mean()).item(), rel=1e-4
     )
-    row = planted.look((torch.stack([-gate.flip(0), up]), -down))  # what moved least moves most now
+    row = planted.measure((torch.stack([-gate.flip(0), up]), -down))  # what moved least moves most now
     assert row["gate"]["least_moved_share"][0] == pytest.approx(0.1, rel=1e-4)
     assert row["gate"]["update_cv"][0] == pytest.approx(cv, abs=1e-5)
     assert row["down"]["least_moved_share"][0] == pytest.approx(
@@ -197,7 +201,7 @@ def test_hand_made_updates_have_their_known_spread_and_shares() -> None:
 
 def test_weights_that_are_not_finite_are_no_numbers_in_json() -> None:
     planted = Planted()
-    row = planted.look((torch.full((2, NUM_NEURONS, 16), math.nan), torch.full((16, NUM_NEURONS), math.inf)))
+    row = planted.measure((torch.full((2, NUM_NEURONS, 16), math.nan), torch.full((16, NUM_NEURONS), math.inf)))
     assert row["gate"]["leverage_cv"][0] is row["down"]["update_cv"][0] is row["median"]["mean"][0] is None
     assert row["dead"]["mean"]["0.1"][0] is row["revived"]["peak"]["0.3"][0] is None
 
@@ -214,7 +218,7 @@ def looks(directory: Path) -> dict[int, Any]:
 
 @pytest.fixture(scope="module")
 def watched(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the tiny recipe with a look at every fourth step and a checkpoint at every tenth."""
+    """The run directory of the tiny recipe with a measurement at every fourth step and a checkpoint at every tenth."""
     folder = tmp_path_factory.mktemp("watched")
     arguments = ["--neuron_stats=4", "--checkpoint_every=10", "--checkpoint_keep=9", f"--run_dir={folder}"]
     handler = signal.getsignal(signal.SIGTERM)
@@ -282,14 +286,14 @@ def test_looks_are_off_the_clock(trainer: Trainer, monkeypatch: pytest.MonkeyPat
     for place, name in (
         (Clock, "switch"),
         (NeuronStats, "before_step"),
-        (NeuronStats, "look"),
+        (NeuronStats, "measure"),
         (train_gpt, "train_step"),
     ):
         monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
     assert trainer("--neuron_stats=2", "--train_steps=3").returncode == 0
     trained = ("train_step", "train")
     assert [found for found in seen if found != ("train_step", "warmup")] == [
-        trained, ("before_step", "neurons"), trained, ("look", "neurons"), trained
+        trained, ("before_step", "neurons"), trained, ("measure", "neurons"), trained
     ]  # fmt: skip
 
 
@@ -329,7 +333,7 @@ def test_two_ranks_write_the_rows_of_one(trainer: Trainer, tiny_recipe: Path, tm
 class Plain(nn.Module):
     """An MLP of someone's own, without a gate."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: set[str]) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(config.model_dim, config.hidden_dim))
         self.gate_up = nn.Parameter(torch.empty(config.hidden_dim, config.model_dim))
@@ -339,12 +343,12 @@ def test_another_mlp_is_refused_before_there_is_a_run(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "MLP", Plain)
-    assert_refused(trainer("--neuron_stats=10"), tmp_path / "runs", ["mlp.gate_up [2, F, D]", "neuron_stats = 0"])
-    assert_refused(trainer("--neuron_stats=-1"), tmp_path / "runs", ["neuron_stats = -1", "0 or more"])
+    assert_refused(trainer("--neuron_stats=10"), tmp_path / "runs", ["mlp.gate_up [2 or 1, F, D]", "neuron_stats = 0"])
+    assert_refused(trainer("--neuron_stats=-1"), tmp_path / "runs", ["neuron_stats = -1 must be >= 0"])
 
 
 def test_in_words_says_what_has_no_value() -> None:
-    row = Planted().look()
+    row = Planted().measure()
     row["step"] = 10
     assert neuron_stats.in_words(row).startswith("step 10: 0.00% dead")
     assert neuron_stats.in_words(row).endswith("gate -, up -, down -")
@@ -368,14 +372,14 @@ class Wrapped(nn.Module):
 
 
 def test_wrapped_mlps_and_torch_s_defaults_change_nothing() -> None:
-    expected, planted = Planted().look(), Planted()
+    expected, planted = Planted().measure(), Planted()
     for block in planted.model.blocks:
         block.mlp = Wrapped(block.mlp)
     torch.set_default_dtype(torch.bfloat16)
     torch.set_default_device("meta")  # whatever is made without a device is of no use
     try:
         planted.stats = NeuronStats(planted.model)
-        found = planted.look()
+        found = planted.measure()
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-import train_gpt
 from data.processes import pid_scope, start_ticks
 from harness import machine
 from harness.resume import WHERE_AND_HOW, Start, _idle, find_start
 from harness.runlog import WRITER, is_running
-from tests.conftest import Result, Trainer
+from tests.conftest import Result, Trainer, at_step, stop
 from tests.harness.test_checkpoint import files_no_larger_than
 from tests.test_train import assert_refused, metrics, summary, tiny_run
 from train_gpt import Config
@@ -29,15 +28,8 @@ from train_gpt import Config
 @pytest.fixture
 def interrupted(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of 40 steps with checkpoints at 10 and 20, interrupted at step 25."""
-    genuine = train_gpt.set_schedule
-
-    def stop_at_25(run: train_gpt.Run, step: int) -> None:
-        if step == 25:
-            raise KeyboardInterrupt
-        genuine(run, step)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "set_schedule", stop_at_25)
+        at_step(patch, 25, stop)
         assert trainer("--checkpoint_every=10").returncode == 130
     (directory,) = (tmp_path / "runs").iterdir()
     assert sorted(path.name for path in directory.glob("*.pt")) == ["checkpoint_000010.pt", "checkpoint_000020.pt"]
@@ -398,7 +390,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence(trainer: Trainer, tmp_path: Pa
     assert line.startswith(f"error: failed at step {20 if in_thread else 15}: ")
     assert "checkpoint_000015.pt could not be written (File too large); older checkpoints are as they were" in line
     (directory,) = (tmp_path / "runs").iterdir()
-    assert summary(directory)["status"] == line.removeprefix("error: ")
+    ended = summary(directory)
+    assert line == f"error: {ended['status']} {ended['reason']}"
     assert sorted(path.name for path in directory.iterdir()) == [
         "log.txt",
         "metrics.jsonl",

@@ -10,7 +10,6 @@ Exit status: 0 done, 1 the loss diverged, 2 a mistake in what was asked for or a
 """
 
 import contextlib
-import copy
 import dataclasses
 import math
 import signal
@@ -19,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C while torch is imported, which takes seconds
@@ -28,33 +27,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import optim
 from data import console
 from data.files import user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, vocab_size
-from harness.checkpoint import CheckpointWriter, load_checkpoint
+from harness import outcome
+from harness.checkpoint import CheckpointWriter, unchanged
 from harness.log_format import step_line
 from harness.machine import Clock, Machine, find_machine, peak_memory_mib, prepare_compiler
 from harness.neuron_stats import NeuronStats
-from harness.outcome import FAILED, FINISHED, INTERRUPTED, STOPPED, exit_status, first_summary, noted_in, refusals
 from harness.profiling import StepProfiler
-from harness.resume import Start, find_start
+from harness.resume import StartingPoint, find_start, load_start
 from harness.runlog import RunLog, check_name
 from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
-from optim import (
-    MatrixOptimizer,
-    OptimizerConfig,
-    build_optimizers,
-    clip_gradients,
-    find_rule,
-    finish_reduction,
-    routing_table,
-    start_reduction,
-    with_rule_options,
-)  # fmt: skip
+from optim import MatrixOptimizer, OptimizerConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: those of the model are in model.py, those of the optimizers in optim/
@@ -104,14 +94,6 @@ class Config(ModelConfig, OptimizerConfig):
     checkpoint_async: bool = False  # write them in a thread while training goes on; costs host memory
     resume: str = ""  # go on from: auto (the newest checkpoint of this very run), a checkpoint file or a run directory
 
-    FORMER_SETTINGS: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(
-            ("attention", "fused_norm", "fused_mlp", "fused_head"),
-            "write fused = 'auto', 'none' or some of 'norm,mlp,head,blocks' instead",
-        ),
-        "joint_matrices": "it cost loss and is gone (docs/options.md); leave it out",
-    }
-
     def __post_init__(self) -> None:
         """Raises ValueError for a value that breaks its rule, and for settings that do not go together."""
         check_settings(self)
@@ -125,24 +107,21 @@ class Config(ModelConfig, OptimizerConfig):
         if self.doc_mask and self.tokenizer == "none":
             raise ValueError("doc_mask needs a tokenizer, whose <|endoftext|> begins documents; set tokenizer = 'gpt2'")
         if self.window_start > self.window:
-            raise ValueError(
-                f"window_start = {self.window_start} is more than window = {self.window}, to which it grows; raise "
-                "window, or set window_start = 0"
-            )
+            raise ValueError(f"window_start = {self.window_start} is more than window = {self.window}; raise window")
         if self.short_row_steps and self.seq_len % 2:
             raise ValueError(f"short_row_steps cuts rows in two, and seq_len = {self.seq_len} is odd; 1024 is usual")
         if self.tie_head_steps and self.embed_lr != self.head_lr:
-            raise ValueError(
-                f"tie_head_steps needs one rate for both matrices, and embed_lr = {self.embed_lr}, head_lr = "
-                f"{self.head_lr}; set --embed_lr={self.head_lr}"
-            )
+            rates = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}"
+            raise ValueError(f"tie_head_steps needs one rate for both, not {rates}; set --embed_lr={self.head_lr}")
 
 
 def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file on the command line (if one is), then --key=value. ValueError says what is wrong."""
-    words = [user_text(word) if word.startswith("-") else word for word in argv]  # a file by its name, the rest words
+    words = [word if Path(word).is_file() else user_text(word) for word in argv]
     rule = peek(words, "matrix_optimizer")
-    kind = with_rule_options(Config, [find_rule(rule)]) if ":" in rule else Config  # a rule of the user's own
+    kind = (
+        optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config
+    )  # a rule of the user's own
     config = parse_settings(kind, words, description=__doc__)
     paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
     meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if user_path(path) != Path(path)}
@@ -212,7 +191,7 @@ class Run:
     loader: TokenLoader
     val_stream: TokenStream
     data: dict[str, str]  # fingerprints of train_files and val_files
-    start: Start  # anew, or from which checkpoint
+    start: StartingPoint  # anew, or from which checkpoint
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # of what was trained so far; train fills it
@@ -266,16 +245,11 @@ def set_up(config: Config, machine: Machine) -> Run:
     if machine.world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
-    optimizers = build_optimizers(model, config)
+    optimizers = optim.build_optimizers(model, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
     run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start)
     if start.path:
-        problem = None
-        try:
-            run.resumed = load_checkpoint(start.path, model, optimizers, machine.device)
-        except ValueError as error:
-            problem = f"{error}; every node has to see the same run_dir" if machine.world_size > 1 else str(error)
-        machine.raise_together(problem)
+        run.resumed = load_start(start, model, optimizers, machine)
     if config.window and machine.device.type == "cuda":
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
@@ -308,15 +282,15 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
         loss = run.compiled(inputs_BT, targets_BT, run.window)
         if left == 0:  # gradients are final in the last micro-batch
-            start_reduction(run.optimizers)
+            optim.start_reduction(run.optimizers)
         (loss / targets.numel()).backward()
         total += loss.detach()
     if run.plan.is_tied:
         run.model.tie_gradients()
     # Gradients of the mean loss over all ranks
-    finish_reduction(run.optimizers)
+    optim.finish_reduction(run.optimizers)
     if run.config.grad_clip:
-        run.extra["grad_norm"] = clip_gradients(run.optimizers, run.config.grad_clip)
+        run.extra["grad_norm"] = optim.clip_gradients(run.optimizers, run.config.grad_clip)
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -325,31 +299,26 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def warm_up(run: Run) -> None:
     """Compile and load every kernel on dummy tokens of every shape; then model, optimizers and RNG are as before."""
-    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in run.optimizers]
-    c, is_cuda = run.config, run.machine.device.type == "cuda"
-    first_step = run.resumed["step"] if run.resumed else 0
-    with torch.random.fork_rng([run.machine.device] if is_cuda else []):
-        for plan in plans_to_warm_up(c, first_step, with_windows=c.compile and not is_cuda):
+    config, device = run.config, run.machine.device
+    windows_count = config.compile and device.type != "cuda"  # they are a part of what is compiled
+    with unchanged(run.model, run.optimizers, device):
+        for plan in plans_to_warm_up(config, run.resumed["step"] if run.resumed else 0, windows_count):
             run.follow(dataclasses.replace(plan, lr_factor=0.0))  # the dummy tokens must not make weights overflow
-            dummies = [torch.randint_like(tokens[:1], c.vocab_size) for tokens in run.batch()]
+            dummies = [torch.randint_like(tokens[:1], config.vocab_size) for tokens in run.batch()]
             for _ in range(2):
                 train_step(run, *dummies)
             with torch.no_grad():
-                run.compiled(*next(validation(c, run.machine, run.val_stream)), run.window)
+                run.compiled(*next(validation(config, run.machine, run.val_stream)), run.window)
     run.extra.clear()
-    run.model.load_state_dict(weights)
-    for optimizer, state in zip(run.optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
 
 
-def plans_to_warm_up(config: Config, first_step: int, with_windows: bool) -> list[StepPlan]:
-    """The first plan of each shape of batch, and of each window where that is part of what is compiled. No shape comes
-    back once it has changed, so that the next one is found by bisection: a schedule may have millions of steps."""
+def plans_to_warm_up(config: Config, first_step: int, windows_count: bool) -> list[StepPlan]:
+    """The first plan of each shape of batch, and of each window if they count. No shape comes back once it has changed,
+    so that the next one is found by bisection: a schedule may have millions of steps."""
 
     def shape(step: int) -> tuple[Any, ...]:
         plan = plan_step(config, step)
-        return plan.batch_tokens, plan.row_tokens, plan.window if with_windows else None
+        return plan.batch_tokens, plan.row_tokens, plan.window if windows_count else None
 
     plans, step = [], first_step
     while step < config.train_steps:
@@ -367,11 +336,11 @@ def train(run: Run, log: RunLog, opening: Sequence[str] = ()) -> dict[str, Any]:
     """Train until the schedule ends, the target stops the run, Ctrl-C or divergence; returns the summary, which is
     run.summary from the first. opening: the log's first lines."""
     config, start = run.config, run.start
-    summary = run.summary = first_summary(run, log.directory)
+    summary = run.summary = outcome.first_summary(run, log.directory)
     checkpoints = CheckpointWriter(
         log.directory, config.checkpoint_keep, config.checkpoint_async, run.machine, start.earlier, start.path or "none"
     )
-    with noted_in(summary, checkpoints, config.micro_batch_tokens):
+    with outcome.recorded_in(summary, checkpoints, config.micro_batch_tokens):
         for line in opening:
             log.line(line)
         if start.path:
@@ -408,7 +377,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
                 reached = dict(steps_to_target=step, tokens_to_target=plan.first_token)
                 summary.update(time_to_target_s=clock.seconds["train"], **reached)
             if config.stop_at_target and summary["steps_to_target"] is not None:
-                summary["status"] = STOPPED
+                summary["status"] = outcome.STOPPED
                 break
         if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
             clock.switch("checkpoint")
@@ -478,7 +447,7 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
     )  # fmt: skip
     log.summary(summary)
     log.closing(summary)
-    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (FINISHED, STOPPED):
+    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (outcome.FINISHED, outcome.STOPPED):
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             try:
                 console.accept_stops()
@@ -489,32 +458,31 @@ def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> int:
     console.prepare()
-    refused: list[int] = []
-    with refusals(refused):
+    try:
         config = load_config(argv)
         if config.compile:
             prepare_compiler()
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
-            return exit_status(run.start.ended, config.require_target)
+            return outcome.exit_status(run.start.ended, config.require_target)
         log = RunLog(config, run.machine, run.data, run.start.lineage)
-    if refused:
-        return refused[0]
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        return outcome.exit_status_before(error)
     try:
         epochs = plan_step(config, config.train_steps).first_token / run.loader.stream.num_tokens
         facts = [f"{run.model.num_params():,} parameters", *run.machine.notes, f"{epochs:.2f} epochs of training data"]
-        summary = train(run, log, ["; ".join(facts), routing_table(run.optimizers), *log.notes, *run.start.notes])
+        summary = train(run, log, ["; ".join(facts), optim.routing_table(run.optimizers), *log.notes, *run.start.notes])
         console.ignore_stops()
     except KeyboardInterrupt:  # in the moments around training
         console.ignore_stops()
-        summary = (run.summary or first_summary(run, log.directory)) | {"status": INTERRUPTED}
+        summary = (run.summary or outcome.first_summary(run, log.directory)) | {"status": outcome.INTERRUPTED}
     run.loader.close()
     log.bar.close()
     try:
         finish(run, log, summary)
     except OSError as error:  # a full disk
-        summary.update(status=FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
-    status = exit_status(summary, config.require_target)
+        summary.update(status=outcome.FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
+    status = outcome.exit_status(summary, config.require_target)
     if status in (0, 3) and run.machine.world_size > 1:
         dist.destroy_process_group()
     return status

@@ -5,10 +5,11 @@ checksum for each tensor, so a file that was cut or changed since is noticed whe
 """
 
 import contextlib
+import copy
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class CheckpointWriter:
 
     def settle(self) -> None:
         """Wait for the write under way, if there is one. Its failure is raised here, on every rank."""
-        failure = self.machine.agree(self.wait())
+        failure = self.machine.share(self.wait())
         if failure:
             raise OSError(failure)
 
@@ -173,6 +174,18 @@ def load_checkpoint(
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
     return state
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, optimizers: list[torch.optim.Optimizer], device: torch.device) -> Iterator[None]:
+    """A block that leaves no trace in model, optimizers and random state."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    model.load_state_dict(weights)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
 
 
 def rng_state() -> dict[str, Tensor | None]:

@@ -62,7 +62,7 @@ class Machine:
             dist.all_reduce(value)
         return value
 
-    def agree(self, value: T | None) -> T | None:
+    def share(self, value: T | None) -> T | None:
         """What one rank knows, known to all: the first value that is not None, in the order of the ranks."""
         values = [value]
         if self.world_size > 1:
@@ -72,7 +72,7 @@ class Machine:
 
     def raise_together(self, problem: str | None) -> None:
         """ValueError on every rank if there is a problem on one; to be called by all."""
-        problem = self.agree(problem)
+        problem = self.share(problem)
         if problem:
             raise ValueError(problem)
 

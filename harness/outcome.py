@@ -34,7 +34,7 @@ def first_summary(run: Any, directory: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def noted_in(summary: dict[str, Any], checkpoints: CheckpointWriter, micro_batch_tokens: int) -> Iterator[None]:
+def recorded_in(summary: dict[str, Any], checkpoints: CheckpointWriter, micro_batch_tokens: int) -> Iterator[None]:
     """A block whose early end, other than by a fault of ours, becomes the summary's status and reason."""
     try:
         yield
@@ -80,22 +80,19 @@ def is_complete(summary: dict[str, Any]) -> bool:
     return str(summary.get("status", "")).startswith((FINISHED, STOPPED, DIVERGED))
 
 
-@contextlib.contextmanager
-def refusals(result: list[int]) -> Iterator[None]:
-    """A block before there is a run: what ends it becomes an exit status, appended to `result`."""
-    try:
-        yield
-    except (ValueError, OSError) as error:  # OSError: a full disk
-        print_error(str(error))
-        result.append(EXIT_STATUS[FAILED])
-    except RuntimeError as error:
-        if not lost_rank(error):
-            raise
-        print_error(f"another rank was lost before training began ({lost_rank(error)})", event=LOST)
-        result.append(EXIT_STATUS[LOST])
-    except KeyboardInterrupt:
+def exit_status_before(error: BaseException) -> int:
+    """The exit status of a process that `error` ended before there was a run, told in a line on stderr. Raises the
+    error itself if it is a fault of ours."""
+    if isinstance(error, KeyboardInterrupt):
         console.ignore_stops()
-        result.append(EXIT_STATUS[INTERRUPTED])
+        return EXIT_STATUS[INTERRUPTED]
+    if isinstance(error, (ValueError, OSError)):  # OSError: a full disk
+        print_error(str(error))
+        return EXIT_STATUS[FAILED]
+    if lost_rank(error):
+        print_error(f"another rank was lost before training began ({lost_rank(error)})", event=LOST)
+        return EXIT_STATUS[LOST]
+    raise error
 
 
 def raise_if_cut_short(summary: dict[str, Any], what: str) -> None:

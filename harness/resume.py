@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from data.files import user_path, user_text
-from harness.checkpoint import State, checkpoints_in, read_checkpoint, step_of, verify
+from harness.checkpoint import State, checkpoints_in, load_checkpoint, read_checkpoint, step_of, verify
 from harness.machine import Machine
 from harness.outcome import is_complete
 from harness.runlog import WRITER, is_running, read_json
 
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
-WHERE_AND_HOW = (
+FREE_TO_DIFFER = (
     "run_dir resume device compile kernels fused micro_batch_tokens log_every "
     "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description require_target "
     "train_files val_files"
@@ -31,8 +34,8 @@ FIXED = (
 
 
 @dataclass
-class Start:
-    """What was found. `earlier`: checkpoints this run's own will replace, oldest first (see CheckpointWriter)."""
+class StartingPoint:
+    """Where a run begins. `earlier`: checkpoints this run's own will replace, oldest first (see CheckpointWriter)."""
 
     path: str = ""  # the checkpoint to load; empty: anew
     earlier: list[Path] = field(default_factory=list)
@@ -41,7 +44,7 @@ class Start:
     ended: dict[str, Any] | None = None  # summary of this job's earlier attempt, if that ended by itself
 
 
-def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
+def find_start(settings: Any, data: dict[str, str], machine: Machine) -> StartingPoint:
     """The same on every rank. settings: the trainer's Config; data: fingerprints by setting.
 
     Raises ValueError, on every rank, for a named checkpoint that is damaged or of another kind of run.
@@ -49,17 +52,32 @@ def find_start(settings: Any, data: dict[str, str], machine: Machine) -> Start:
     start = problem = None
     if machine.rank == 0:
         try:
-            start = _look(dataclasses.asdict(settings), dataclasses.asdict(type(settings)()), data, set(machine.job))
+            start = _search(dataclasses.asdict(settings), dataclasses.asdict(type(settings)()), data, set(machine.job))
         except (ValueError, OSError) as error:
             problem = str(error)
     machine.raise_together(problem)
-    start = machine.agree(start)
+    start = machine.share(start)
     assert start is not None
     return start
 
 
-def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str], job: set[str]) -> Start:
-    resume, start = config["resume"], Start()
+def load_start(
+    start: StartingPoint, model: nn.Module, optimizers: list[torch.optim.Optimizer], machine: Machine
+) -> State:
+    """Put the checkpoint found into model, optimizers and random state; the rest of it. Raises ValueError, on every
+    rank, when it does not fit on one."""
+    state = problem = None
+    try:
+        state = load_checkpoint(start.path, model, optimizers, machine.device)
+    except ValueError as error:
+        problem = f"{error}; every node has to see the same run_dir" if machine.world_size > 1 else str(error)
+    machine.raise_together(problem)
+    assert state is not None
+    return state
+
+
+def _search(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str], job: set[str]) -> StartingPoint:
+    resume, start = config["resume"], StartingPoint()
     folder = user_path(config["run_dir"])
     directories = [path for path in folder.glob("*/") if user_text(path.name).startswith(config["name"] + "-")]
     summaries = {path: read_json(path / "summary.json") for path in directories}
@@ -67,23 +85,25 @@ def _look(config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
         start.ended = next((s for s in summaries.values() if job & _names(s, "job") and is_complete(s)), None)
         writers = {path: read_json(path / WRITER) for path in directories}
         of_job = [path for path, writer in writers.items() if not writer or job & _names(writer, "job")]
-        if start.ended or _go_on(start, _idle(of_job, job, start.notes), lambda state: bool(job & set(state["job"]))):
+        if start.ended or _take_newest(
+            start, _idle(of_job, job, start.notes), lambda state: bool(job & set(state["job"]))
+        ):
             return start
     if resume == "auto":
         start.notes.clear()
 
         def is_same(settings: dict[str, Any]) -> bool:
-            return not differences(defaults | settings, config).keys() - set(WHERE_AND_HOW.split())
+            return not differences(defaults | settings, config).keys() - set(FREE_TO_DIFFER.split())
 
         complete = {path.name for path, values in summaries.items() if is_complete(values)}
         for values in summaries.values():  # what a complete run went on from is done too, unless it was a try at more
             if is_complete(values) and is_same(values.get("config", {})):
                 complete |= _names(values, "lineage") | {Path(values.get("resumed_from") or ".").parent.name}
         idle = _idle([path for path in directories if path.name not in complete], job, start.notes)
-        if not _go_on(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
+        if not _take_newest(start, idle, lambda state: state["data"] == data and is_same(state["config"])):
             start.notes.append(f"resume: no checkpoint of an unfinished run with these settings in {folder}; anew")
     elif resume:
-        _go_on_from(start, user_path(resume), config, defaults, data)
+        _take_named(start, user_path(resume), config, defaults, data)
     return start
 
 
@@ -110,7 +130,7 @@ def _idle(directories: list[Path], job: set[str], notes: list[str]) -> list[Path
     return idle
 
 
-def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool]) -> bool:
+def _take_newest(start: StartingPoint, directories: list[Path], fits: Callable[[State], bool]) -> bool:
     """Take the newest checkpoint that fits and is whole, and its directories with it; False if there is none."""
     found = _newest(directories, fits, start.notes)
     if not found:
@@ -122,8 +142,8 @@ def _go_on(start: Start, directories: list[Path], fits: Callable[[State], bool])
     return True
 
 
-def _go_on_from(
-    start: Start, path: Path, config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
+def _take_named(
+    start: StartingPoint, path: Path, config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
 ) -> None:  # fmt: skip
     """Take the checkpoint at `path` or the newest whole one in that directory; it is never deleted."""
     if path.is_dir():

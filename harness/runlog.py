@@ -95,7 +95,7 @@ class RunLog:
                     "choose another, such as /tmp/runs"
                 )
         machine.raise_together(problem)
-        self.directory = machine.agree(self.directory) or self.directory  # the first rank's
+        self.directory = machine.share(self.directory) or self.directory  # the first rank's
 
     def _open(self, machine: Machine, lineage: Sequence[str]) -> None:
         """Make the directory with what it begins with, or nothing of it."""

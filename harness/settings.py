@@ -25,6 +25,13 @@ from optim.options import Option, broken_bound
 
 Settings = TypeVar("Settings")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+FORMER = {  # settings of older recipes, and what to do about them
+    **dict.fromkeys(
+        ("attention", "fused_norm", "fused_mlp", "fused_head"),
+        "write fused = 'auto', 'none' or some of 'norm,mlp,head,blocks' instead",
+    ),
+    "joint_matrices": "it has never paid and is gone (docs/options.md); leave it out",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ def parse_settings(
     if {"--help", "-h"} & set(argv):
         print(describe(settings, description or ""))
         raise SystemExit(0)
-    files, values = _split(kind, rules, argv)
+    files, values = _split(rules, argv)
     if len(files) > 1:
         raise ValueError(f"command line: {files[0]} and {files[1]} are both taken for config files; name one")
     if files:
@@ -93,7 +100,7 @@ def _rule(hint: Any) -> Rule:
     return Rule(str if choices else hint, tuple(bounds), choices, count, is_tuple, is_appended, text)
 
 
-def _split(kind: type, rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def _split(rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """(words that belong to no setting, value of each setting) of a command line, values as TOML would have them."""
     files: list[str] = []
     values: dict[str, Any] = {}
@@ -106,7 +113,7 @@ def _split(kind: type, rules: dict[str, Rule], argv: Sequence[str]) -> tuple[lis
         name, has_value, text = word.partition("=")
         if not name.startswith("--"):
             raise ValueError(f"command line: {word} is not a setting; settings are written --key=value")
-        key = _known(kind, rules, name[2:].replace("-", "_"), "command line")
+        key = _known(rules, name[2:].replace("-", "_"), "command line")
         rule, texts = rules[key], [text]
         if has_value and rule.is_tuple and not rule.is_appended:
             texts = text.split(",") if text else []
@@ -144,20 +151,20 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ValueError(f"config {path} is not valid TOML ({error}); write one `key = value` per line") from None
 
 
-def _known(kind: type, rules: dict[str, Rule], key: str, source: str) -> str:
+def _known(rules: dict[str, Rule], key: str, source: str) -> str:
     """`key` itself. Raises ValueError for the name of no setting, with what to write instead."""
     if key in rules:
         return key
     near = difflib.get_close_matches(key, rules, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-    raise ValueError(f"{source}: {key} is not a setting; {getattr(kind, 'FORMER_SETTINGS', {}).get(key, hint)}")
+    raise ValueError(f"{source}: {key} is not a setting; {FORMER.get(key, hint)}")
 
 
 def _replaced(settings: Settings, rules: dict[str, Rule], values: dict[str, Any], source: str) -> Settings:
     """The settings with these values in place of theirs."""
     taken = {}
     for name, value in values.items():
-        key = _known(type(settings), rules, name, source)
+        key = _known(rules, name, source)
         is_alone = rules[key].is_tuple and not isinstance(value, list)
         taken[key] = _typed([value] if is_alone else value, rules[key])
         if broken := _broken_rule(taken[key], rules[key]):

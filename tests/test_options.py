@@ -18,7 +18,7 @@ import train_gpt
 from data.loader import TokenLoader, TokenStream
 from data.shards import write_shard
 from harness.profiling import largest_costs
-from harness.resume import FIXED, WHERE_AND_HOW
+from harness.resume import FIXED, FREE_TO_DIFFER
 from leaderboard.runs import read_run
 from tests.conftest import Trainer, at_step, python, stop, torchrun
 from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_up
@@ -246,9 +246,9 @@ def test_every_option_is_known_to_resume() -> None:
     parameters = {"value_embeds", "embed_skip", "unet_skips", "activation"}
     race = {"mask_padding", "tie_head_steps", "small_batch_steps"}  # another loss, tied matrices, another data order
     rest = {"doc_mask", "window", "window_start", "z_loss", "short_row_steps"}
-    assert how <= set(WHERE_AND_HOW.split())
+    assert how <= set(FREE_TO_DIFFER.split())
     assert parameters | race <= set(FIXED.split())
-    assert not (parameters | race | rest) & set(WHERE_AND_HOW.split())
+    assert not (parameters | race | rest) & set(FREE_TO_DIFFER.split())
 
 
 # Profile
@@ -311,7 +311,7 @@ def test_without_it_nothing_is_profiled(trainer: Trainer, tmp_path: Path) -> Non
     [
         (["--attention=flex"], ["attention is not a setting; write fused = "]),
         (["--fused_mlp=true"], ["fused_mlp is not a setting; write fused = 'auto', 'none' or some of "]),
-        (["--joint_matrices=true"], ["joint_matrices is not a setting; it cost loss"]),
+        (["--joint_matrices=true"], ["joint_matrices is not a setting; it has never paid"]),
         (["--fused=auto,norm"], ["auto and none stand alone"]),
         (["--fused=flash"], ["fused = 'flash' must be one of auto, none, norm, mlp, head, blocks"]),
         (["--doc_mask=true"], ["doc_mask needs a tokenizer", "tokenizer = 'gpt2'"]),

@@ -81,8 +81,8 @@ def test_every_shape_and_window_of_a_run_is_warmed_up_once() -> None:
     for first in (0, 6, 7, 200, 499, 500):
         plans = [plan_step(config, step) for step in range(first, 500)]
         expected = [plan for before, plan in pairwise([None, *plans]) if not before or kind(before) != kind(plan)]
-        assert plans_to_warm_up(config, first, with_windows=True) == expected
-        assert len(plans_to_warm_up(config, first, with_windows=False)) <= 3
+        assert plans_to_warm_up(config, first, windows_count=True) == expected
+        assert len(plans_to_warm_up(config, first, windows_count=False)) <= 3
 
 
 def test_set_up_does_not_grow_with_the_steps(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

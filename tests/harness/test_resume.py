@@ -17,7 +17,7 @@ import torch
 
 from data.processes import pid_scope, start_ticks
 from harness import machine
-from harness.resume import WHERE_AND_HOW, Start, _idle, find_start
+from harness.resume import FREE_TO_DIFFER, StartingPoint, _idle, find_start
 from harness.runlog import WRITER, is_running
 from tests.conftest import Result, Trainer, at_step, stop
 from tests.harness.test_checkpoint import files_no_larger_than
@@ -107,7 +107,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 def test_auto_takes_only_the_very_same_run(
     tiny_recipe: Path, tiny_data: Path, tmp_path: Path, interrupted: Path
 ) -> None:
-    def start(*arguments: str) -> Start:
+    def start(*arguments: str) -> StartingPoint:
         run = tiny_run(tiny_recipe, "--resume=auto", f"--run_dir={tmp_path / 'runs'}", *arguments)
         run.loader.close()
         return run.start
@@ -314,7 +314,7 @@ def test_files_that_other_programs_have_touched_end_nothing(
 
 
 def test_what_auto_ignores_are_settings() -> None:
-    assert set(WHERE_AND_HOW.split()) <= {field.name for field in dataclasses.fields(Config)}
+    assert set(FREE_TO_DIFFER.split()) <= {field.name for field in dataclasses.fields(Config)}
 
 
 def test_a_path_allows_other_settings_and_says_which(

@@ -18,7 +18,8 @@ from tests.test_train import metrics, summary
 
 PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of scripts in tests/
 FAULTY_LAUNCH = """
-import pathlib, sys, launch
+import pathlib, sys
+from harness import launch
 launch.ROOT = pathlib.Path(sys.argv.pop(1))
 sys.exit(launch.main(sys.argv[1:]))
 """
@@ -80,7 +81,7 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
     errors = [rank.communicate(timeout=PATIENCE_S)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [4, -signal.SIGKILL], errors
     assert re.search(
-        r"^error: failed at step 13: another rank was lost \(.*\); start .*--resume=auto to go on from .*_000010.pt$",
+        r"^error: lost at step 13: another rank was lost \(.*\); start .*--resume=auto to go on from .*_000010.pt$",
         errors[0], re.M,
     )  # fmt: skip
     assert "Traceback" not in errors[0]
@@ -152,7 +153,7 @@ def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tin
     status, text = first.end()
     assert status == 4, text
     assert "Traceback" not in text
-    assert re.search(r"^error: failed at step 13: another rank was lost \(.*\); start .*--resume=auto", text, re.M), (
+    assert re.search(r"^error: lost at step 13: another rank was lost \(.*\); start .*--resume=auto", text, re.M), (
         text
     )
     assert text.splitlines()[-1].startswith("error: another node or rank was lost; start the same command again on ev")

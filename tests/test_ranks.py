@@ -61,12 +61,12 @@ def test_the_launcher_passes_ranks_on_and_exit_status_back(tiny_recipe: Path, tm
 
 @pytest.mark.slow
 def test_a_mistake_that_only_the_ranks_can_see_is_still_one_status(tiny_recipe: Path, tmp_path: Path) -> None:
-    result = start(tiny_recipe, tmp_path, "--micro_batch_tokens=192", NPROC_PER_NODE="2")
+    result = start(tiny_recipe, tmp_path, "--batch_tokens=160", "--micro_batch_tokens=160", NPROC_PER_NODE="2")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "world_size * micro_batch_tokens = 2 * 192" in errors[0]
+    assert "world_size * seq_len = 2 * 32" in errors[0]
     assert not (tmp_path / "runs").exists()
 
 

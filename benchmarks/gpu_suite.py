@@ -12,11 +12,11 @@ last lines, and the rest goes on. What is done is remembered in runs/gpu_suite/<
 with what is not (after a failure, a kill, or when the time was short), unless the commit has changed or --fresh is
 given (which edits without a commit need). Results: gpu_suite_<device>.json and .png, and each part's own file.
 
-It needs the trainer's packages (torch, numpy, tyro, tqdm, tiktoken); without pytest there are no tests of the kernels,
+It needs the trainer's packages (torch, numpy, tqdm, tiktoken); without pytest there are no tests of the kernels,
 without matplotlib no figures. Where nothing can be installed, carry what is missing as a folder:
 
-    python -m pip install --target site --no-deps tyro docstring-parser typeguard typing-extensions       (elsewhere)
-    PYTHONPATH=site python -m benchmarks.gpu_suite                                                        (there)
+    python -m pip install --target site tqdm tiktoken       (elsewhere)
+    PYTHONPATH=site python -m benchmarks.gpu_suite          (there)
 
 The classics race needs shards in data/classics (or --data DIR), as .bin or .bin.xz.
 Exit status: 0 nothing failed, 1 a part failed or ran out of time, 2 a mistake in what was asked for, 130 interrupted.
@@ -42,7 +42,7 @@ from data.processes import die_with_parent, end_group
 from harness.figures import pyplot, save
 from harness.tables import align, cell
 
-NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
+NEEDED = ("torch", "numpy", "tqdm", "tiktoken")
 GRACE_S = 5.0  # between asking a part to end and ending it
 TAIL = 15  # lines of a failed part's output that are kept
 ENDED = {"done": "done", "failed": "FAILED", "out of time": "OUT OF TIME"}

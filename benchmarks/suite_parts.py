@@ -112,7 +112,7 @@ def find_train_step(content: Row, with_targets: bool) -> Found:
         share = 100 * share / (share + (100 - share) * TARGET_BATCH / batch)  # the rest of a step grows with the batch
         mfu = 100 * best["MFU"] if best["MFU"] != "unknown" else None
         ratio = best["tokens_per_s"] / plain["tokens_per_s"]
-        of_step = f"{rule}: optimizer's share at {TARGET_BATCH} tokens a step (%)"
+        of_step = f"{rule}: optimizer's share at {TARGET_BATCH} tokens per step (%)"
         targets += [
             *(Target(f"{rule}: tokens/s, {variant}", rate) for variant, rate in rates[rule].items()),
             target(f"{rule}: MFU, all on (%)", mfu, 50),

@@ -20,7 +20,7 @@ Cell = tuple[str, str]  # setting, optimizer
 COLUMNS = {
     "setting": "setting", "optimizer": "optimizer", "lr": "lr", "decay": "decay", "n": "n",
     "memorised": "memorised", "crossed": "first 95%", "sustained": "held 95%", "interval": "interval", "never": "never",
-    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s a run",
+    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s per run",
 }  # fmt: skip
 BASELINE = "adamw"
 

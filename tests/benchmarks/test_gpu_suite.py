@@ -240,7 +240,7 @@ def test_training_steps_are_held_to_the_targets() -> None:
     verdicts = {each.name: (each.value, each.verdict) for each in found.targets}
     assert verdicts["muon: MFU, all on (%)"] == (52, "met by 2.00")
     assert verdicts["muon: tokens/s, all on over plain"] == (1.25, "NOT MET by 0.05")
-    share, verdict = verdicts["muon: optimizer's share at 524288 tokens a step (%)"]
+    share, verdict = verdicts["muon: optimizer's share at 524288 tokens per step (%)"]
     assert share == pytest.approx(100 * 4 / (4 + 96 * 8)) and verdict.startswith("met by 0.98")
     assert verdicts["muon: losses of all on and plain differ by at most (nats)"] == (1e-3, "")
 

@@ -12,17 +12,16 @@ last lines, and the rest goes on. What is done is remembered in runs/gpu_suite/<
 with what is not (after a failure, a kill, or when the time was short), unless the commit has changed or --fresh is
 given (which edits without a commit need). Results: gpu_suite_<device>.json and .png, and each part's own file.
 
-It needs the trainer's packages (torch, numpy, tyro, tqdm, tiktoken); without pytest there are no tests of the kernels,
+It needs the trainer's packages (torch, numpy, tqdm, tiktoken); without pytest there are no tests of the kernels,
 without matplotlib no figures. Where nothing can be installed, carry what is missing as a folder:
 
-    python -m pip install --target site --no-deps tyro docstring-parser typeguard typing-extensions       (elsewhere)
-    PYTHONPATH=site python -m benchmarks.gpu_suite                                                        (there)
+    python -m pip install --target site tqdm tiktoken       (elsewhere)
+    PYTHONPATH=site python -m benchmarks.gpu_suite          (there)
 
 The classics race needs shards in data/classics (or --data DIR), as .bin or .bin.xz.
 Exit status: 0 nothing failed, 1 a part failed or ran out of time, 2 a mistake in what was asked for, 130 interrupted.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -34,16 +33,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
 from benchmarks.suite_parts import NOWHERE, ROOT, Facts, Part, make_inputs, make_parts
-from benchmarks.suite_plot import draw_rates
 from data import console
 from data.files import check_writable, try_lock, user_path, write_json
 from data.processes import die_with_parent, end_group
+from harness.figures import pyplot, save
 from harness.tables import align, cell
 
-NEEDED = ("torch", "numpy", "tyro", "tqdm", "tiktoken")
+NEEDED = ("torch", "numpy", "tqdm", "tiktoken")
 GRACE_S = 5.0  # between asking a part to end and ending it
 TAIL = 15  # lines of a failed part's output that are kept
 ENDED = {"done": "done", "failed": "FAILED", "out of time": "OUT OF TIME"}
@@ -62,12 +61,9 @@ class Suite:
     def results(self) -> Path:
         return self.folder / "results"
 
-    def record_of(self, part: Part) -> Path:
-        return self.folder / f"{part.name}.json"
-
     def finished(self, part: Part) -> dict[str, Any] | None:
         """Record of an earlier start, if the part was done then by the same commit."""
-        path = self.record_of(part)
+        path = self.folder / f"{part.name}.json"
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return record if record.get("status") == "done" and record["commit"] == self.facts.commit else None
 
@@ -89,15 +85,16 @@ class Suite:
         lines = output.read_text(errors="replace", encoding="utf-8").splitlines()
         if status != "out of time":
             try:
-                found = part.find(lines, sorted(self.results.glob(part.files)))
+                written = [path for path in self.results.glob(part.files) if path.suffix == ".json"]
+                found = part.find(lines, json.loads(written[0].read_text(encoding="utf-8")) if written else {})
                 record |= dict(found=found.figures, targets=[vars(target) for target in found.targets])
-            except (KeyError, IndexError, ValueError, StopIteration, OSError) as error:
+            except (LookupError, ValueError, StopIteration, OSError) as error:
                 record.update(status="failed", why=f"status {code}, and no result that can be read ({error!r})")
         if status == "failed":
             record["why"] = f"exit status {code}"
         if record["status"] != "done":
             record["last_lines"] = lines[-TAIL:]
-        write_json(self.record_of(part), record, indent=1)
+        write_json(self.folder / f"{part.name}.json", record, indent=1)
         return record
 
     def publish(self, records: Sequence[dict[str, Any]], parts: Sequence[Part], minutes: float) -> Path:
@@ -112,13 +109,8 @@ class Suite:
             "commit": self.facts.commit, "settings": {"minutes": minutes}, "parts": list(records),
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        path = self.out / f"gpu_suite_{self.facts.slug}.json"
-        write_json(path, content, indent=1)
+        write_json(path := self.out / f"gpu_suite_{self.facts.slug}.json", content, indent=1)
         return path
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Processes
 
 
 def run_group(command: Sequence[str], limit_s: float, output: Path, results: Path) -> tuple[str, int]:
@@ -127,15 +119,10 @@ def run_group(command: Sequence[str], limit_s: float, output: Path, results: Pat
     Whatever the outcome, nothing of the group lives on. A group, not a session: a caller that ends its session's
     processes ends these too.
     """
-    environment = {
-        **os.environ,
-        "BENCHMARK_RESULTS": str(results.resolve()),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONUTF8": "1",
-    }
+    own = {"BENCHMARK_RESULTS": str(results.resolve()), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file,
+            [sys.executable, *command], cwd=ROOT, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent,
         )  # fmt: skip
     try:
@@ -147,15 +134,10 @@ def run_group(command: Sequence[str], limit_s: float, output: Path, results: Pat
         end_group(process, GRACE_S)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The suite
-
-
 def run_suite(suite: Suite, parts: Sequence[Part], minutes: float) -> int:
     """Run what is not done yet, write the result after every part, print the tables; the exit status."""
     suite.results.mkdir(parents=True, exist_ok=True)
-    records: list[dict[str, Any]] = []
-    interrupted = False
+    records, interrupted = list[dict[str, Any]](), False
     try:
         for part in parts:
             earlier = suite.finished(part)
@@ -189,64 +171,76 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         lines.append([record["part"], outcome, f"{record['seconds']:.0f}"])
         figures = ", ".join(f"{name} {cell(value)}" for name, value in record["found"].items() if name != "rates")
         texts.append("; ".join(text for text in (record.get("why", ""), figures) if text))
-    return "\n".join(
-        f"{line}  {text}".rstrip() for line, text in zip(align(lines).splitlines(), texts, strict=True)
-    )  # fmt: skip
+    return "\n".join(f"{line}  {text}".rstrip() for line, text in zip(align(lines).splitlines(), texts, strict=True))
 
 
 def target_table(records: Sequence[dict[str, Any]]) -> str:
     lines = [["part", "figure", "found", "wanted", "verdict"]]
-    for record in records:
-        for target in record["targets"]:
-            found = "-" if target["value"] is None else cell(target["value"])
-            lines.append([record["part"], target["name"], found, target["wanted"], target["verdict"]])
+    for part, each in ((record["part"], target) for record in records for target in record["targets"]):
+        found = "-" if each["value"] is None else cell(each["value"])
+        lines.append([part, each["name"], found, each["wanted"], each["verdict"]])
     return align(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+def draw_rates(content: dict[str, Any], path: Path) -> str:
+    """Draw tokens/s of each model and optimizer, plain and with all on, if a suite's result has training steps; returns
+    a line that says what came of it."""
+    parts = [part for part in content["parts"] if part["part"].startswith("train_step") and part["found"]]
+    if not parts:
+        return "no training steps: no figure of them"
+    try:
+        plt = pyplot()
+    except ImportError as error:
+        return f"no figures: {error}; install matplotlib and start this again"
+    figure, axes = plt.subplots(1, len(parts), figsize=(1 + 4 * len(parts), 4), squeeze=False, layout="constrained")
+    for axis, part in zip(axes[0], parts, strict=True):
+        rates = part["found"]["rates"]
+        for index, variant in enumerate(("plain", "all")):
+            heights = [rate[variant] / 1e3 for rate in rates.values()]
+            places = [place + 0.4 * index for place in range(len(rates))]
+            bars = axis.bar(places, heights, width=0.38, label=f"compiled, {variant if index == 0 else 'all on'}")
+            axis.bar_label(bars, fmt="%.4g", fontsize=8)
+        axis.set_xticks([place + 0.2 for place in range(len(rates))], list(rates))
+        axis.set_title(part["part"].removeprefix("train_step_"), fontsize=10)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel("thousand tokens/s")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(content["device"], fontsize=9)
+    save(figure, path)
+    return f"-> {path}"
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one line."""
+@dataclass(frozen=True)
+class Options:
+    minutes: Annotated[float, "> 0"] = 9.0  # for everything together
+    only: tuple[str, ...] = ()  # these parts alone
+    skip: tuple[str, ...] = ()  # not these
+    out: str = ""  # folder of the results; empty: benchmarks/results
+    folder: str = ""  # what is remembered; empty: runs/gpu_suite/<device>
+    data: str = str(ROOT / "data/classics")  # folder of the classics shards
+    fresh: bool = False  # forget what an earlier start found
+    tiny: bool = False  # toy sizes, on a CPU; never writes to benchmarks/results
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help lists what there is\n")
 
+def parse(argv: Sequence[str]) -> Options:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{', '.join(missing)} cannot be imported; install it, or carry it in a folder on PYTHONPATH")
+    from harness.settings import parse_settings  # needs torch
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.gpu_suite", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default: 9)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="not these")
-    parser.add_argument("--out", type=user_path, help="folder of the results (default: benchmarks/results)")
-    parser.add_argument("--folder", type=user_path, help="what is remembered (default: runs/gpu_suite/<device>)")
-    parser.add_argument("--data", type=user_path, default=ROOT / "data/classics", help="folder of the classics shards")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier start found")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, on a CPU; never writes to benchmarks/results")
-    options = parser.parse_args(argv)
+    options = parse_settings(Options, argv, __doc__)
     names = [part.name for part in make_parts(NOWHERE, Path(), Path(), False)]
     for option in ("only", "skip"):
-        unknown = [name for name in getattr(options, option) if name not in names]
-        if unknown:
-            parser.error(f"--{option}: no part {', '.join(unknown)}; parts: {', '.join(names)}")
-    if not 0 < options.minutes < float("inf"):
-        parser.error(f"--minutes {options.minutes:g} must be above 0, such as 9")
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.error(f"{', '.join(missing)} cannot be imported; install it, or carry it in a folder on PYTHONPATH")
+        if unknown := [name for name in getattr(options, option) if name not in names]:
+            raise ValueError(f"--{option}: no part {', '.join(unknown)}; parts: {', '.join(names)}")
     return options
 
 
 def find_facts(tiny: bool) -> Facts:
     """Facts of this machine, from a process of its own, so that the suite holds no memory of the GPU. ValueError if it
     will not do."""
-    code = "from benchmarks.suite_parts import print_facts; print_facts()"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
+    command = [sys.executable, "-c", "from benchmarks.suite_parts import print_facts; print_facts()"]
+    result = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+                            encoding="utf-8", errors="replace")  # fmt: skip
     if result.returncode:
         raise ValueError(f"the trainer cannot be imported ({(result.stderr.splitlines() or ['?'])[-1]})")
     facts = Facts(**json.loads(result.stdout.splitlines()[-1]))
@@ -265,24 +259,23 @@ def _main(argv: Sequence[str]) -> int:
         os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
     facts = find_facts(options.tiny)
     name = f"tiny_{facts.slug}" if options.tiny else facts.slug
-    folder = (options.folder or ROOT / "runs/gpu_suite" / name).resolve()
-    out = options.out or (folder / "out" if options.tiny else ROOT / "benchmarks/results")
+    folder = user_path(options.folder or ROOT / "runs/gpu_suite" / name).resolve()
+    out = user_path(options.out) if options.out else (folder / "out" if options.tiny else ROOT / "benchmarks/results")
     if options.tiny and out.resolve() == (ROOT / "benchmarks/results").resolve():
         raise ValueError("--out benchmarks/results is for results of real sizes; choose another for --tiny")
     check_writable(folder, "choose another folder, such as --folder=/tmp/gpu_suite")
     check_writable(out, "choose another folder, such as --out=/tmp/results")
-    parts = make_parts(facts, folder, options.data.resolve(), options.tiny)
+    parts = make_parts(facts, folder, user_path(options.data).resolve(), options.tiny)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w", encoding="utf-8") as lock:
-        locked = try_lock(lock)
-        if locked is False:
+        if (locked := try_lock(lock)) is False:
             raise ValueError(f"another suite is running in {folder}; wait until it has ended")
         if locked is None:
             print(f"{folder}: there are no locks here; see to it that no other suite runs in it", file=sys.stderr)
         suite = Suite(folder, out, facts, start + 60 * options.minutes)
         if options.fresh:
             for part in parts:
-                suite.record_of(part).unlink(missing_ok=True)
+                (folder / f"{part.name}.json").unlink(missing_ok=True)
         parts = [part for part in parts if part.name in (options.only or [part.name]) and part.name not in options.skip]
         make_inputs(folder, options.tiny)
         print(f"{facts.device}; {len(parts)} parts in {options.minutes:g} minutes; {folder}", flush=True)

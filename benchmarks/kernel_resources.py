@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from data import console
 from data.processes import Workers
+from harness.tables import align
 from kernels.apply_symmetric import apply_symmetric
 from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
@@ -54,18 +55,17 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    what: str
-    architecture: int
+    launch: Launch
     registers: int  # of a thread
     spilled: int  # bytes of a thread's stack and local memory
     shared: int  # bytes of a block
-    shared_limit: int
     tensor_cores: bool  # uses them
 
     @property
     def is_good(self) -> bool:
-        needs_tensor_cores = not self.what.startswith(WITHOUT_PRODUCTS) and "float32 " not in self.what
-        return self.spilled == 0 and self.shared <= self.shared_limit and (self.tensor_cores or not needs_tensor_cores)
+        what, limit = self.launch.what, SHARED_LIMIT[self.launch.architecture]
+        needs_tensor_cores = not what.startswith(WITHOUT_PRODUCTS) and "float32 " not in what
+        return self.spilled == 0 and self.shared <= limit and (self.tensor_cores or not needs_tensor_cores)
 
 
 def launches(architecture: int, usual: bool = False) -> list[Launch]:
@@ -133,9 +133,7 @@ def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, .
     """Triton's own reading of arguments: None and 1 are constants, multiples of 16 and tensors are aligned."""
     names = kernel.arg_names
     values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
+    signature, constants, attributes = dict[str, str](), dict[tuple[int, ...], Any](), dict[tuple[int, ...], Any]()
     for i, name in enumerate(names):
         value = values[name]
         if name.isupper() or value is None or (isinstance(value, int) and value == 1):
@@ -162,19 +160,12 @@ def compile_launch(launch: Launch) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-            encoding="utf-8",
-        ).stdout
+        command = [str(tool), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    return Resources(
-        launch.what, launch.architecture, found["REG"], found["STACK"] + found["LOCAL"],
-        found["SHARED"] + compiled.metadata.shared, SHARED_LIMIT[launch.architecture],
-        re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]) is not None,
-    )  # fmt: skip
+    tensor_cores = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]) is not None
+    shared = found["SHARED"] + compiled.metadata.shared
+    return Resources(launch, found["REG"], found["STACK"] + found["LOCAL"], shared, tensor_cores)
 
 
 def main(argv: list[str]) -> int:
@@ -185,19 +176,16 @@ def main(argv: list[str]) -> int:
     unique = {repr(launch): launch for architecture in ARCHITECTURES for launch in launches(architecture, bool(argv))}
     with Workers(os.cpu_count() or 1, start="fork") as pool:
         rows = list(pool.map(compile_launch, unique.values()))
-    print("registers  spilled B  shared KiB  limit  tensor cores  sm   kernel")
-    for row in rows:
-        verdict = "" if row.is_good else "   BAD"
-        print(
-            f"{row.registers:9}  {row.spilled:9}  {row.shared / 1024:10.1f}  {row.shared_limit // 1024:5}  "
-            f"{'yes' if row.tensor_cores else 'no':>12}  {row.architecture:<3}  {row.what}{verdict}"
-        )
+    lines = [["registers", "spilled B", "shared KiB", "limit", "tensor cores", "sm"]]
+    lines += [[str(row.registers), str(row.spilled), f"{row.shared / 1024:.1f}",
+               str(SHARED_LIMIT[row.launch.architecture] // 1024), "yes" if row.tensor_cores else "no",
+               str(row.launch.architecture)] for row in rows]  # fmt: skip
+    titles = ["kernel", *(row.launch.what + ("" if row.is_good else "   BAD") for row in rows)]
+    print("\n".join(f"{line}   {title}" for line, title in zip(align(lines).splitlines(), titles, strict=True)))
     bad = sum(not row.is_good for row in rows)
-    print(
-        f"{len(rows)} kernels compiled; {bad} spill registers, exceed shared memory or multiply half precision "
-        "without tensor cores"
-    )
-    return 1 if bad else 0
+    faults = "spill registers, exceed shared memory or multiply half precision without tensor cores"
+    print(f"{len(rows)} kernels compiled; {bad} {faults}")
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ bytes as any loader has to.
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +30,9 @@ BYTES_PER_TOKEN = 2 + 4 + 8  # to read a uint16 and write an int32 and an int64 
 @dataclass(frozen=True)
 class Args:
     seq_len: int = 1024
-    batch_tokens: tuple[int, ...] = (65_536, 131_072, 524_288)
-    """Tokens per batch; one row of the table each."""
+    batch_tokens: tuple[int, ...] = (65_536, 131_072, 524_288)  # tokens per batch; one row of the table each
     shard_tokens: tuple[int, ...] = (16_000_003, 8_000_001, 12_345_678)
-    passes: int = 9
-    """Timed passes over the data; the table has medians."""
+    passes: int = 9  # timed passes over the data; the table has medians
 
 
 def main(args: Args) -> None:
@@ -54,28 +54,29 @@ def measure(stream: TokenStream, batch_tokens: int, args: Args) -> Row:
     source, target = (torch.ones(tokens * BYTES_PER_TOKEN // 2, dtype=torch.uint8) for _ in range(2))
     with TokenLoader(stream, micro_batch_tokens=args.seq_len) as loader:
 
-        def whole_pass() -> None:
+        def run_pass(batch: Callable[[int, int, int], object]) -> None:
             for step in range(steps):
-                loader.batch(step * batch_tokens, batch_tokens, args.seq_len)
+                batch(step * batch_tokens, batch_tokens, args.seq_len)
 
-        def row_by_row_pass() -> None:
-            for step in range(steps):
-                row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
-
+        baseline = partial(row_by_row, whole)
         for step in range(steps):
-            inputs, targets = loader.batch(step * batch_tokens, batch_tokens, args.seq_len)
-            right_inputs, right_targets = row_by_row(whole, step * batch_tokens, batch_tokens, args.seq_len)
-            if not (torch.equal(inputs.flatten(), right_inputs) and torch.equal(targets.flatten(), right_targets)):
+            place = step * batch_tokens, batch_tokens, args.seq_len
+            pairs = zip(loader.batch(*place), baseline(*place), strict=True)
+            if not all(torch.equal(found.flatten(), right) for found, right in pairs):
                 raise SystemExit(f"step {step}: the loader's batch is wrong; nothing was timed")
-        variants = {"loader": whole_pass, "row by row": row_by_row_pass, "copy": lambda: target.copy_(source)}
-        seconds = median_seconds(variants, args.passes)
+        variants: dict[str, Callable[[], object]] = {
+            "loader": partial(run_pass, loader.batch),
+            "row by row": partial(run_pass, baseline),
+            "copy": partial(target.copy_, source),
+        }
+        seconds = {name: time.wall for name, time in median_seconds(variants, args.passes).items()}
     return {
         "batch_tokens": batch_tokens,
-        "loader_Mtokens_per_s": tokens / seconds["loader"].wall / 1e6,
-        "row_by_row_Mtokens_per_s": tokens / seconds["row by row"].wall / 1e6,
-        "ratio": seconds["row by row"].wall / seconds["loader"].wall,
-        "fraction_of_copy": seconds["copy"].wall / seconds["loader"].wall,
-        "ms_per_batch": 1e3 * seconds["loader"].wall / steps,
+        "loader_Mtokens_per_s": tokens / seconds["loader"] / 1e6,
+        "row_by_row_Mtokens_per_s": tokens / seconds["row by row"] / 1e6,
+        "ratio": seconds["row by row"] / seconds["loader"],
+        "fraction_of_copy": seconds["copy"] / seconds["loader"],
+        "ms_per_batch": 1e3 * seconds["loader"] / steps,
     }
 
 

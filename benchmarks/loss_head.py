@@ -9,6 +9,7 @@ inputs and what the libraries hold after a small pass: on a GPU what torch alloc
 memory, each variant in a process of its own.
 """
 
+import math
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,14 +33,10 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Args:
-    shapes: tuple[str, ...] = ()
-    """Tokens x vocabulary x width, each; by default what the device is meant for."""
-    dtype: str = "bfloat16"
-    """Format of the hidden state and the products; weights are float32."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
-    passes: int = 5
-    """Turns of each variant; the table has medians."""
+    shapes: tuple[str, ...] = ()  # tokens x vocabulary x width, each; by default what the device is meant for
+    dtype: str = "bfloat16"  # format of the hidden state and the products; weights are float32
+    device: str = "auto"  # auto, cuda or cpu
+    passes: int = 5  # turns of each variant; the table has medians
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -85,10 +82,8 @@ def exact(x: Tensor, weight: Tensor, targets: Tensor, rows: int = 256) -> tuple[
 
 
 def errors(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:
-    return [
-        float((result.double() - e.to(result.device)).norm() / e.norm())
-        for result, e in zip(results, expected, strict=True)
-    ]
+    pairs = zip(results, expected, strict=True)
+    return [float((result.double() - e.to(result.device)).norm() / e.norm()) for result, e in pairs]
 
 
 def peak_bytes(variant: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
@@ -117,9 +112,7 @@ def peak_resident_bytes() -> int:
     """The most memory this process ever held. On Linux not by getrusage, which counts what the parent held too."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * next(
-            int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if "VmHWM" in line
-        )
+        return 1024 * int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
@@ -137,16 +130,13 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, passes: int)
     }
     timed = {v: (lambda v=v: forward_backward(v, *inputs)) for v in VARIANTS if v not in wrong}
     seconds = {variant: time.wall for variant, time in median_seconds(timed, passes, device=device).items()}
-    flops = 6 * shape[0] * shape[1] * shape[2]
     for variant in VARIANTS:
         row: Row = {"tokens": shape[0], "vocabulary": shape[1], "width": shape[2], "variant": variant}
-        row["check"] = f"errors {wrong[variant]}" if variant in wrong else "right"
-        row["ms"] = 1e3 * seconds[variant] if variant in seconds else ""
-        row["of_plain"] = seconds[variant] / seconds["plain"] if len(seconds) == len(VARIANTS) else ""
-        row["tflops"] = flops / seconds[variant] / 1e12 if variant in seconds else ""
-        row["peak_mib"] = peaks[variant] / 2**20
-        row["peak_of_plain"] = peaks[variant] / peaks["plain"]
-        yield row
+        row |= dict(check=f"errors {wrong[variant]}" if variant in wrong else "right", ms="", of_plain="", tflops="")
+        if time_s := seconds.get(variant):
+            row |= dict(ms=1e3 * time_s, of_plain=time_s / seconds["plain"] if "plain" in seconds else "")
+            row["tflops"] = 6 * math.prod(shape) / time_s / 1e12
+        yield row | dict(peak_mib=peaks[variant] / 2**20, peak_of_plain=peaks[variant] / peaks["plain"])
 
 
 def main(args: Args) -> int:

@@ -9,8 +9,6 @@ copy of the weights before the step and all that harness/neuron_stats.py does af
 import dataclasses
 from dataclasses import dataclass
 
-import tyro
-
 from data.files import user_path
 from harness.machine import find_machine
 from harness.neuron_stats import NeuronStats
@@ -21,12 +19,9 @@ from train_gpt import load_config, set_up, train_step, validation, warm_up
 
 @dataclass(frozen=True)
 class Args:
-    recipe: tyro.conf.Positional[str] = "configs/sotu_base.toml"
-    """The model, batch and data to time."""
-    steps: int = 40
-    """Training steps, each with a measurement; the table has medians over them."""
-    every: int = 100
-    """Steps between measurements for which the cost is given."""
+    recipe: str = "configs/sotu_base.toml"  # the model, batch and data to time
+    steps: int = 40  # training steps, each with a measurement; the table has medians over them
+    every: int = 100  # steps between measurements for which the cost is given
 
 
 def main(args: Args) -> None:

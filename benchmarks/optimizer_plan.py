@@ -7,28 +7,29 @@ tensors without memory. A bank is all matrices of one shape; a parameter that is
 each. Parameters outside banks are kept whole by every rank.
 """
 
+import itertools
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from data import console
+from harness.settings import parse_settings
 from harness.tables import align
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
-from optim.bank import Bank
 from train_gpt import load_config
+
+
+@dataclass(frozen=True)
+class Args:
+    ranks: Annotated[int, ">= 1"] = 1
 
 
 def nbytes(tensors: Any) -> int:
     return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
-
-
-def matrix_state_bytes(optimizer: MatrixOptimizer, bank: Bank, group: dict[str, Any]) -> int:
-    """Bytes of state for one matrix of a bank: momentum, master weights where there are any, the rule's own."""
-    own = torch.float32.itemsize * bank.m * bank.n * (2 if bank.needs_master else 1)
-    return own + nbytes(optimizer.rule_state(bank.m, bank.n, group).values())
 
 
 def replicated_state_bytes(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
@@ -47,14 +48,14 @@ def routing(optimizers: list[torch.optim.Optimizer], ranks: int) -> tuple[list[l
         rule = type(optimizer).__name__
         if isinstance(optimizer, MatrixOptimizer):
             for number, (bank, group) in enumerate(optimizer.plan_banks(0, ranks)):
-                each = matrix_state_bytes(optimizer, bank, group)
+                each = torch.float32.itemsize * bank.m * bank.n * (2 if bank.needs_master else 1)  # momentum, master
+                each += nbytes(optimizer.rule_state(bank.m, bank.n, group).values())
                 per_rank += each * bank.num_slots
-                name = f"{number}: {bank.size} of {bank.m}x{bank.n}, {bank.num_slots} a rank"
-                row = 0
+                name = f"{number}: {bank.size} of {bank.m}x{bank.n}, {bank.num_slots} per rank"
+                owners = (str(matrix % ranks) for matrix in itertools.count())
                 for param, p, size in zip(bank.names, bank.params, bank.sizes, strict=True):
-                    owners = ",".join(str(i % ranks) for i in range(row, row + size))
-                    lines.append([param, "x".join(map(str, p.shape)), rule, name, owners, f"{each * size:,}"])
-                    row += size
+                    own = ",".join(itertools.islice(owners, size))
+                    lines.append([param, "x".join(map(str, p.shape)), rule, name, own, f"{each * size:,}"])
             continue
         state = replicated_state_bytes(optimizer)
         for group in optimizer.param_groups:
@@ -69,14 +70,9 @@ def main(argv: list[str]) -> int:
 
 
 def _main(argv: list[str]) -> None:
-    ranks = 1
-    for argument in [a for a in argv if a.startswith("--ranks=")]:
-        argv.remove(argument)
-        number = argument.removeprefix("--ranks=")
-        if not number.isdigit() or int(number) < 1:
-            raise ValueError(f"--ranks={number} must be a whole number, such as 8")
-        ranks = int(number)
-    config = load_config(argv)
+    own = [word for word in argv if word.startswith("--ranks=")]
+    ranks = parse_settings(Args, own).ranks
+    config = load_config([word for word in argv if word not in own])
     with torch.device("meta"):
         model = GPT(config)
     optimizers = build_optimizers(model, config)

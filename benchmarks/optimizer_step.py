@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import tyro
 from torch import nn
 
 from data.files import user_path
@@ -29,28 +28,22 @@ from train_gpt import Config, load_config
 RULES: dict[str, list[str]] = {
     "adamw": ["--matrix_optimizer=adamw"],
     "torch.optim.Muon": [],
-    "muon": ["--matrix_optimizer=muon"],
-    "normuon": ["--matrix_optimizer=normuon"],
-    "unormuon": ["--matrix_optimizer=unormuon"],
+    **{rule: [f"--matrix_optimizer={rule}"] for rule in ("muon", "normuon", "unormuon")},
     "aurora warm": ["--matrix_optimizer=aurora", "--aurora_variant=warm"],
     "aurora release": ["--matrix_optimizer=aurora"],
     "aurora paper": ["--matrix_optimizer=aurora", "--aurora_variant=paper"],
     "riemannian_aurora": ["--matrix_optimizer=riemannian_aurora"],
 }
+DEFAULT_RULES = tuple(RULES)[:-1]
 
 
 @dataclass(frozen=True)
 class Args:
-    recipe: tyro.conf.Positional[str] = "configs/classics_124m_aurora.toml"
-    """Model, batch and learning rates."""
-    rules: tuple[str, ...] = tuple(rule for rule in RULES if rule != "riemannian_aurora")
-    """Rules to time, of those in RULES; "adamw" and "muon" are what the ratios refer to."""
-    rounds: int = 5
-    """Turns of each rule; the table has medians over them."""
-    tokens: int = 1024
-    """Tokens of the micro-batch that forward and backward are timed on."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
+    recipe: str = "configs/classics_124m_aurora.toml"  # model, batch and learning rates
+    rules: tuple[str, ...] = DEFAULT_RULES  # to time, of those in RULES; the ratios refer to "adamw" and "muon"
+    rounds: int = 5  # turns of each rule; the table has medians over them
+    tokens: int = 1024  # tokens of the micro-batch that forward and backward are timed on
+    device: str = "auto"  # auto, cuda or cpu
 
 
 def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
@@ -99,8 +92,7 @@ def main(args: Args) -> None:
         for baseline in ("muon", "torch.optim.Muon"):
             row[f"matrices_over_{baseline}"] = seconds[rule] / seconds[baseline] if baseline in seconds else ""
         row["step_over_adamw"] = step_s / (seconds["adamw"] + rest_s) if "adamw" in seconds else ""
-        row["share_%"] = 100 * step_s / (step_s + batch_s)
-        rows.append(row)
+        rows.append(row | {"share_%": 100 * step_s / (step_s + batch_s)})
     settings = {key: value for key, value in dataclasses.asdict(args).items() if key != "device"}
     settings |= dict(forward_backward_ms=1e3 * pass_s, pass_tokens=tokens.numel(), batch_tokens=config.batch_tokens)
     report("optimizer_step", rows, str(device), **settings)

@@ -13,11 +13,11 @@ rounding can look like progress). On a CPU the Triton kernels are emulated:
 products in float16 with float32 sums, one triangle mirrored.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -40,8 +40,7 @@ class Args:
     shapes: tuple[str, ...] = SHAPES
     method: str = "polar_express"
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    restarts: bool = False
-    """Compare places to restart in half precision, instead of forms."""
+    restarts: bool = False  # compare places to restart in half precision, instead of forms
 
 
 class Quality(NamedTuple):
@@ -60,8 +59,7 @@ class Problem(NamedTuple):
 
 def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> Problem:
     generator = torch.Generator().manual_seed(seed)
-    X = torch.randn(m, n, generator=generator, dtype=torch.float64)
-    k = min(m, n)
+    X, k = torch.randn(m, n, generator=generator, dtype=torch.float64), min(m, n)
     if spectrum != "gaussian":
         W, _, Vh = torch.linalg.svd(X, full_matrices=False)
         S = {
@@ -107,44 +105,39 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def measure_restarts(problem: Problem, method: str, device: str) -> dict[str, Quality]:
-    """Quality by format and lengths of segments, among them the dense one's and the unrounded one's."""
-    X, coefficients = problem.X.to(device), COEFFICIENTS[method]
-    results = {
-        "unrounded": quality(problem.unrounded, problem),
-        "bfloat16 dense direct": quality(dense_polar(X, torch.bfloat16, method), problem),
-    }
-    for dtype in (torch.float16, torch.bfloat16):
-        for lengths in ((1, 1, 1, 1, 1), (2, 3), (3, 2), (2, 2, 1), (1, 2, 2), (5,)):
-            ends = list(accumulate(lengths, initial=0))
-            plan = [coefficients[start:end] for start, end in pairwise(ends)]
-            with as_on_a_gpu(), mock.patch("optim.polar.plan_segments", return_value=plan):
-                name = f"{dtype} {'+'.join(map(str, lengths))}".removeprefix("torch.")
-                results[name] = quality(polar(X, method, dtype=dtype), problem)
-    return results
+def forms(X: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, result) of each form and format."""
+    for dtype, form in itertools.product((torch.float16, torch.float32), ("direct", "gram")):
+        yield f"{dtype} {form}", polar(X, method, dtype=dtype, form=form)
 
 
-def measure(problem: Problem, method: str, device: str) -> dict[str, Quality]:
-    """Quality by form and format; "unrounded" and "bfloat16 dense direct" are what the rest is judged by."""
-    X = problem.X.to(device)
+def restarts(X: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, result) of each half format and lengths of segments."""
+    cuts = ((1, 1, 1, 1, 1), (2, 3), (3, 2), (2, 2, 1), (1, 2, 2), (5,))
+    for dtype, lengths in itertools.product((torch.float16, torch.bfloat16), cuts):
+        ends = itertools.accumulate(lengths, initial=0)
+        plan = [COEFFICIENTS[method][start:end] for start, end in itertools.pairwise(ends)]
+        with mock.patch("optim.polar.plan_segments", return_value=plan):
+            yield f"{dtype} {'+'.join(map(str, lengths))}", polar(X, method, dtype=dtype)
+
+
+def measure(problem: Problem, args: Args) -> dict[str, Quality]:
+    """Quality by name; "unrounded" and "bfloat16 dense direct" are what the rest is judged by."""
+    X = problem.X.to(args.device)
     results = {
         "unrounded": quality(problem.unrounded, problem),
-        "bfloat16 dense direct": quality(dense_polar(X, torch.bfloat16, method), problem),
+        "bfloat16 dense direct": quality(dense_polar(X, torch.bfloat16, args.method), problem),
     }
     with as_on_a_gpu():
-        for dtype in (torch.float16, torch.float32):
-            for form in ("direct", "gram"):
-                name = f"{dtype} {form}".removeprefix("torch.")
-                results[name] = quality(polar(X, method, dtype=dtype, form=form), problem)
+        for name, U in (restarts if args.restarts else forms)(X, args.method):
+            results[name.removeprefix("torch.")] = quality(U, problem)
     return results
 
 
 def is_no_worse(result: Quality, dense: Quality, unrounded: Quality) -> bool:
     """Than the dense direct form in bfloat16 or the method itself without rounding; 1% for chance."""
-    return (
-        result.direction <= 1.01 * max(dense.direction, unrounded.direction) + 1e-5
-        and result.orthogonality <= 1.01 * max(dense.orthogonality, unrounded.orthogonality)
-    )  # fmt: skip
+    is_as_orthogonal = result.orthogonality <= 1.01 * max(dense.orthogonality, unrounded.orthogonality)
+    return is_as_orthogonal and result.direction <= 1.01 * max(dense.direction, unrounded.direction) + 1e-5
 
 
 def main(args: Args) -> int:
@@ -153,27 +146,18 @@ def main(args: Args) -> int:
     if args.restarts and len(COEFFICIENTS[args.method]) != 5:
         raise ValueError(f"--restarts compares cuts of 5 steps; {args.method} has more, polar_express 5")
     rows: list[Row] = []
-    problems = [(shape, spectrum) for shape in args.shapes for spectrum in SPECTRA]
     with torch.no_grad():
-        for shape, spectrum in tqdm(problems, leave=False, disable=None):
+        for shape, spectrum in tqdm(list(itertools.product(args.shapes, SPECTRA)), leave=False, disable=None):
             m, n = map(int, shape.split("x"))
-            compare = measure_restarts if args.restarts else measure
-            results = compare(make_problem(m, n, spectrum, args.method), args.method, args.device)
+            results = measure(make_problem(m, n, spectrum, args.method), args)
             for name, result in results.items():
                 verdict = is_no_worse(result, results["bfloat16 dense direct"], results["unrounded"])
-                rows.append(
-                    dict(
-                        shape=shape,
-                        spectrum=spectrum,
-                        form=name,
-                        no_worse="yes" if verdict else "NO",
-                        **result._asdict(),
-                    )
-                )
+                row: Row = dict(shape=shape, spectrum=spectrum, form=name, no_worse="yes" if verdict else "NO")
+                rows.append(row | result._asdict())
     report("polar_restarts" if args.restarts else "polar_quality", rows, args.device, method=args.method)
     worse = [row for row in rows if row["no_worse"] == "NO"]
     print(f"{len(worse)} of {len(rows)} worse than the dense direct form in bfloat16")
-    return 1 if worse and not args.restarts else 0
+    return int(bool(worse) and not args.restarts)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ with counting kernels: `executed` are those, `effective` what the dense direct f
 roofline is the larger of FLOPs / matrix-product rate and bytes / copy rate, both measured on this device just before.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -40,17 +42,10 @@ CPU_CASES = ("512", "768", "1024", "2048x768", "768x2048", "3072x768")
 
 @dataclass(frozen=True)
 class Args:
-    cases: tuple[str, ...] = ()
-    """Names of shapes, such as 124m, 1024 or 2048x768; default: all on a GPU, single matrices on a CPU."""
+    cases: tuple[str, ...] = ()  # such as 124m, 1024 or 2048x768; by default all on a GPU, single matrices on a CPU
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: str = "auto"
-    """Format of the result: bfloat16, float16 or float32; auto is bfloat16 on a GPU and float32 on a CPU."""
-    passes: int = 15
-    """Turns of each variant; the table has medians."""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The baselines, and what is exact
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    passes: int = 15  # turns of each variant; the table has medians
 
 
 def dense_polar(X: Tensor, dtype: torch.dtype, method: str = "polar_express") -> Tensor:
@@ -96,48 +91,29 @@ class Variant:
 
 def variants(dtype: torch.dtype) -> list[Variant]:
     """Variants in the table's order; the first is the baseline. Tolerances: rounding of five steps in the format."""
-    half, full = 0.02, 5e-4
-    tolerance = full if dtype == torch.float32 else half
-
-    def exact(X: Tensor) -> Tensor:
-        return dense_polar(X, torch.float64)
-
+    tolerance, exact = 5e-4 if dtype == torch.float32 else 0.02, partial(dense_polar, dtype=torch.float64)
     torch._dynamo.reset()  # a function is compiled for 8 shapes at most, then runs as it is
-    compiled = torch.compile(dense_polar, dynamic=False)
+    dense = torch.compile(dense_polar, dynamic=False)
+    forms, turns = ("direct", "gram", "auto"), (1, 2, 3)
     return [
-        Variant("torch eager", lambda X: dense_polar(X, dtype), exact, tolerance),
-        Variant("torch.compile", lambda X: compiled(X, dtype), exact, tolerance),
-        Variant(
-            "torch.optim.Muon", torch_muon_polar, lambda X: dense_polar(X, torch.float64, "quintic"), half
-        ),  # always in bfloat16
-        Variant("direct", lambda X: polar(X, dtype=dtype, form="direct"), exact, tolerance),
-        Variant("gram", lambda X: polar(X, dtype=dtype, form="gram"), exact, tolerance),
-        Variant("auto", lambda X: polar(X, dtype=dtype), exact, tolerance),
-        *(
-            Variant(
-                f"aurora K={k}",
-                lambda X, k=k: aurora_polar(X, k, dtype=dtype),  # type: ignore[misc]
-                lambda X, k=k: exact_aurora(X, k),  # type: ignore[misc]
-                2 * tolerance,
-            )
-            for k in (1, 2, 3)
-        ),
-    ]
+        Variant("torch eager", partial(dense_polar, dtype=dtype), exact, tolerance),
+        Variant("torch.compile", partial(dense, dtype=dtype), exact, tolerance),
+        Variant("torch.optim.Muon", torch_muon_polar, partial(exact, method="quintic"), 0.02),  # always in bfloat16
+        *(Variant(form, partial(polar, dtype=dtype, form=form), exact, tolerance) for form in forms),
+        *(Variant(f"aurora K={k}", partial(aurora_polar, iterations=k, dtype=dtype),
+                  partial(exact_aurora, iterations=k), 2 * tolerance) for k in turns),
+    ]  # fmt: skip
 
 
 def failure(variant: Variant, inputs: Sequence[Tensor]) -> str:
     """Why a variant must not be timed; empty if its first and last matrix of every shape are right."""
     for X in inputs:
-        ends = X[:: max(1, X.size(0) - 1)]  # the first and the last
-        exact = variant.exact(ends.double())
-        error = float((variant.run(X)[:: max(1, X.size(0) - 1)].double() - exact).norm() / exact.norm())
+        ends = slice(None, None, max(1, X.size(0) - 1))  # the first and the last
+        exact = variant.exact(X[ends].double())
+        error = float((variant.run(X)[ends].double() - exact).norm() / exact.norm())
         if not error <= variant.tolerance:
             return f"error {error:.2g} at {X.size(-2)}x{X.size(-1)}, allowed {variant.tolerance}"
     return ""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Counting and timing
 
 
 @dataclass
@@ -157,21 +133,18 @@ class Count:
                 tensors = [t for t in (*arguments, *options.values(), *outputs) if isinstance(t, Tensor)]
                 unique = {(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
                 self.bytes += sum(unique.values())
-                self.flops += self._flops(name, arguments[0], ops.symmetric)
+                B, m, n = arguments[0].shape
+                self.flops += B * m * n * n * flops.get(name, 0.0)
                 return results
 
             return run
 
+        half = 1.0 if ops.symmetric else 2.0  # of a symmetric product one triangle is computed
+        flops = {"gram": half, "symmetric_product": half, "apply_symmetric": 2.0}  # of each m n n
         return Backend(ops.name, ops.symmetric, *map(counting, Backend._fields[2:]))
 
-    @staticmethod
-    def _flops(name: str, X: Tensor, symmetric: bool) -> float:
-        B, m, n = X.shape
-        factor = {"gram": 0.5, "symmetric_product": 0.5, "apply_symmetric": 1.0}.get(name, 0.0)
-        return 2.0 * B * m * n * n * (factor if symmetric or factor != 0.5 else 1.0)
 
-
-def dense_count(shapes: Sequence[Shape], itemsize: int, steps: int = 5) -> Count:
+def dense_count(shapes: Iterable[Sequence[int]], itemsize: int, steps: int = 5) -> Count:
     """The direct form with dense products: 4 s^2 l + 2 s^3 FLOPs a step, 6 s l + 8 s^2 entries in three products."""
     count = Count()
     for B, m, n in shapes:
@@ -183,16 +156,14 @@ def dense_count(shapes: Sequence[Shape], itemsize: int, steps: int = 5) -> Count
 
 def count_of(variant: Variant, inputs: Sequence[Tensor], dtype: torch.dtype) -> Count:
     count = Count()
-    real = backend("auto", inputs[0].device)
+    kernels = count.kernels(backend("auto", inputs[0].device))
     with (
-        mock.patch("optim.polar.backend", return_value=count.kernels(real)),
-        mock.patch("optim.aurora.backend", return_value=count.kernels(real)),
+        mock.patch("optim.polar.backend", return_value=kernels),
+        mock.patch("optim.aurora.backend", return_value=kernels),
     ):
         for X in inputs:
             variant.run(X)
-    if count.flops == 0:  # a baseline: dense
-        return dense_count([(X.size(0), X.size(1), X.size(2)) for X in inputs], dtype.itemsize)
-    return count
+    return count if count.flops else dense_count([X.shape for X in inputs], dtype.itemsize)  # of a baseline: dense
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -201,16 +172,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     A = torch.randn(size, size, device=device).to(dtype)
     source = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    best = {}
-    for name, run in {"product": lambda: A @ A, "copy": lambda: target.copy_(source)}.items():
-        best[name] = min(seconds.wall for seconds in take_turns({name: run}, 20, device=device)[name])
-    return 2 * size**3 / best["product"], 2 * source.numel() * 4 / best["copy"]
+    product_s, copy_s = (min(seconds.wall for seconds in take_turns({"": run}, 20, device=device)[""])
+                         for run in (lambda: A @ A, lambda: target.copy_(source)))  # fmt: skip
+    return 2 * size**3 / product_s, 2 * source.numel() * 4 / copy_s
 
 
-def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
-    """The same work as one CUDA graph: what it takes without Python between the launches. None on a CPU."""
-    if device.type != "cuda":
-        return None
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work as one CUDA graph: what it takes without Python between the launches."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -238,37 +206,31 @@ def time_case(
         count = count_of(variant, inputs, dtype)
         rows[variant.name].update(executed_gflop=count.flops / 1e9, mbytes=count.bytes / 1e6)
         runs[variant.name] = run
-        graph = graphed(run, device) if not variant.name.startswith("torch") else None
-        if graph:
-            runs[f"{variant.name} graph"] = graph
+        if device.type == "cuda" and not variant.name.startswith("torch"):
+            runs[f"{variant.name} graph"] = graphed(run)
     seconds = {key: value.wall for key, value in median_seconds(runs, passes, device=device).items()}
-    baseline = seconds.get("torch eager")
     for key, row in rows.items():
-        if row["check"] != "right":
+        if key not in seconds:
             continue
-        flop_s, byte_s = row["executed_gflop"] * 1e9, row["mbytes"] * 1e6
-        row["ms"] = 1e3 * seconds[key]
-        if f"{key} graph" in seconds:
-            row["graph_ms"] = 1e3 * seconds[f"{key} graph"]
-        best = min(seconds[key], seconds.get(f"{key} graph", seconds[key]))
-        row["of_eager"] = baseline / seconds[key] if baseline else float("nan")
-        row["effective_tflops"] = dense.flops / best / 1e12
-        row["executed_tflops"] = flop_s / best / 1e12
-        row["gbytes_per_s"] = byte_s / best / 1e9
+        flops, moved = row["executed_gflop"] * 1e9, row["mbytes"] * 1e6
+        best, row["ms"] = seconds[key], 1e3 * seconds[key]
+        if graph_s := seconds.get(f"{key} graph"):
+            best, row["graph_ms"] = min(best, graph_s), 1e3 * graph_s
+        row["of_eager"] = seconds.get("torch eager", math.nan) / seconds[key]
+        row |= dict(effective_tflops=dense.flops / best / 1e12, executed_tflops=flops / best / 1e12)
+        row["gbytes_per_s"] = moved / best / 1e9
         if key != "torch.optim.Muon" or dtype == torch.bfloat16:  # which is in bfloat16 whatever was asked for
-            row["of_roofline"] = max(flop_s / peaks[0], byte_s / peaks[1]) / best
+            row["of_roofline"] = max(flops / peaks[0], moved / peaks[1]) / best
     return list(rows.values())
 
 
 def main(args: Args) -> int:
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    automatic = torch.bfloat16 if on_gpu else torch.float32
-    dtype = automatic if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = getattr(torch, {"auto": "bfloat16" if on_gpu else "float32"}.get(args.dtype, args.dtype))
     cases = args.cases or (tuple(CASES) if on_gpu else CPU_CASES)
-    unknown = set(cases) - set(CASES)
-    if unknown or dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"no case {', '.join(unknown)} or no dtype {args.dtype}; cases: {', '.join(CASES)}")
+    if unknown := set(cases) - set(CASES):
+        raise ValueError(f"no case {', '.join(sorted(unknown))}; cases: {', '.join(CASES)}")
     start = time.monotonic()
     with torch.no_grad():
         peaks = ceilings(device, dtype)
@@ -280,8 +242,7 @@ def main(args: Args) -> int:
         product_tflops=peaks[0] / 1e12, copy_gbytes_per_s=peaks[1] / 1e9,
     )  # fmt: skip
     report("polar", rows, args.device, **settings, seconds=time.monotonic() - start)
-    failures = [row for row in rows if row["check"] != "right"]
-    return 1 if failures else 0
+    return int(any(row["check"] != "right" for row in rows))
 
 
 if __name__ == "__main__":

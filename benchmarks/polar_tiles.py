@@ -32,11 +32,9 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class Args:
-    case: str = "124m"
-    """Shapes, by their name in benchmarks/polar_speed.py."""
+    case: str = "124m"  # shapes, by their name in benchmarks/polar_speed.py
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    passes: int = 15
-    """Turns of each candidate; the table has medians."""
+    passes: int = 15  # turns of each candidate; the table has medians
 
 
 def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.device, passes: int) -> list[Row]:
@@ -47,11 +45,11 @@ def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.dev
         X = X if m >= n else X.mT  # as the optimizers see it
         d = torch.rand(X.shape[:2], device=device)
         R = gram(X)
-        side, flops = min(m, n), float(max(m, n)) * min(m, n) ** 2
+        long, side = map(float, X.shape[1:])
         products: dict[str, tuple[Callable[..., object], float]] = {
-            "gram": (partial(gram, X, d), flops),  # half of the output
-            "symmetric_product": (partial(symmetric_product, R, R, 1.0, 2.0), float(side) ** 3),
-            "apply_symmetric": (partial(apply_symmetric, X, R, 2.0), 2 * flops),
+            "gram": (partial(gram, X, d), long * side**2),  # half of the output
+            "symmetric_product": (partial(symmetric_product, R, R, 1.0, 2.0), side**3),
+            "apply_symmetric": (partial(apply_symmetric, X, R, 2.0), 2 * long * side**2),
         }
         for name, (product, flops) in products.items():
             runs: dict[str, Callable[[], object]] = {}
@@ -60,10 +58,10 @@ def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.dev
                     with suppress(OutOfResources):
                         product(tile=tile)
                         runs[str(tuple(tile))] = partial(product, tile=tile)
-            seconds = {tile: value.wall for tile, value in median_seconds(runs, passes, device=device).items()}
-            for tile_name in sorted(seconds, key=seconds.__getitem__):
-                row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * seconds[tile_name])
-                rows.append(row | dict(tflops=B * flops / seconds[tile_name] / 1e12))
+            medians = median_seconds(runs, passes, device=device)
+            for tile_name, time in sorted(medians.items(), key=lambda item: item[1]):
+                row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * time.wall)
+                rows.append(row | dict(tflops=B * flops / time.wall / 1e12))
     return rows
 
 

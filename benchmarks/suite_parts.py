@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import numpy as np
 from data.files import whole_file
 from data.shards import write_shard
 
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 NO_WAITING = "tests/test_options.py::test_steps_never_wait_for_the_gpu"
 FUSED = "fused=norm,mlp,head"  # the setting of the trainer that "all" is
 OPTIMIZERS = ("adamw", "muon", "aurora")
+TINY_RECIPE = "data/tiny.toml"  # the toy model, for benchmarks that take settings from nowhere else
 TARGET_BATCH = 524288  # tokens of a step for which the optimizers' shares are wanted
 SHARES = {"muon": 1.5, "aurora": 2.0}  # % of such a step
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ def print_facts() -> None:
     machine = find_machine("auto", "auto")
     on_gpu = machine.device.type == "cuda"
     memory = torch.cuda.get_device_properties(machine.device).total_memory if on_gpu else 0
-    facts = Facts(
-        machine.name, slug(machine.name), on_gpu, memory / GIB, machine.peak_flops or 0.0, git_commit(), versions(),
-    )  # fmt: skip
-    print(json.dumps(vars(facts)))
+    print(json.dumps(vars(Facts(machine.name, slug(machine.name), on_gpu, memory / 2**30, machine.peak_flops or 0.0,
+                                git_commit(), versions()))))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Part:
     what: str
     command: tuple[str, ...]  # of Python; {seconds} stands for what it may take, less a margin to end in
     limit_s: float
-    find: Callable[[list[str], list[Path]], Found]  # from the lines it printed and the files it wrote
+    find: Callable[[list[str], Row], Found]  # in the lines it printed and the JSON it wrote
     least_s: float = 20.0  # not begun with less
     files: str = "none"  # pattern of the results it writes
     skip: str = ""  # why it cannot run here
@@ -94,29 +93,16 @@ class Part:
         return [word.replace("{seconds}", seconds) for word in self.command]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What parts find
-
-
-def result(files: Sequence[Path], pattern: str = "*.json") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(
-        next(path for path in files if path.match(pattern)).read_text(encoding="utf-8")
-    )
-    return content
-
-
-def find_tests(lines: list[str], _: list[Path]) -> Found:
+def find_tests(lines: list[str], _: Row) -> Found:
     summary = next(line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error|skipped)", line))
     return Found({outcome: int(count) for count, outcome in re.findall(r"(\d+) ([a-z]+)(?=[, ])", summary)})
 
 
-def find_train_step(files: list[Path], facts: Facts, with_targets: bool) -> Found:
+def find_train_step(content: Row, with_targets: bool) -> Found:
     """Tokens a second; then, by optimizer, MFU with all on, all over plain, the optimizer's share of a large step, and
     how far the losses of all and plain are apart."""
-    content = result(files)
     rows = {(row["variant"], row["matrix_optimizer"]): row for row in content["rows"]}
     batch = content["settings"]["batch_tokens"]
-    figures: dict[str, Any] = {"batch_tokens": batch, "rounds": content["settings"]["rounds_done"]}
     rates: dict[str, dict[str, float]] = {}  # tokens/s, by optimizer and variant
     targets: list[Target] = []
     for rule in dict.fromkeys(rule for _, rule in rows):
@@ -126,23 +112,21 @@ def find_train_step(files: list[Path], facts: Facts, with_targets: bool) -> Foun
         share = 100 * share / (share + (100 - share) * TARGET_BATCH / batch)  # the rest of a step grows with the batch
         mfu = 100 * best["MFU"] if best["MFU"] != "unknown" else None
         ratio = best["tokens_per_s"] / plain["tokens_per_s"]
+        of_step = f"{rule}: optimizer's share at {TARGET_BATCH} tokens per step (%)"
         targets += [
             *(Target(f"{rule}: tokens/s, {variant}", rate) for variant, rate in rates[rule].items()),
             target(f"{rule}: MFU, all on (%)", mfu, 50),
             target(f"{rule}: tokens/s, all on over plain", ratio, 1.3),
-            target(f"{rule}: optimizer's share at {TARGET_BATCH} tokens a step (%)", share, SHARES[rule], False)
-            if rule in SHARES
-            else Target(f"{rule}: optimizer's share at {TARGET_BATCH} tokens a step (%)", share),
+            target(of_step, share, SHARES[rule], False) if rule in SHARES else Target(of_step, share),
             Target(f"{rule}: losses of all on and plain differ by at most (nats)", best["loss_diff"]),
             *(Target(f"{rule}: peak memory, {row['variant']} (GiB)", row["peak_mib"] / 1024)
               for row in (plain, best) if row["peak_mib"]),
         ]  # fmt: skip
-    figures["rates"] = rates
+    figures = {"batch_tokens": batch, "rounds": content["settings"]["rounds_done"], "rates": rates}
     return Found(figures, targets if with_targets else [Target(each.name, each.value) for each in targets])
 
 
-def find_race(_: list[str], files: list[Path]) -> Found:
-    content = result(files)
+def find_race(_: list[str], content: Row) -> Found:
     figures: dict[str, Any] = {"target loss": content["settings"]["target_loss"]}
     for row in content["rows"]:
         name = row["matrix_optimizer"]
@@ -150,38 +134,27 @@ def find_race(_: list[str], files: list[Path]) -> Found:
     return Found(figures | {"s of training each": content["rows"][0]["train_time_s"]})
 
 
-def find_polar(_: list[str], files: list[Path]) -> Found:
-    rows = [row for row in result(files)["rows"] if row["check"] == "right"]
+def find_polar(_: list[str], content: Row) -> Found:
+    rows = [row for row in content["rows"] if row["check"] == "right"]
     case = rows[0]["case"]
     ours = next(row for row in rows if row["case"] == case and row["variant"] == "auto")
     best_ms = ours.get("graph_ms") or ours["ms"]
     return Found({f"{case} ms": best_ms, "of eager": ours["of_eager"], "of roofline": ours["of_roofline"]})
 
 
-def find_optimizer_step(_: list[str], files: list[Path]) -> Found:
-    rows = result(files)["rows"]
-    return Found({f"{row['rule']} ms": row["step_ms"] for row in rows})
+def find_tiles(_: list[str], content: Row) -> Found:
+    rows = reversed(content["rows"])  # the fastest of a kernel and shape comes first, and stays
+    return Found({f"{row['kernel']} {row['shape']}": row["tile"] for row in rows})
 
 
-def find_tiles(_: list[str], files: list[Path]) -> Found:
-    best: dict[str, Any] = {}
-    for row in result(files)["rows"]:  # the fastest of a kernel and shape comes first
-        best.setdefault(f"{row['kernel']} {row['shape']}", row["tile"])
-    return Found(best)
-
-
-def find_quality(_: list[str], files: list[Path]) -> Found:
-    rows = result(files)["rows"]
+def find_quality(_: list[str], content: Row) -> Found:
+    rows = content["rows"]
     return Found({"worse than dense": sum(row["no_worse"] == "NO" for row in rows), "of": len(rows)})
 
 
-def find_cross_entropy(_: list[str], files: list[Path]) -> Found:
-    row = next(row for row in result(files)["rows"] if row["variant"] == "fused")
+def find_cross_entropy(_: list[str], content: Row) -> Found:
+    row = next(row for row in content["rows"] if row["variant"] == "fused")
     return Found({"fused ms": row["ms"], "of plain's time": row["of_plain"], "of plain's memory": row["peak_of_plain"]})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The parts
 
 
 def short(path: Path) -> Path:
@@ -208,12 +181,11 @@ def train_step_part(label: str, recipe: str, facts: Facts, folder: Path, setting
         "--set", *common, *files, *(TINY if tiny else ["tokenizer=none", "val_tokens=8192", *settings]),
     ]  # fmt: skip
     what = f"training steps of the {label} model, compiled, plain and with {FUSED}"
-
-    def find(_: list[str], paths: list[Path]) -> Found:
-        return find_train_step(paths, facts, label == "124m" and not tiny)
-
-    limit_s = 150 if label == "124m" else 170  # 12 and 24 layers to compile, twice
-    return Part(f"train_step_{label}", what, tuple(command), limit_s, find, 60, f"train_step_{label}_*.json")
+    is_124m = label == "124m"
+    return Part(
+        f"train_step_{label}", what, tuple(command), 150 if is_124m else 170,  # 12 and 24 layers to compile, twice
+        lambda _, content: find_train_step(content, is_124m and not tiny), 60, f"train_step_{label}_*.json",
+    )  # fmt: skip
 
 
 def race_part(facts: Facts, folder: Path, data: Path, micro_batch: int, tiny: bool) -> Part:
@@ -246,7 +218,7 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
          [f"batch_tokens={min(batch, 2**17)}", f"micro_batch_tokens={micro // 4}"]),
     ]  # fmt: skip
 
-    def benchmark(name: str, what: str, find: Callable[[list[str], list[Path]], Found], limit_s: float = 120,
+    def benchmark(name: str, what: str, find: Callable[[list[str], Row], Found], limit_s: float = 120,
                   files: str = "", skip: str = "", arguments: tuple[str, ...] = ()) -> Part:  # fmt: skip
         command = ("-m", f"benchmarks.{name}", *(arguments if tiny else ()))
         return Part(name, what, command, limit_s, find, files=files or f"{name}_*.json", skip=skip)
@@ -258,19 +230,15 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
         race_part(facts, folder, folder / "data" if tiny else data, micro, tiny),
         benchmark("loss_head", "loss of the head", find_cross_entropy, files="cross_entropy_*.json",
                   skip="" if facts.on_gpu else "needs a GPU"),
-        benchmark("optimizer_step", "steps of every rule", find_optimizer_step,
-                  arguments=(str(tiny_recipe(folder)), "--tokens", "64", "--rounds", "2")),
+        benchmark("optimizer_step", "steps of every rule",
+                  lambda _, content: Found({f"{row['rule']} ms": row["step_ms"] for row in content["rows"]}),
+                  arguments=(str(folder / TINY_RECIPE), "--tokens", "64", "--rounds", "2")),
         benchmark("polar_speed", "polar factors", find_polar, limit_s=240, files="polar_[!qrt]*.json",
                   arguments=("--cases", "512", "--passes", "1")),
         benchmark("polar_tiles", "tile sizes", find_tiles, skip="" if facts.on_gpu else "needs a GPU"),
         benchmark("polar_quality", "accuracy of the polar factors", find_quality, arguments=("--shapes", "257x101")),
     ]  # fmt: skip
     return [dataclasses.replace(part, limit_s=120, least_s=10) for part in parts] if tiny else parts
-
-
-def tiny_recipe(folder: Path) -> Path:
-    """Path of the toy model's recipe, for benchmarks that take settings from nowhere else."""
-    return folder / "data/tiny.toml"
 
 
 def make_inputs(folder: Path, tiny: bool) -> None:
@@ -284,6 +252,5 @@ def make_inputs(folder: Path, tiny: bool) -> None:
             write_shard(data / name, walk[: tokens if "train" in name else tokens // 4])
     if tiny:
         pairs = [word.split("=") for word in TINY]
-        lines = [f"{key} = {value if value[0].isdigit() else repr(value)}" for key, value in pairs]
-        with whole_file(tiny_recipe(folder)) as file:
-            file.write("\n".join(lines) + "\n")
+        with whole_file(folder / TINY_RECIPE) as file:
+            file.writelines(f"{key} = {value if value[0].isdigit() else repr(value)}\n" for key, value in pairs)

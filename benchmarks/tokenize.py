@@ -15,6 +15,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,15 +29,14 @@ from harness.results import command, report
 from harness.step_timer import median_seconds
 from harness.tables import Row
 
+CHUNK_SIZES = (1, 16)  # of the baseline
+
 
 @dataclass(frozen=True)
 class Args:
-    cores: int = os.cpu_count() or 1
-    """Our threads, and the baseline's processes."""
-    repeats: int = 2
-    """Copies of the 12 MB of text."""
-    passes: int = 15
-    """Timed passes; the table has medians."""
+    cores: int = os.cpu_count() or 1  # our threads, and the baseline's processes
+    repeats: int = 2  # copies of the 12 MB of text
+    passes: int = 15  # timed passes; the table has medians
 
 
 def main(args: Args) -> None:
@@ -55,26 +56,19 @@ def measure(name: str, documents: Sequence[str], args: Args) -> Row:
     def ours() -> Tokens:
         return np.concatenate(list(encode_documents(documents, "gpt2", args.cores)))
 
-    variants: dict[str, Callable[[], Tokens]] = {"ours": ours, "imap 1": lambda: imap(1), "imap 16": lambda: imap(16)}
+    variants: dict[str, Callable[[], Tokens]] = {f"imap {size}": partial(imap, size) for size in CHUNK_SIZES}
+    variants["ours"] = ours
     right = np.concatenate([encode_one(document) for document in documents])
     for variant, function in variants.items():
         if not np.array_equal(function(), right):
             raise SystemExit(f"{name}, {variant}: the tokens are wrong; nothing was timed")
     seconds = median_seconds(variants, args.passes)
     megabytes = sum(len(document.encode()) for document in documents) / 1e6
-    return {
-        "text": name,
-        "documents": len(documents),
-        "MB": megabytes,
-        "MB_per_s": megabytes / seconds["ours"].wall,
-        "Mtokens_per_s": len(right) / seconds["ours"].wall / 1e6,
-        "imap_1_MB_per_s": megabytes / seconds["imap 1"].wall,
-        "imap_16_MB_per_s": megabytes / seconds["imap 16"].wall,
-        "ratio_1": seconds["imap 1"].wall / seconds["ours"].wall,
-        "ratio_16": seconds["imap 16"].wall / seconds["ours"].wall,
-        "cpu_ratio_1": seconds["imap 1"].cpu / seconds["ours"].cpu,
-        "cpu_ratio_16": seconds["imap 16"].cpu / seconds["ours"].cpu,
-    }
+    (wall, cpu), row = seconds.pop("ours"), dict[str, Any](text=name, documents=len(documents), MB=megabytes)
+    row |= {"MB_per_s": megabytes / wall, "Mtokens_per_s": len(right) / wall / 1e6}
+    row |= {f"imap_{n}_MB_per_s": megabytes / seconds[f"imap {n}"].wall for n in CHUNK_SIZES}
+    row |= {f"ratio_{n}": seconds[f"imap {n}"].wall / wall for n in CHUNK_SIZES}
+    return row | {f"cpu_ratio_{n}": seconds[f"imap {n}"].cpu / cpu for n in CHUNK_SIZES}
 
 
 def encode_one(document: str) -> Tokens:

@@ -22,15 +22,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
-import tyro
 from torch import Tensor
 
 import train_gpt
@@ -49,35 +48,23 @@ PHASES = ("loader", "forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Args:
-    recipe: tyro.conf.Positional[str] = "configs/sotu_base.toml"
-    """The model, batch and data to time."""
-    matrix_optimizers: tuple[str, ...] = ("adamw", "muon", "aurora")
-    """Optimizers of the hidden matrices, each with every variant; the first row is the baseline of the ratio."""
-    variants: tuple[str, ...] = ("plain",)
-    """Settings to compare: a name, then what differs from the recipe, "fused: fused=mlp,head"."""
-    set: tuple[str, ...] = ()
-    """key=value ...: settings of every row."""
-    rounds: int = 9
-    """Turns of each row; the table has medians over them."""
-    steps: int = 10
-    """Training steps in a turn."""
-    max_seconds: float = 0.0
-    """Begin no round that would end later than this (but one is always timed); 0: no limit."""
-    label: str = ""
-    """Goes into the result's name, train_step_<label>_<device>.json, so that recipes do not overwrite each other."""
+    recipe: str = "configs/sotu_base.toml"  # the model, batch and data to time
+    matrix_optimizers: tuple[str, ...] = ("adamw", "muon", "aurora")  # of the hidden matrices; ratios are to the first
+    variants: tuple[str, ...] = ("plain",)  # to compare: a name and what it changes, "fused: fused=mlp,head"
+    set: tuple[str, ...] = ()  # key=value ...: settings of every row
+    rounds: Annotated[int, ">= 1"] = 9  # turns of each row; the table has medians over them
+    steps: Annotated[int, ">= 1"] = 10  # training steps in a turn
+    max_seconds: float = 0.0  # begin no round that would end later than this (but one is always timed); 0: no limit
+    label: str = ""  # the result is train_step_<label>_<device>.json, so that none overwrites another's
 
 
-@contextlib.contextmanager
-def phases_timed(run: Run, timer: PhaseTimer) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for target, name, phase in [
-            (run.loader, "batch", "loader"),
-            (run, "compiled", "forward"),
-            (torch.Tensor, "backward", "backward"),
-            *((optimizer, "step", "optimizer") for optimizer in run.optimizers),
-        ]:
-            stack.enter_context(mock.patch.object(target, name, timer.wrap(phase, getattr(target, name))))
-        yield
+def phases_timed(run: Run, timer: PhaseTimer) -> contextlib.ExitStack:
+    """A context in which `timer` sees the phases of the run's steps."""
+    timed = [(run.loader, "batch", "loader"), (run, "compiled", "forward"), (torch.Tensor, "backward", "backward")]
+    stack = contextlib.ExitStack()
+    for target, name, phase in [*timed, *((optimizer, "step", "optimizer") for optimizer in run.optimizers)]:
+        stack.enter_context(mock.patch.object(target, name, timer.wrap(phase, getattr(target, name))))
+    return stack
 
 
 @dataclass
@@ -96,16 +83,13 @@ class Entry:
         return f"{self.variant} {self.run.config.matrix_optimizer}"
 
     @property
-    def step_s(self) -> float:
-        return statistics.median(sum(turn.values()) for turn in self.turns[1:]) / self.run.config.train_steps
-
-    @property
     def tokens_per_s(self) -> float:
-        return self.run.config.batch_tokens / self.step_s
+        turn_s = statistics.median(sum(turn.values()) for turn in self.turns[1:])
+        return self.run.config.batch_tokens * self.run.config.train_steps / turn_s
 
 
-def allocated(run: Run) -> int:
-    return torch.cuda.memory_allocated(run.machine.device) if run.machine.device.type == "cuda" else 0
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def take_turn(entry: Entry) -> None:
@@ -118,7 +102,7 @@ def take_turn(entry: Entry) -> None:
         losses.append(genuine(*arguments))
         return losses[-1]
 
-    before = allocated(run)
+    before = allocated(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
@@ -132,12 +116,12 @@ def take_turn(entry: Entry) -> None:
         summary = train(run, RunLog(run.config, run.machine, run.data))
     raise_if_cut_short(summary, entry.name)
     entry.losses += [loss.item() / run.config.batch_tokens for loss in losses]
-    if summary["status"] != "finished" or not all(map(math.isfinite, entry.losses)):
-        is_finished = summary["status"] == FINISHED
-        outcome = "its loss is not finite" if is_finished else f"{summary['status']} {summary['reason']}"
-        raise ValueError(f"{entry.name}: {outcome}; nothing is reported")
+    if summary["status"] != FINISHED:
+        raise ValueError(f"{entry.name}: {summary['status']} {summary['reason']}; nothing is reported")
+    if not all(map(math.isfinite, entry.losses)):
+        raise ValueError(f"{entry.name}: its loss is not finite; nothing is reported")
     others = before - entry.held_bytes
-    entry.held_bytes = allocated(run) - others
+    entry.held_bytes = allocated(device) - others
     seconds = dict.fromkeys(PHASES, 0.0) | timer.seconds()
     loop_s = run.clock.seconds["train"] - sum(seconds.values())
     entry.turns.append(seconds | {"logging": run.clock.seconds["logging"], "loop": loop_s})
@@ -166,19 +150,14 @@ def make_entries(args: Args, folder: str) -> list[Entry]:
             own = [f"--matrix_optimizer={optimizer}", *given, *changes]
             config = load_config([str(user_path(args.recipe)), *fixed, *own])
             machine = find_machine(config.device, config.dtype)
-            before = torch.cuda.memory_allocated(machine.device) if machine.device.type == "cuda" else 0
-            entry = Entry(variant, set_up(config, machine), 0)
-            entry.held_bytes = allocated(entry.run) - before
-            entries.append(entry)
+            before, run = allocated(machine.device), set_up(config, machine)
+            entries.append(Entry(variant, run, allocated(machine.device) - before))
     return entries
 
 
 def main(args: Args) -> None:
-    if args.rounds < 1 or args.steps < 1 or not args.matrix_optimizers or not args.variants:
-        raise ValueError(
-            "rounds and steps must be 1 or more, and there must be an optimizer and a variant; leave them out for the "
-            "defaults"
-        )
+    if not args.matrix_optimizers or not args.variants:
+        raise ValueError("there must be an optimizer and a variant; leave them out for the defaults")
     until = time.monotonic() + (args.max_seconds or math.inf)
     with tempfile.TemporaryDirectory() as folder, compile_everything():
         entries = make_entries(args, folder)
@@ -204,7 +183,7 @@ def row(entry: Entry, entries: Sequence[Entry]) -> Row:
         "variant": entry.variant,
         "matrix_optimizer": optimizer,
         "tokens_per_s": entry.tokens_per_s,
-        "step_ms": 1e3 * entry.step_s,
+        "step_ms": 1e3 * run.config.batch_tokens / entry.tokens_per_s,
         "ratio": entry.tokens_per_s / entries[0].tokens_per_s,
         "MFU": run.model.flops_per_token() * entry.tokens_per_s / peak if peak else "unknown",
         "peak_mib": max(entry.peak_bytes[1:]) / 2**20 if entry.peak_bytes else "",

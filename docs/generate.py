@@ -10,7 +10,9 @@ which verifies the records first and draws their figures.
 import json
 import statistics
 import sys
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 from scipy import stats
 
@@ -19,40 +21,38 @@ from data.files import whole_file
 from experiments import neuron_report, options
 from experiments.grokking import findings as grokking
 from experiments.grokking.survival import holm
-from experiments.row_norms import cells
+from harness.machine import ROOT
 from harness.neuron_stats import THRESHOLDS
 from harness.results import RESULTS
-from harness.tables import Row, markdown, with_section
+from harness.tables import Row, markdown, mean_and_sd, table, with_section
 from leaderboard import rank
 from leaderboard.records import find_records, load_record
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-EXPERIMENTS = ROOT / "experiments/results"
+
+
+def results(pattern: str) -> list[dict[str, Any]]:
+    """The committed results of a benchmark, by name: one for each device."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
 
 
 def polar_section() -> str:
     """Milliseconds by matrices and variant, a table for each device; of ours as a CUDA graph where there is one."""
     parts = []
-    for path in sorted(RESULTS.glob("polar_[!qrt]*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        settings = result["settings"]
-        table: dict[str, Row] = {}
+    for result in results("polar_[!qrt]*"):
+        settings, lines = result["settings"], dict[str, Row]()
         for row in result["rows"]:
-            line = table.setdefault(row["case"], dict(case=row["case"]))
+            line = lines.setdefault(row["case"], dict(case=row["case"]))
             line[row["variant"]] = row.get("graph_ms") or row.get("ms", "")
             if row["variant"] == "auto":
                 line["of_roofline"] = f"{row['of_roofline']:.0%}"
-        variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
-        headings = {name: name for name in variants} | {
-            "torch.optim.Muon": "torch.optim.Muon (bfloat16)",
-            "auto": "ours",
-        }
+        columns = {"case": "matrices"} | {row["variant"]: row["variant"] for row in result["rows"]}
+        columns |= {"torch.optim.Muon": "torch.optim.Muon (bfloat16)", "auto": "ours"}
+        columns["of_roofline"] = "ours of roofline"
         parts.append(
             f"{result['device']}, {settings['dtype']}, {settings['kernels']} kernels; milliseconds, medians of "
             f"{settings['passes']}. Large matrix products reach {settings['product_tflops']:.3g} TFLOP/s there, copies "
-            f"{settings['copy_gbytes_per_s']:.3g} GB/s:\n\n"
-            + markdown(list(table.values()), {"case": "matrices"} | headings | {"of_roofline": "ours of roofline"})
+            f"{settings['copy_gbytes_per_s']:.3g} GB/s:\n\n" + markdown(list(lines.values()), columns)
         )
     return "\n".join(parts)
 
@@ -60,34 +60,17 @@ def polar_section() -> str:
 def quality_section() -> str:
     """The float16 Gram form beside the dense form in bfloat16, for two of the shapes."""
     parts = []
-    for path in sorted(RESULTS.glob("polar_quality_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram": "ours, float16 Gram", "unrounded": "exact"}
-        table: dict[tuple[str, str], Row] = {}
+    forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram": "ours, float16 Gram", "unrounded": "exact"}
+    columns = dict(shape="matrix", spectrum="singular values") | forms
+    for result in results("polar_quality_*"):
+        lines: dict[tuple[str, str], Row] = {}
         for row in result["rows"]:
             if row["form"] in forms and row["shape"] in ("768x768", "2048x768"):
-                line = table.setdefault(
-                    (row["shape"], row["spectrum"]), dict(shape=row["shape"], spectrum=row["spectrum"])
-                )
+                place = dict(shape=row["shape"], spectrum=row["spectrum"])
+                line = lines.setdefault((row["shape"], row["spectrum"]), place)
                 line[row["form"]] = f"{row['orthogonality']:.4f} / {row['direction']:.5f}"
-        columns = dict(shape="matrix", spectrum="singular values") | forms
-        parts.append(markdown(list(table.values()), columns) + f"\n({result['device']})\n")
+        parts.append(markdown(list(lines.values()), columns) + f"\n({result['device']})\n")
     return "".join(parts)
-
-
-def optimizer_step_section() -> str:
-    """Milliseconds of a whole optimizer step by rule, a table for each device."""
-    parts = []
-    columns = {
-        "rule": "rule", "matrices_ms": "matrices (ms)", "step_ms": "whole step (ms)",
-        "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
-        "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
-    }  # fmt: skip
-    for path in sorted(RESULTS.glob("optimizer_step_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        rounds = result["settings"]["rounds"]
-        parts.append(f"{result['device']}, medians of {rounds}:\n\n" + markdown(result["rows"], columns))
-    return "\n".join(parts)
 
 
 def train_step_section() -> str:
@@ -97,8 +80,7 @@ def train_step_section() -> str:
         "variant": "variant", "matrix_optimizer": "matrix optimizer", "tokens_per_s": "tokens/s",
         "ratio": "of the first's", "MFU": "MFU", "peak_mib": "peak MiB", "loss_diff": "losses differ by",
     }  # fmt: skip
-    for path in sorted(RESULTS.glob("train_step_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for result in results("train_step_*"):
         rows, settings = result["rows"], result["settings"]
         said = {key for key in headings if any(row.get(key) not in (None, "", "unknown") for row in rows)}
         if {row.get("variant") for row in rows} <= {None, "plain"}:
@@ -112,23 +94,33 @@ def train_step_section() -> str:
     return "\n".join(parts)
 
 
-def cross_entropy_section() -> str:
-    """Time and memory of head and loss, a table for each device."""
-    parts = []
-    columns = {
-        "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
-        "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
-    }  # fmt: skip
-    for path in sorted(RESULTS.glob("cross_entropy_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        passes = result["settings"]["passes"]
-        parts.append(f"{result['device']}, medians of {passes}:\n\n" + markdown(result["rows"], columns))
-    return "\n".join(parts)
+def by_device(pattern: str, turns: str, columns: dict[str, str]) -> str:
+    """All rows of a benchmark, a table for each device; setting `turns` says of how many they are medians."""
+    return "\n".join(
+        f"{result['device']}, medians of {result['settings'][turns]}:\n\n" + markdown(result["rows"], columns)
+        for result in results(pattern)
+    )
+
+
+OPTIMIZER_STEP = {
+    "rule": "rule", "matrices_ms": "matrices (ms)", "step_ms": "whole step (ms)",
+    "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
+    "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
+}  # fmt: skip
+CROSS_ENTROPY = {
+    "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
+    "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
+}  # fmt: skip
+
+
+def kept(name: str) -> Any:
+    """The committed result of an experiment."""
+    return json.loads((ROOT / f"experiments/results/{name}.json").read_text(encoding="utf-8"))
 
 
 def options_section() -> str:
     """Final losses of the model's options for equal training time; p by a paired t-test, then Holm's correction."""
-    result = json.loads((EXPERIMENTS / "options.json").read_text(encoding="utf-8"))
+    result = kept("options")
     rows = options.summary(result)
     losses = {arm["arm"]: arm["val_loss"] for arm in result["arms"] if None not in arm["val_loss"]}
     plain = losses.pop("plain")
@@ -141,26 +133,33 @@ def options_section() -> str:
     return markdown(rows, dict(zip(shown, shown, strict=True)))
 
 
-def row_norms_section() -> str:
-    """Final losses and spreads of row norms, by cell."""
-    runs = json.loads((EXPERIMENTS / "row_norms.json").read_text(encoding="utf-8"))
-    header, *rows = cells(runs)
-    return markdown([dict(zip(header, row, strict=True)) for row in rows], dict(zip(header, header, strict=True)))
+def row_norms(runs: Sequence[dict[str, Any]]) -> list[Row]:
+    """A row for each cell: final loss, and spread, the standard deviation over the mean of updates' row norms (columns
+    of a wide one), averaged over the matrices and the steps of a run. experiments/sweep.py measures and tables the same
+    of runs with neuron_stats."""
+    cells: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        cells[", ".join(f"{key}={value}" for key, value in run["cell"].items())].append(run)
+    return [
+        {"settings": name, "final loss": mean_and_sd([run["val_loss"] for run in of_cell], 4),
+         "steps to target": mean_and_sd([run["steps_to_target"] for run in of_cell], 0)}
+        | {f"spread, {kind}": mean_and_sd([statistics.fmean(run["spreads"][kind]) for run in of_cell], 3)
+           for kind in ("tall", "wide")}
+        for name, of_cell in cells.items()
+    ]  # fmt: skip
 
 
 def grokking_section(name: str) -> str:
     """Steps to generalisation of each setting and optimizer, in one of the committed results."""
-    result = json.loads((EXPERIMENTS / f"{name}.json").read_text(encoding="utf-8"))
-    table = grokking.summary(result)
+    result = kept(name)
     latest = f"> {result['options']['max_steps']:,}"  # a run that was cut off there says no more than this
-    for row in table:
-        row |= {key: text.replace("never", latest) for key, text in row.items()}
-    return markdown(table, {key: key for key in max(table, key=len)})
+    rows = [{key: text.replace("never", latest) for key, text in row.items()} for row in grokking.summary(result)]
+    return markdown(rows, {key: key for key in max(rows, key=len)})
 
 
 def neurons_section() -> str:
     """Leverage of the least-moved rows, weak neurons and losses, by expansion and arm."""
-    result = json.loads((EXPERIMENTS / "neurons.json").read_text(encoding="utf-8"))
+    result = kept("neurons")
     rows = neuron_report.summary(result)
     for row in rows:
         last = [run["last"] for run in result["runs"] if (run["expansion"], run["arm"]) == (row["MLP"], row["arm"])]
@@ -171,23 +170,18 @@ def neurons_section() -> str:
     return markdown(rows, dict(zip(shown, shown, strict=True)))
 
 
-def leaderboard_section() -> str:
-    """Tables and figures of the records, by track and hardware."""
-    return rank.readme_section(rank.rows([load_record(path) for path in find_records()]))
-
-
 SECTIONS = {
     "polar": polar_section,
     "polar_quality": quality_section,
     "train_step": train_step_section,
-    "cross_entropy": cross_entropy_section,
+    "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
-    "optimizer_step": optimizer_step_section,
-    "row_norms": row_norms_section,
+    "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
+    "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),
     "grokking": lambda: grokking_section("grokking"),
     "grokking_scale": lambda: grokking_section("grokking_scale"),
     "neurons": neurons_section,
-    rank.SECTION: leaderboard_section,
+    rank.SECTION: lambda: rank.readme_section(rank.rows([load_record(path) for path in find_records()])),
 }
 
 

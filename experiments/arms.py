@@ -3,8 +3,9 @@ as sweeps, and results."""
 
 import contextlib
 import json
+import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,13 @@ import torch
 
 from data import console
 from experiments.sweep import Cell, Result, run_sweep
+from harness.settings import parse_settings
 from harness.step_timer import median_seconds
+from optim import Option
 from train_gpt import Run, plan_step, train_step
 
 Name = TypeVar("Name", bound=Hashable)
+Options = TypeVar("Options")
 EDGE = "*"  # marks a setting at an end of those that were tried
 
 
@@ -23,22 +27,31 @@ class RunCrashedError(Exception):
     """A run that ended without a result; the others' results are kept."""
 
 
-def command(work: Callable[[], None]) -> int:
-    """The exit status of a whole experiment: as console.run's, and 1 when a run crashed."""
+def command(work: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
+    """The main of an experiment that does `work` with its command line's words; its exit status is console.run's, and 1
+    when a run crashed."""
 
-    def status() -> int:
+    def status(argv: list[str]) -> int:
         try:
-            work()
+            work(argv)
         except RunCrashedError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
 
-    return console.run(status)
+    return lambda argv: console.run(lambda: status(argv))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Cost
+def names_of(known: Iterable[str]) -> Option:
+    """The rule of a setting whose values are some of these names."""
+    return Option("", "", choices=tuple(known))
+
+
+def parse_preset(presets: Mapping[str, Options], argv: Sequence[str], description: str | None) -> Options:
+    """The options on a command line; what is not given there is as in its --preset, or in the first of `presets`."""
+    first, *_ = presets.values()
+    named = re.findall(r"--preset[= ](\S+)", " ".join(argv))
+    return parse_settings(type(first), argv, description, presets.get(named[-1], first) if named else first)
 
 
 def duration(seconds: float) -> str:
@@ -67,8 +80,15 @@ def confirm(lines: list[str], yes: bool) -> None:
         raise KeyboardInterrupt
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Equal time
+@contextlib.contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """As many threads as a run will have, for timing its steps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_per_step(
@@ -99,10 +119,6 @@ def _training_step(run: Run, step: int) -> Callable[[], object]:
     return train
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Equal tuning
-
-
 def best(scores: Mapping[Name, Any]) -> Name:
     """The choice with the lowest score, the first of equal ones."""
     return min(scores, key=scores.__getitem__)
@@ -114,13 +130,7 @@ def at_edge(value: float, tried: Iterable[float]) -> bool:
     return len(ordered) > 1 and value in (ordered[0], ordered[-1])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Runs and results
-
-
-def sweep(
-    recipe: str, cells: Sequence[Cell], seeds: Sequence[int], out: Path, jobs: int, fixed: Cell
-) -> list[Result]:  # fmt: skip
+def sweep(recipe: str, cells: Sequence[Cell], seeds: Sequence[int], out: Path, jobs: int, fixed: Cell) -> list[Result]:
     """The results of experiments.sweep.run_sweep. Raises RunCrashedError if a run has none."""
     results = run_sweep(recipe, cells, seeds, out, jobs, fixed)
     crashed = [f"{out}/runs/{run.name}/output.txt" for run in results if not run.ended]

@@ -10,21 +10,28 @@ mean over the seeds of a cell, a band from the lowest to the highest seed, a dot
 import json
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from data import console
 from data.files import check_writable, user_path, write_json
 from experiments.sweep import load_sweep, rows_with
 from harness.figures import pyplot, save
+from harness.settings import parse_settings
 
 KEPT = (
     "status val_loss steps time_to_target_s steps_to_target tokens_to_target train_time_s tokens_per_s num_params "
     "device dtype world_size versions git_commit val_fingerprint train_fingerprint config"
 )
+
+
+@dataclass(frozen=True)
+class Options:
+    source: str = ""  # folder of a sweep, or a JSON file that this tool wrote
+    out: str = ""  # JSON file to write, needed for a folder; the figure gets the same name with .png
 
 
 def collect(sweep: Path) -> dict[str, Any]:
@@ -35,9 +42,8 @@ def collect(sweep: Path) -> dict[str, Any]:
         if result.ended:
             summary = {key: result.summary[key] for key in KEPT.split()}
             summary["config"] = {key: value for key, value in summary["config"].items() if key != "run_dir"}
-            runs.append(
-                dict(overrides=result.overrides, seed=result.seed, summary=summary, curve=curve(Path(result.directory)))
-            )
+            asked = dict(overrides=result.overrides, seed=result.seed)
+            runs.append(asked | dict(summary=summary, curve=curve(Path(result.directory))))
     return {key: loaded.record[key] for key in ("recipe", "fixed", "jobs", "threads")} | {"runs": runs}
 
 
@@ -74,16 +80,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def keep(source: tyro.conf.Positional[Path], out: Path | None = None) -> None:
-    """Draw a sweep's curves.
-
-    Args:
-        source: Folder of a sweep, or a JSON file that this tool wrote.
-        out: JSON file to write; the figure gets the same name with .png. Needed for a folder.
-    """
-    source, path = user_path(source), user_path(out or source)
+def keep(argv: list[str]) -> None:
+    options = parse_settings(Options, argv, __doc__, leading="source")
+    source, path = user_path(options.source), user_path(options.out or options.source)
     if source.is_dir():
-        if out is None:
+        if not options.out:
             raise ValueError(f"{source} is a sweep: say where its curves go, such as --out {source}/curves.json")
         record = collect(source)
     else:
@@ -98,9 +99,7 @@ def keep(source: tyro.conf.Positional[Path], out: Path | None = None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    return console.run(
-        lambda: tyro.cli(keep, args=argv, description=__doc__, use_underscores=True), "the same command starts again"
-    )
+    return console.run(lambda: keep(argv), "the same command starts again")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ and at the last measurement of a run; the spread of row norms is the mean over a
 """
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from scipy import stats
 from experiments.arms import EDGE
 from harness.figures import pyplot, save
 from harness.neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
-from harness.tables import Row, mean_and_sd
-from harness.tables import table as as_text
+from harness.tables import Row, mean_and_sd, table
 
 Record = dict[str, Any]
 MAIN_KEY = f"{MAIN:g}"
@@ -49,15 +47,14 @@ def curves_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
 def by_cell(record: Record) -> dict[tuple[str, str], list[Row]]:
     """Runs by (expansion, arm), in the record's order."""
     cells: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for expansion, arm in itertools.product(record["expansions"], record["arms"]):
-        for run in record["runs"]:
-            if (run["expansion"], run["arm"]) == (expansion, arm):
-                cells[expansion, arm].append(run)
-    return cells
+    for run in record["runs"]:
+        cells[run["expansion"], run["arm"]].append(run)
+    order = itertools.product(record["expansions"], record["arms"])
+    return {cell: cells[cell] for cell in order if cell in cells}
 
 
-def percent(values: Sequence[float | None], digits: int = 2) -> str:
-    return mean_and_sd([None if value is None else 100 * value for value in values], digits)
+def percent(values: Sequence[float | None]) -> str:
+    return mean_and_sd([None if value is None else 100 * value for value in values], 2)
 
 
 def final(run: Row, *keys: str) -> float | None:
@@ -84,24 +81,20 @@ def summary(record: Record) -> list[Row]:
         for threshold in THRESHOLDS:
             shares = [final(run, "dead", "mean", f"{threshold:g}") for run in runs]
             row[f"dead % < {threshold:g}"] = percent(shares)
-        by_peak = [final(run, "dead", "peak", f"{THRESHOLDS[0]:g}") for run in runs]
-        row[f"by peak % < {THRESHOLDS[0]:g}"] = percent(by_peak)
+        row[f"by peak % < {THRESHOLDS[0]:g}"] = percent(
+            [final(run, "dead", "peak", f"{THRESHOLDS[0]:g}") for run in runs]
+        )
         row["half dead by"] = mean_and_sd([final(run, "dead_since", "mean") for run in runs], 0)
         for name in ("ever_dead", "revived"):
             row[f"{name.replace('_', ' ')} %"] = percent([final(run, name, "mean", MAIN_KEY) for run in runs])
         row["CV gate, up"] = mean_and_sd([mean_spread(run, "gate", "up") for run in runs], 3)
         row["CV down"] = mean_and_sd([mean_spread(run, "down") for run in runs], 3)
         moved = [pooled(final(run, name, "least_moved_share") for name in MATRICES) for run in runs]
-        row["least moved %"] = percent(moved)
-        rows.append(row)
+        rows.append(row | {"least moved %": percent(moved)})
     return rows
 
 
-def table(record: Record, markdown: bool = False) -> str:
-    return as_text(summary(record), markdown)
-
-
-def sensitivity(record: Record, markdown: bool = False) -> str:
+def sensitivity(record: Record) -> list[Row]:
     """Dead neurons at the end in %, at every threshold and by both measures; means over the seeds."""
     rows = []
     for (expansion, arm), runs in by_cell(record).items():
@@ -110,10 +103,10 @@ def sensitivity(record: Record, markdown: bool = False) -> str:
             key = f"{threshold:g}"
             row[f"{measure} < {key}"] = percent([pooled(final(run, "dead", measure, key) for run in runs)])
         rows.append(row)
-    return as_text(rows, markdown)
+    return rows
 
 
-def correlation(record: Record, markdown: bool = False) -> str:
+def correlation(record: Record) -> list[Row]:
     """Spearman's rank correlation of the dead share with the final loss, over the runs of all arms of an expansion.
 
     Arms differ in more than in their dead neurons: a correlation over them is no cause. Last column: over seeds within
@@ -134,7 +127,7 @@ def correlation(record: Record, markdown: bool = False) -> str:
         rho, p = spearman(pairs)
         row = {"MLP": expansion, "dead by": measure, "runs": str(len(pairs)), "rho": rho, "p": p}
         rows.append(row | {"rho within arms": spearman(within)[0]})
-    return as_text(rows, markdown)
+    return rows
 
 
 def spearman(pairs: Sequence[Any]) -> tuple[str, str]:
@@ -147,18 +140,15 @@ def spearman(pairs: Sequence[Any]) -> tuple[str, str]:
 
 def report(record: Record) -> str:
     """All tables with what has to be said of them."""
-    parts = [f"{record['device']}; {record['recipe']}, {record['steps']} steps, seeds {record['seeds']}", table(record)]
+    parts = [f"{record['device']}; {record['recipe']}, {record['steps']} steps, seeds {record['seeds']}"]
+    parts.append(table(summary(record)))
     if any(run["at_edge"] for run in record["runs"]):
         parts.append(f"{EDGE} the best rate is at an end of those tried: a rate beyond it may be better")
     if not record["tuning"]:
         parts.append("rates were not tuned here")
-    parts += ["Dead neurons at the end (%), by threshold and measure:", sensitivity(record)]
-    parts += [f"Dead at {MAIN_KEY} against final loss, Spearman:", correlation(record)]
+    parts += ["Dead neurons at the end (%), by threshold and measure:", table(sensitivity(record))]
+    parts += [f"Dead at {MAIN_KEY} against final loss, Spearman:", table(correlation(record))]
     return "\n\n".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures
 
 
 def draw(record: Record, path: Path) -> None:
@@ -182,8 +172,8 @@ def draw(record: Record, path: Path) -> None:
             values = scale * np.array(curves, dtype=float)  # None: nan
             axis.plot(steps, values.mean(0), style, color=colors[arm], label=arm if style == "-" else None)
             axis.fill_between(steps, values.min(0), values.max(0), color=colors[arm], alpha=0.2, linewidth=0)
-        points = [(_or_nan(final(run, "dead", "mean", MAIN_KEY), 100), run["val_loss"]) for run in known]
-        loss_axis.plot(*zip(*points, strict=True), "o", color=colors[arm])
+        dead = np.array([final(run, "dead", "mean", MAIN_KEY) for run in known], dtype=float)
+        loss_axis.plot(100 * dead, [run["val_loss"] for run in known], "o", color=colors[arm])
     for expansion, (dead_axis, spread_axis, loss_axis) in zip(expansions, grid, strict=True):
         told = f"mean below {MAIN_KEY}; dotted: peak below {THRESHOLDS[0]:g}"
         dead_axis.set(xlabel="step", ylabel=f"dead neurons (%)\n{told}", title=f"MLP {expansion}")
@@ -204,16 +194,16 @@ def draw_run(rows: list[Row], path: Path) -> None:
     steps, measured = [row["step"] for row in rows], [row["neurons"] for row in rows]
     figure, (thresholds, layers, spreads) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for (measure, style), threshold in itertools.product({"mean": "-", "peak": ":"}.items(), THRESHOLDS):
-        shares = [_or_nan(pooled(one["dead"][measure][f"{threshold:g}"]), 100) for one in measured]
+        found = np.array([pooled(one["dead"][measure][f"{threshold:g}"]) for one in measured], dtype=float)
         color = f"C{THRESHOLDS.index(threshold)}"
-        thresholds.plot(steps, shares, style, color=color, label=f"{measure} < {threshold:g}")
+        thresholds.plot(steps, 100 * found, style, color=color, label=f"{measure} < {threshold:g}")
     by_layer = np.array([one["dead"]["mean"][MAIN_KEY] for one in measured], dtype=float).T
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_layer)))
     for layer, (shares, shade) in enumerate(zip(by_layer, shades, strict=True)):
         label = f"layer {layer}" if layer in (0, len(by_layer) - 1) else None  # the shades between tell the rest
         layers.plot(steps, 100 * shares, color=shade, label=label)
     for name in MATRICES:
-        spreads.plot(steps, [_or_nan(pooled(one[name]["update_cv"])) for one in measured], label=name)
+        spreads.plot(steps, np.array([pooled(one[name]["update_cv"]) for one in measured], dtype=float), label=name)
     thresholds.set(ylabel="dead neurons (%)", title="by threshold, of the layer's median")
     layers.set(ylabel="dead neurons (%)", title=f"by layer, mean < {MAIN_KEY}")
     spreads.set(ylabel="standard deviation / mean", title="row norms of updates")
@@ -223,7 +213,3 @@ def draw_run(rows: list[Row], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7, ncols=2 if axis is thresholds else 3, loc="upper center")
     save(figure, path)
-
-
-def _or_nan(value: float | None, scale: float = 1.0) -> float:
-    return math.nan if value is None else scale * value

@@ -26,29 +26,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from data.files import check_writable, user_path, write_json
 from data.prepare import ensure
 from experiments import arms
-from experiments.arms import confirm, duration
+from experiments.arms import confirm, duration, names_of
 from experiments.neuron_report import curves_of, draw, draw_run, report
 from experiments.sweep import Result, load_sweep, rows_with, visible_gpus
 from harness.machine import device_name, find_machine
 from harness.overrides import arguments, assignments
-from harness.settings import parse_settings
 from model import round_up
 from train_gpt import load_config, set_up
 
 ARMS = {
-    "adamw": {"matrix_optimizer": "adamw"},
-    "muon": {"matrix_optimizer": "muon"},
-    "unormuon": {"matrix_optimizer": "unormuon"},
-    "normuon": {"matrix_optimizer": "normuon"},
+    **{rule: {"matrix_optimizer": rule} for rule in ("adamw", "muon", "unormuon", "normuon")},
     "aurora": {"matrix_optimizer": "aurora", "aurora_variant": "release"},
     "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
     "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
@@ -57,30 +52,29 @@ RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rat
 DEFAULT_RATE = 0.02  # without tuning: what won for all arms tried at 8/3 over 200 steps (results/neurons.json)
 TUNING_SEED = 100
 START_S = 5.0  # of a run, before its first step
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(arms=("muon", "aurora", "adamw"), expansions=("8/3",), steps=300, seeds=(0, 1, 2), rates_tried=0),
-    "full": dict(arms=tuple(ARMS), expansions=("8/3", "4", "8"), steps=600, seeds=(0, 1, 2), rates_tried=len(RATES)),
-}
 FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
 Cell = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Options:
-    preset: Literal["quick", "full"] = "quick"  # quick or full: what the next five are if they are not given
-    arms: tuple[str, ...] = ()  # adamw muon unormuon normuon aurora aurora_warm riemannian_aurora
-    expansions: tuple[str, ...] = ()  # hidden width of the MLP over model width, such as 8/3
-    seeds: tuple[int, ...] = ()  # reported ones
-    steps: int = 0  # of the schedule
-    rates_tried: int = -1  # learning rates tried for each arm and expansion; 0: no tuning
+    preset: Literal["quick", "full"] = "quick"  # what the next five are if they are not given
+    arms: Annotated[tuple[str, ...], names_of(ARMS)] = ("muon", "aurora", "adamw")  # of the hidden matrices
+    expansions: tuple[str, ...] = ("8/3",)  # hidden width of the MLP over model width
+    seeds: tuple[int, ...] = (0, 1, 2)  # reported ones
+    steps: Annotated[int, ">= 1"] = 300  # of the schedule
+    rates_tried: int = 0  # learning rates tried for each arm and expansion; 0: no tuning
     recipe: str = "configs/sotu_base.toml"  # model, data and batch
-    every: int = 25  # steps between measurements of the neurons
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: the same in every run
+    every: Annotated[int, ">= 1"] = 25  # steps between measurements of the neurons
+    set: tuple[tuple[str, ...], ...] = ()  # key=value ...: the same in every run
     out: str = ""  # folder of the runs; empty: runs/neurons_<preset>
-    jobs: int = 0  # runs at once; 0: one for each GPU, or for each CPU thread
+    jobs: Annotated[int, ">= 0"] = 0  # runs at once; 0: one for each GPU, or for each CPU thread
     yes: bool = False  # do not ask before the full preset starts
     draw: str = ""  # run nothing, print and draw this JSON
     run: str = ""  # run nothing, draw the measurements of this run directory
+
+
+FULL = Options("full", tuple(ARMS), ("8/3", "4", "8"), steps=600, rates_tried=len(RATES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,26 +90,19 @@ class Group:
         return {**self.settings, "matrix_lr": f"{rate:g}"}
 
 
-def with_preset(options: Options) -> Options:
-    """Options with the preset's values where none were given. Raises ValueError for what no run can be made of."""
-    unset = {"arms": (), "expansions": (), "seeds": (), "steps": 0, "rates_tried": -1}
-    preset = PRESETS[options.preset]
-    options = dataclasses.replace(
-        options, out=str(user_path(options.out or f"runs/neurons_{options.preset}")),
-        recipe=str(user_path(options.recipe)),
-        **{key: preset[key] for key, value in unset.items() if getattr(options, key) == value},
-    )  # fmt: skip
-    for arm in options.arms:
-        if arm not in ARMS:
-            raise ValueError(f"arms: {arm!r} is none; choose from {' '.join(ARMS)}")
+def completed(options: Options) -> Options:
+    """Options with whole paths. Raises ValueError for what no run can be made of."""
+    out, recipe = user_path(options.out or f"runs/neurons_{options.preset}"), user_path(options.recipe)
+    options = dataclasses.replace(options, out=str(out), recipe=str(recipe))
     for key in ("arms", "expansions", "seeds"):
-        if len(set(getattr(options, key))) < len(getattr(options, key)):
-            raise ValueError(f"{key} = {' '.join(map(str, getattr(options, key)))}: one comes twice; name each once")
+        values = getattr(options, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{key} = {' '.join(map(str, values)) or 'nothing'}: name at least one, and each once")
     if options.rates_tried not in (0, *range(2, len(RATES) + 1)):
         raise ValueError(f"rates_tried = {options.rates_tried} must be 0 (no tuning) or 2 to {len(RATES)}")
     if options.rates_tried and TUNING_SEED in options.seeds:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
-    if options.every < 1 or options.steps < 1 or options.steps % options.every:
+    if options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
     own = {*FIXED, *itertools.chain(*ARMS.values()), "matrix_lr", "mlp_hidden", "seed", "neuron_stats"}
     assignments(itertools.chain(*options.set), "--set: ", own)
@@ -132,9 +119,8 @@ def groups(options: Options, model_dim: int) -> list[Group]:
         if hidden <= 0:
             raise ValueError(f"expansions: {expansion!r} is no positive number; try 8/3 4 8")
         if expansion_of.setdefault(hidden, expansion) != expansion:
-            raise ValueError(
-                f"expansions: {expansion_of[hidden]} and {expansion} are both mlp_hidden = {hidden}; drop one"
-            )
+            both = f"{expansion_of[hidden]} and {expansion} are both mlp_hidden = {hidden}"
+            raise ValueError(f"expansions: {both}; drop one")
         settings = {**ARMS[arm], "mlp_hidden": str(hidden)}
         found.append(Group(arm, expansion, settings, rates_of(arm, options.rates_tried)))
     return found
@@ -146,23 +132,15 @@ def rates_of(arm: str, count: int) -> tuple[float, ...]:
     return tuple(rate / 10 if arm == "adamw" else rate for rate in tried)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Cost
-
-
 def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
     """Expected seconds of a run: start, training and two validations, from a few steps here without torch.compile."""
     fixed = arguments(fixed_settings(options) | group.cell(group.rates[0]))
     config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with arms.cpu_threads(threads):
         run = set_up(config, find_machine(config.device, config.dtype))
         (step_s,) = arms.seconds_per_step({"": run})[""]
-        run.loader.close()
-    finally:
-        torch.set_num_threads(before)
-        torch.cuda.empty_cache()  # the runs need it
+    run.loader.close()
+    torch.cuda.empty_cache()  # the runs need it
     steps_of_validation = 2 * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of a step
     return START_S + step_s * (config.train_steps + steps_of_validation)
 
@@ -187,15 +165,10 @@ def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list
     left = 1 - num_done / num_runs
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
     end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
-    lines = [title, *lines]
     if on_gpu:
-        return [*lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
+        return [title, *lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
     place = f"threads of each: {threads}, on {device_name(torch.device('cpu'))}"
-    return [*lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Runs
+    return [title, *lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
 
 
 def fixed_settings(options: Options) -> Cell:
@@ -223,24 +196,24 @@ def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
 
 def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, Any]:
     """Tune, run, and keep what the tables need."""
-    tuning, rates, at_edge = [], {}, {}
+    tuning, runs = [], []
+    chosen = {group: (group.rates[0], False) for group in of_all}
     if options.rates_tried:
         cells = [group.cell(rate) for group in of_all for rate in group.rates]
         results = iter(stage(options, "tuning", cells, [TUNING_SEED], jobs))
         for group in of_all:
             tried = {rate: loss_of(next(results)) for rate in group.rates}
-            rates[group], at_edge[group] = best_rate(tried)
+            chosen[group] = best_rate(tried)
             tuning.append(dict(arm=group.arm, expansion=group.expansion, tried=list(tried.items())))
-    else:
-        rates, at_edge = {group: group.rates[0] for group in of_all}, dict.fromkeys(of_all, False)
-    cells = [group.cell(rates[group]) for group in of_all]
+    cells = [group.cell(rate) for group, (rate, _) in chosen.items()]
     results_of_runs = stage(options, "runs", cells, options.seeds, jobs)
-    runs = []
     for (_, group), result in zip(itertools.product(options.seeds, of_all), results_of_runs, strict=True):
         looks, last = curves_of(rows_with("neurons", Path(result.directory)))
-        kept = dict(arm=group.arm, expansion=group.expansion, mlp_hidden=int(group.settings["mlp_hidden"]))
-        kept |= dict(rate=rates[group], at_edge=at_edge[group], seed=result.seed, status=result.summary["status"])
-        runs.append(kept | dict(val_loss=loss_of(result), looks=looks, last=last))
+        (rate, at_edge), hidden = chosen[group], int(group.settings["mlp_hidden"])
+        runs.append(dict(
+            arm=group.arm, expansion=group.expansion, mlp_hidden=hidden, rate=rate, at_edge=at_edge, seed=result.seed,
+            status=result.summary["status"], val_loss=loss_of(result), looks=looks, last=last,
+        ))  # fmt: skip
     kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "expansions", "seeds", "steps", "every")}
     return dict(
         **kept_options, **arms.origins(run.summary for run in results_of_runs),
@@ -248,12 +221,9 @@ def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, An
     )  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    return arms.command(lambda: _main(argv))
-
-
-def _main(argv: list[str]) -> None:
-    options = parse_settings(Options, argv, description=__doc__)
+@arms.command
+def main(argv: list[str]) -> None:
+    options = arms.parse_preset({"quick": Options(), "full": FULL}, argv, __doc__)
     if options.run:
         path = user_path(options.run) / "neurons.png"
         rows = rows_with("neurons", path.parent)
@@ -264,7 +234,7 @@ def _main(argv: list[str]) -> None:
         return
     path = user_path(options.draw)
     if not options.draw:
-        options = with_preset(options)
+        options = completed(options)
         path = Path(f"{options.out}.json")
         check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
         config = load_config([options.recipe, *arguments(assignments(itertools.chain(*options.set)))])

@@ -23,18 +23,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-import tyro
 from scipy import stats
 
 from data.files import check_writable, user_path, write_json
 from experiments import arms
-from experiments.arms import confirm, duration
+from experiments.arms import confirm, duration, names_of
 from harness.machine import find_machine, versions
 from harness.overrides import arguments, assignments
+from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
 from train_gpt import load_config, set_up
 
@@ -52,20 +52,18 @@ ARMS: dict[str, dict[str, str | float]] = {
     "doc_mask": dict(doc_mask="true"),
     "window": dict(window="128"),
 }
-FIXED = dict(
-    stop_at_target="false", target_loss="0", checkpoint_every="0", resume="", fused="norm,mlp,head,blocks",
-)  # fmt: skip
+FIXED = dict(stop_at_target="false", target_loss="0", checkpoint_every="0", resume="", fused="norm,mlp,head,blocks")
 TURNS = 25  # of timing a step of every arm
 
 
 @dataclass(frozen=True)
 class Options:
-    recipe: tyro.conf.Positional[str] = "configs/sotu_base.toml"  # model, data and the plain schedule
-    arms: tuple[str, ...] = tuple(ARMS)  # options to try; the plain model is always there
+    recipe: str = "configs/sotu_base.toml"  # model, data and the plain schedule
+    arms: Annotated[tuple[str, ...], names_of(ARMS)] = tuple(ARMS)  # options to try; the plain model is always there
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 0  # of the plain schedule; 0: the recipe's
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: settings of every run
-    jobs: int = 1  # runs at once
+    steps: Annotated[int, ">= 0"] = 0  # of the plain schedule; 0: the recipe's
+    set: tuple[tuple[str, ...], ...] = ()  # key=value ...: settings of every run
+    jobs: Annotated[int, ">= 1"] = 1  # runs at once
     out: str = "runs/options"  # folder of the runs and of result.json
     table: str = ""  # run nothing, print this result.json
     yes: bool = False  # do not ask before starting
@@ -103,77 +101,62 @@ def compare(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, flo
     """Mean difference of runs with the same seed, and its 95% interval (infinite for one seed)."""
     differences = np.subtract(losses, plain)
     mean, n = float(differences.mean()), len(differences)
-    if n < 2:
-        return mean, -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(differences)) if n > 1 else math.inf
     return mean, mean - half, mean + half
 
 
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each arm, best first, the plain model on top."""
-    arms = {arm["arm"]: arm for arm in result["arms"]}
-    rows: list[tuple[float, Row]] = []
-    for name, arm in arms.items():
-        losses, plain = arm["val_loss"], arms["plain"]["val_loss"]
-        row: Row = dict(option=name, step=f"{arm['step_s'] / arms['plain']['step_s']:.2f}x", steps=arm["steps"])
-        if None in losses:
-            rows.append(
-                (math.inf, row | {"final loss": "diverged", "difference": "", "95% interval": "", "pays": "no"})
-            )
-            continue
-        row["final loss"] = mean_and_sd(losses, 4)
-        mean, low, high = compare(losses, plain)
-        if name == "plain":
-            rows.append((-math.inf, row | {"difference": "", "95% interval": "", "pays": ""}))
-            continue
-        verdict = "yes" if high < 0 else "costs" if low > 0 else "cannot tell"
-        rows.append((mean, row | {"difference": f"{mean:+.4f}", "95% interval": f"{low:+.4f} to {high:+.4f}",
-                                  "pays": verdict}))  # fmt: skip
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    plain, ranked = next(arm for arm in result["arms"] if arm["arm"] == "plain"), []
+    for arm in result["arms"]:
+        rank, told = math.inf, ("diverged", "", "", "no")
+        if None not in arm["val_loss"]:
+            rank, low, high = compare(arm["val_loss"], plain["val_loss"])
+            pays = "yes" if high < 0 else "costs" if low > 0 else "cannot tell"
+            told = mean_and_sd(arm["val_loss"], 4), f"{rank:+.4f}", f"{low:+.4f} to {high:+.4f}", pays
+        if arm is plain:
+            rank, told = -math.inf, (told[0], "", "", "")
+        row: Row = dict(option=arm["arm"], step=f"{arm['step_s'] / plain['step_s']:.2f}x", steps=arm["steps"])
+        row |= zip(("final loss", "difference", "95% interval", "pays"), told, strict=True)
+        ranked.append((rank, row))
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def experiment(options: Options) -> dict[str, Any]:
     """Time, confirm, run; the content of result.json. Raises ValueError for what was asked for."""
-    unknown = sorted(set(options.arms) - set(ARMS))
-    if unknown or not options.seeds or options.jobs < 1 or options.steps < 0:
-        what = f"arm {unknown[0]!r} is unknown" if unknown else "seeds, jobs or steps are none"
-        raise ValueError(f"{what}; arms are {', '.join(ARMS)}, and --seeds 0 1 2 --jobs 2 is usual")
+    if not options.seeds:
+        raise ValueError("there is no seed; --seeds 0 1 2 is usual")
     fixed = fixed_settings(options)
     steps = options.steps or load_config([options.recipe, *arguments(fixed)]).train_steps
     names = list(dict.fromkeys(("plain", *options.arms)))
     out = Path(options.out)
     check_writable(out, "choose another folder, such as --out=/tmp/options")
-    timing, threads = out / "timing.json", torch.get_num_threads()
+    timing = out / "timing.json"
     step_s = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
     if not step_s.keys() >= set(names):  # else an earlier start's, whose runs go on
-        torch.set_num_threads(max(1, threads // options.jobs))
-        step_s = step_seconds(options, names, steps)
-        torch.set_num_threads(threads)
+        with arms.cpu_threads(max(1, torch.get_num_threads() // options.jobs)):
+            step_s = step_seconds(options, names, steps)
     schedule = {arm: round(steps * step_s["plain"] / step_s[arm]) for arm in names}
-    num_runs, total_s = len(names) * len(options.seeds), len(names) * len(options.seeds) * steps * step_s["plain"]
+    num_runs = len(names) * len(options.seeds)
+    total_s = num_runs * steps * step_s["plain"]
     confirm([f"{num_runs} runs of {min(schedule.values())} to {max(schedule.values())} steps: about "
              f"{duration(total_s / options.jobs)} of training, {options.jobs} at a time"], options.yes)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_json(timing, step_s, indent=1)
     cells = [arm_settings(arm, schedule[arm]) for arm in names]
     results = arms.sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed)
-    losses: dict[str, list[float | None]] = {arm: [] for arm in names}
-    for (_, arm), run in zip(itertools.product(options.seeds, names), results, strict=True):
-        losses[arm].append(None if run.diverged else run.summary["val_loss"])
+    losses = [None if run.diverged else run.summary["val_loss"] for run in results]  # seeds outermost
     return dict(
         recipe=options.recipe, settings=fixed, seeds=list(options.seeds), device=results[-1].summary["device"],
         versions=versions(),
-        arms=[dict(arm=arm, sets=cell, step_s=step_s[arm], steps=schedule[arm], val_loss=losses[arm])
-              for arm, cell in zip(names, cells, strict=True)],
+        arms=[dict(arm=arm, sets=cell, step_s=step_s[arm], steps=schedule[arm], val_loss=losses[place :: len(names)])
+              for place, (arm, cell) in enumerate(zip(names, cells, strict=True))],
     )  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> int:
-    return arms.command(lambda: _main(argv))
-
-
-def _main(argv: Sequence[str]) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+@arms.command
+def main(argv: list[str]) -> None:
+    options = parse_settings(Options, argv, __doc__, leading="recipe")
     recipe, out = (str(user_path(path)) for path in (options.recipe, options.out))
     options = dataclasses.replace(options, recipe=recipe, out=out)
     if options.table:

@@ -24,8 +24,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from data.files import check_writable, user_path, whole_file
 from experiments.arms import seconds_per_step
 from experiments.curves import curve, draw
@@ -41,28 +39,20 @@ from train_gpt import Config, Run, evaluate, load_config, set_up, train, warm_up
 
 VALIDATIONS = 12  # of a run, after the one before its first step
 FEWEST_STEPS = 2 * VALIDATIONS  # of a run that says anything
+RECIPES = tuple(f"configs/classics_124m_{name}.toml" for name in ("adamw", "muon", "aurora"))
 OVERHEAD_S = 2.0  # of a run, besides training and validations: its log, and warming up once more
 Curve = Sequence[tuple[int, float, float]]  # step, seconds of training, validation loss
 
 
 @dataclass(frozen=True)
 class Args:
-    recipes: tyro.conf.Positional[tuple[str, ...]] = tuple(
-        f"configs/classics_124m_{name}.toml" for name in ("adamw", "muon", "aurora")
-    )
-    """One recipe for each run, or one for all of --matrix_optimizers; the first run is the baseline."""
-    matrix_optimizers: tuple[str, ...] = ()
-    """Runs of the first recipe, instead of one run for each recipe."""
-    seconds: float = 240.0
-    """For everything together."""
-    target_loss: float = 0.0
-    """Nats per token; 0: the highest of the final losses."""
-    data: str = ""
-    """Folder with *_train_*.bin and *_val_*.bin, or the same as .bin.xz; empty: the recipe's files."""
-    set: tuple[str, ...] = ()
-    """key=value ...: settings of every run."""
-    folder: str = "runs/race"
-    """For run directories and unpacked shards."""
+    recipes: tuple[str, ...] = RECIPES  # one for each run, or for all of --matrix_optimizers; the first is the baseline
+    matrix_optimizers: tuple[str, ...] = ()  # runs of the first recipe, instead of one run for each recipe
+    seconds: float = 240.0  # for everything together
+    target_loss: float = 0.0  # nats per token; 0: the highest of the final losses
+    data: str = ""  # folder with *_train_*.bin and *_val_*.bin, or the same as .bin.xz; empty: the recipe's files
+    set: tuple[str, ...] = ()  # key=value ...: settings of every run
+    folder: str = "runs/race"  # for run directories and unpacked shards
 
 
 @dataclass
@@ -79,19 +69,15 @@ def shards(data: Path, folder: Path) -> list[str]:
     """
     words = []
     for setting, pattern in (("train_files", "*_train_*.bin"), ("val_files", "*_val_*.bin")):
-        place = data
-        if not any(data.glob(pattern)):
-            place = folder
-            packed = sorted(data.glob(f"{pattern}.xz"))
-            if not packed:
-                raise ValueError(f"data = {str(data)!r} has no {pattern} and no {pattern}.xz; put shards there")
+        is_plain, packed = any(data.glob(pattern)), sorted(data.glob(f"{pattern}.xz"))
+        if not is_plain and not packed:
+            raise ValueError(f"data = {str(data)!r} has no {pattern} and no {pattern}.xz; put shards there")
+        for path in () if is_plain else packed:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in packed:
-                target = folder / path.stem
-                if not target.exists():
-                    with lzma.open(path) as source, whole_file(target, "wb") as copy:
-                        shutil.copyfileobj(source, copy, 2**24)
-        words.append(f"--{setting}={place / pattern}")
+            if not (folder / path.stem).exists():
+                with lzma.open(path) as source, whole_file(folder / path.stem, "wb") as copy:
+                    shutil.copyfileobj(source, copy, 2**24)
+        words.append(f"--{setting}={(data if is_plain else folder) / pattern}")
     return words
 
 
@@ -112,14 +98,13 @@ def training_seconds(racers: Sequence[Racer], left_s: float) -> float:
     ValueError if that is too short."""
     rest_s = sum((VALIDATIONS + 2) * racer.validation_s + OVERHEAD_S for racer in racers)
     slowest = max(racers, key=lambda racer: racer.step_s)
-    train_s = min((left_s - rest_s) / len(racers), slowest.run.config.train_steps * slowest.step_s)
-    if (left_s - rest_s) / len(racers) < FEWEST_STEPS * slowest.step_s:
-        need_s = rest_s - left_s + len(racers) * FEWEST_STEPS * slowest.step_s
+    need_s = rest_s + len(racers) * FEWEST_STEPS * slowest.step_s - left_s
+    if need_s > 0:
         raise ValueError(
             f"seconds: {left_s:.0f} are left after compiling, too few for {len(racers)} runs of {FEWEST_STEPS} steps "
-            f"or more; give {max(1, math.ceil(need_s))} more, or a smaller batch_tokens"
+            f"or more; give {math.ceil(need_s)} more, or a smaller batch_tokens"
         )
-    return train_s
+    return min((left_s - rest_s) / len(racers), slowest.run.config.train_steps * slowest.step_s)
 
 
 def scheduled(config: Config, train_steps: int, run_dir: str) -> Config:
@@ -147,15 +132,13 @@ def race(racers: Sequence[Racer], left_s: float, folder: Path) -> list[dict[str,
         run = racer.run
         run.config = scheduled(run.config, int(train_s / racer.step_s), str(folder / "runs"))
         run.clock = Clock(run.machine.device)
-        log = RunLog(run.config, run.machine, run.data)
+        log, name = RunLog(run.config, run.machine, run.data), run.config.matrix_optimizer
         summary = train(run, log)
         run.loader.close()
-        raise_if_cut_short(summary, run.config.matrix_optimizer)
+        raise_if_cut_short(summary, name)
         summary.update(device=run.machine.name, config=dataclasses.asdict(run.config))
-        name = {"matrix_optimizer": run.config.matrix_optimizer}
-        runs.append(
-            dict(overrides=name, summary=summary, curve=curve(log.directory), train_s=run.clock.seconds["train"])
-        )
+        kept = dict(overrides={"matrix_optimizer": name}, summary=summary, curve=curve(log.directory))
+        runs.append(kept | dict(train_s=run.clock.seconds["train"]))
     return runs
 
 
@@ -175,24 +158,24 @@ def rows(runs: Sequence[dict[str, Any]], target: float) -> list[Row]:
 
 
 def main(args: Args) -> None:
-    start, folder = time.monotonic(), user_path(args.folder)
+    started, folder = time.monotonic(), user_path(args.folder)
     recipes = [str(user_path(recipe)) for recipe in args.recipes]
     check_writable(folder, "choose another one, such as --folder=/tmp/race")
     words = shards(user_path(args.data), folder / "data") if args.data else []
     words += arguments(assignments(args.set, "--set: ", OWN))
-    starts = [(recipe, words) for recipe in recipes]
+    starts = [[recipe, *words] for recipe in recipes]
     if args.matrix_optimizers:
-        starts = [(recipes[0], [*words, f"--matrix_optimizer={name}"]) for name in args.matrix_optimizers]
+        starts = [[*starts[0], f"--matrix_optimizer={name}"] for name in args.matrix_optimizers]
     with compile_everything():
-        racers = [make_racer(load_config([recipe, *more])) for recipe, more in starts]
+        racers = [make_racer(load_config(start)) for start in starts]
         gc.collect()
-        runs = race(racers, args.seconds - (time.monotonic() - start), folder)
+        runs = race(racers, args.seconds - (time.monotonic() - started), folder)
     finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]
     target = args.target_loss or math.ceil(1e3 * max(finals, default=0.0)) / 1e3
     for run in runs:
         run["summary"]["config"]["target_loss"] = target
     device = str(racers[0].run.machine.device)
-    settings = dataclasses.asdict(args) | dict(target_loss=target, recipes=[recipe for recipe, _ in starts])
+    settings = dataclasses.asdict(args) | dict(target_loss=target, recipes=[recipe for recipe, *_ in starts])
     curves = {run["overrides"]["matrix_optimizer"]: run["curve"] for run in runs}
     path = report("race", rows(runs, target), device, **settings, curves=curves)
     try:

@@ -27,7 +27,6 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from data import console
@@ -49,8 +48,9 @@ Cell = Mapping[str, str]  # overrides: setting -> value as typed
 
 @dataclass(frozen=True)
 class Options:
-    grid: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value,value ...: every combination a cell
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()  # key=value ...: the same in every cell
+    recipe: str = ""  # what every run trains; its name comes first
+    grid: tuple[tuple[str, ...], ...] = ()  # key=value,value ...: every combination a cell
+    set: tuple[tuple[str, ...], ...] = ()  # key=value ...: the same in every cell
     seeds: tuple[int, ...] = (0,)  # each cell runs with each of them
     out: str = ""  # folder of the results; empty: runs/sweep_<recipe>
     jobs: int = 0  # runs at once; 0: one for each GPU, or 1
@@ -111,10 +111,9 @@ class Sweep:
         """`run` with its result on disk, the last that counts, or none."""
         run = dataclasses.replace(run, directory="", summary={})
         for path in sorted((self.out / "runs" / run.name).glob("*/summary.json")):
-            found = dataclasses.replace(
-                run, directory=str(path.parent), summary=json.loads(path.read_text(encoding="utf-8"))
-            )
-            run = found if found.ended else run
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            if is_complete(summary):
+                run = dataclasses.replace(run, directory=str(path.parent), summary=summary)
         self.results[run.name] = run
         return run
 
@@ -155,8 +154,7 @@ def run_sweep(
     out.mkdir(parents=True, exist_ok=True)
     # Runs inherit the lock: after SIGKILL, the next start waits for those still on.
     with (out / ".lock").open("w", encoding="utf-8") as lock:
-        locked = try_lock(lock)
-        if locked is False:
+        if (locked := try_lock(lock)) is False:
             print(f"{out}: waiting for another sweep, or for runs that one left behind", file=sys.stderr)
             wait_for_lock(lock)
         if locked is None:  # what another one runs is run twice then, and nothing is lost
@@ -256,14 +254,13 @@ def table(results: Iterable[Result], markdown: bool = False, best_by: str = "") 
         row |= {name: mean_and_sd([run.summary[name] for run in good], digits) for name, digits in DECIMALS.items()}
         row |= {name: mean_and_sd([update_spread(run, matrices) for run in good], 3)
                 for name, matrices in SPREADS.items()}  # fmt: skip
-        ranked.append(
-            (len(good) < len(runs), statistics.fmean([run.summary["val_loss"] for run in good] or [0.0]), row)
-        )
+        mean = statistics.fmean([run.summary["val_loss"] for run in good] or [0.0])
+        ranked.append((len(good) < len(runs), mean, row))
     rows = [row for *_, row in sorted(ranked, key=lambda entry: entry[:2])]
     if best_by:
         rows = [row for i, row in enumerate(rows) if row[best_by] not in [better[best_by] for better in rows[:i]]]
-    unknown = [name for name in SPREADS if all(row[name] == "-" for row in rows)]
-    rows = [{key: value for key, value in row.items() if key not in unknown} for row in rows]
+    unknown = {name for name in SPREADS if all(row[name] == "-" for row in rows)}
+    rows = [{key: row[key] for key in row if key not in unknown} for row in rows]
     return as_text(rows, markdown).rstrip() if rows else "no run has ended"
 
 
@@ -287,13 +284,12 @@ def main(argv: list[str]) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    recipe, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    options = parse_settings(Options, argv, description=__doc__)
-    if not recipe:
+    options = parse_settings(Options, argv, __doc__, leading="recipe")
+    if not options.recipe:
         raise ValueError("name a recipe first, such as configs/sotu_cpu.toml")
-    out = user_path(options.out or f"runs/sweep_{Path(recipe).stem}")
+    out = user_path(options.out or f"runs/sweep_{Path(options.recipe).stem}")
     cells, fixed = grid_cells(options.grid), assignments(itertools.chain(*options.set))
-    results = [] if options.table else run_sweep(recipe, cells, options.seeds, out, options.jobs, fixed)
+    results = [] if options.table else run_sweep(options.recipe, cells, options.seeds, out, options.jobs, fixed)
     print(table(load_sweep(out).results.values(), options.markdown, options.best_by))
     if len({(run.summary["git_commit"], run.summary["device"]) for run in results if run.ended}) > 1:
         print("note: these runs are of more than one git commit or device, see sweep.json", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The result of a benchmark or race: a table on the terminal and a JSON file that names the machine; and the end of
 every such command."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import tyro
 
 from data import console
 from data.files import check_writable, user_path, write_json
 from harness.machine import ROOT, device_name, versions
+from harness.settings import parse_settings
 from harness.tables import Row, slug, table
 
 RESULTS = ROOT / "benchmarks/results"
@@ -22,10 +23,11 @@ Args = TypeVar("Args")
 
 def command(main: Callable[[Args], int | None], kind: type[Args], description: str | None) -> NoReturn:
     """End the process with the status of `main`, given the command line's arguments, once its result has a place to go
-    to."""
+    to. The name of the first argument may be left out."""
 
     def work() -> int | None:
-        args = tyro.cli(kind, description=description, use_underscores=True)
+        first = dataclasses.fields(kind)[0].name  # type: ignore[arg-type]
+        args = parse_settings(kind, sys.argv[1:], description, leading=first)
         check_writable(results_folder(), "BENCHMARK_RESULTS=/tmp/results chooses another folder")
         return main(args)
 

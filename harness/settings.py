@@ -48,17 +48,21 @@ class Rule:
 
 
 def parse_settings(
-    kind: type[Settings], argv: Sequence[str], description: str | None = None, default: Settings | None = None
-) -> Settings:
+    kind: type[Settings], argv: Sequence[str], description: str | None = None, default: Settings | None = None,
+    leading: str = "",
+) -> Settings:  # fmt: skip
     """The defaults (`default`, or else those of dataclass `kind`), then the TOML file that is named on the command
     line, then the settings on it: --key=value, --key value, --switch.
 
+    leading: a setting whose name may be left out where its value comes first on the command line.
     Raises ValueError naming the source, the key and what would work; SystemExit(0) after --help.
     """
     settings, rules = default or kind(), rules_of(kind)
     if {"--help", "-h"} & set(argv):
         print(describe(settings, description or ""))
         raise SystemExit(0)
+    if leading and argv and not argv[0].startswith("-"):
+        argv = [f"--{leading}", *argv]
     files, values = _split(rules, argv)
     if len(files) > 1:
         raise ValueError(f"command line: {files[0]} and {files[1]} are both taken for config files; name one")

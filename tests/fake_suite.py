@@ -13,7 +13,7 @@ FACTS = dataclasses.replace(NOWHERE, device="A GPU", slug="a-gpu")
 GOOD = "print('well')"
 
 
-def last_line(lines: list[str], _: list[Path]) -> Found:
+def last_line(lines: list[str], _: dict[str, Any]) -> Found:
     return Found({"said": lines[-1]})
 
 

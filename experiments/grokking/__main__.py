@@ -28,22 +28,20 @@ import sys
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from data.files import check_writable, user_path, write_json
 from experiments import arms
-from experiments.arms import confirm, duration
+from experiments.arms import confirm, duration, names_of
 from experiments.grokking import findings
 from experiments.grokking.decoder import LOSSES, WEIGHTS
 from experiments.grokking.pool import Store, place, read_runs, run_all
 from experiments.grokking.tasks import TASKS, TRAIN_SHARES
-from experiments.grokking.train import Settings, rows_per_step, seconds_per_step
+from experiments.grokking.train import Settings, seconds_per_step
 from harness.machine import versions
-from harness.settings import parse_settings
 from harness.tables import align
 
 # Optimizer -> learning rates, weight decays, in the order in which --lrs and --weight_decays take the first so many;
@@ -56,30 +54,32 @@ GRIDS = {
     "sgd": ((0.1, 0.03, 0.3), (0.001, 0.0001, 0.003, 0.01, 0.0)),
     "rmsprop": ((0.0003, 0.001, 0.0001), (0.001, 0.0001, 0.01, 0.1, 0.0)),
 }
+OPTIMIZERS = ("adamw", "muon", "normuon", "aurora", "sgd", "rmsprop")
 SPLITS = {"paper": 1.0, "half": 0.5}  # of the share of rows that the task's source trains on
+Seeds = Annotated[tuple[int, ...], ">= 0", f"<= {2**62}"]
 
 
 @dataclass(frozen=True)
 class Options:
-    preset: str = "full"  # quick or full: what all others are unless they are given
-    tasks: tuple[str, ...] = TASKS  # add sub mul div exp gcd parity
-    splits: tuple[str, ...] = ("paper",)  # paper: the share of rows trained on that the source states; half: of that
-    optimizers: tuple[str, ...] = ("adamw", "muon", "normuon", "aurora", "sgd", "rmsprop")  # of the hidden matrices
-    attentions: tuple[str, ...] = tuple(WEIGHTS)  # what turns attention's scores into weights
-    losses: tuple[str, ...] = tuple(LOSSES)  # and the logits in the loss
-    widths: tuple[int, ...] = (128,)  # of the residual stream
-    batch_sizes: tuple[int, ...] = (0,)  # rows per step; 0: 512, and 128 for parity
-    depth: int = 1  # blocks
-    heads: int = 4  # attention heads
-    adam_lr: float = 0.01  # of embedding and head, which are on AdamW in all runs
-    adam_weight_decay: float = 0.01  # of embedding and head
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of reported runs
-    tuning_seeds: tuple[int, ...] = (100,)  # of the sweep, which is not reported
-    lrs: int = 3  # learning rates tried for each optimizer
-    weight_decays: int = 5  # weight decays tried for each of them
-    max_steps: int = 2000  # a run ends here at the latest
-    sustain_steps: int = 300  # for which the validation accuracy has to stay up
-    jobs: int = 0  # runs at once, one thread each; 0: one for each CPU this process may use, four for each GPU
+    preset: Literal["quick", "full"] = "full"  # what all others are unless they are given
+    tasks: Annotated[tuple[str, ...], names_of(TASKS)] = TASKS  # each a table of rows, part of it to learn from
+    splits: Annotated[tuple[str, ...], names_of(SPLITS)] = ("paper",)  # share of rows trained on: the source's, or half
+    optimizers: Annotated[tuple[str, ...], names_of(GRIDS)] = OPTIMIZERS  # of the hidden matrices
+    attentions: Annotated[tuple[str, ...], names_of(WEIGHTS)] = tuple(WEIGHTS)  # what turns scores into weights
+    losses: Annotated[tuple[str, ...], names_of(LOSSES)] = tuple(LOSSES)  # and the logits in the loss
+    widths: Annotated[tuple[int, ...], ">= 2", "<= 65536"] = (128,)  # of the residual stream
+    batch_sizes: Annotated[tuple[int, ...], ">= 0", "<= 9312"] = (0,)  # rows per step; 0: 512, and 128 for parity
+    depth: Annotated[int, ">= 1", "<= 100"] = 1  # blocks
+    heads: Annotated[int, ">= 1", "<= 1000"] = 4  # attention heads
+    adam_lr: Annotated[float, ">= 0", "<= 10"] = 0.01  # of embedding and head, which are on AdamW in all runs
+    adam_weight_decay: Annotated[float, ">= 0", "<= 100"] = 0.01  # of embedding and head
+    seeds: Seeds = (1, 2, 3, 4, 5)  # of reported runs
+    tuning_seeds: Seeds = (100,)  # of the sweep, which is not reported
+    lrs: Annotated[int, ">= 1", "<= 3"] = 3  # learning rates tried for each optimizer
+    weight_decays: Annotated[int, ">= 1", "<= 5"] = 5  # weight decays tried for each of them
+    max_steps: Annotated[int, ">= 10", "<= 10000000"] = 2000  # a run ends here at the latest
+    sustain_steps: Annotated[int, ">= 10", "<= 10000000"] = 300  # for which the validation accuracy has to stay up
+    jobs: Annotated[int, ">= 0", "<= 1000"] = 0  # runs at once, one thread each; 0: one for each CPU, four for each GPU
     out: str = "runs/grokking"  # folder of the results
     table: bool = False  # run nothing, print the table of what there is of these runs
     draw: str = ""  # run nothing, report what is in this result.json
@@ -93,31 +93,14 @@ QUICK = Options(
 )  # fmt: skip
 
 
-CHOICES: dict[str, Iterable[str]] = {
-    "tasks": TASKS, "splits": SPLITS, "optimizers": GRIDS, "attentions": WEIGHTS, "losses": LOSSES,
-}  # fmt: skip
-LISTS = (*CHOICES, "widths", "batch_sizes", "seeds", "tuning_seeds")
-BOUNDS = {  # lowest and highest values that make sense
-    "widths": (2, 2**16), "batch_sizes": (0, 9312), "depth": (1, 100), "heads": (1, 1000), "seeds": (0, 2**62),
-    "tuning_seeds": (0, 2**62), "lrs": (1, 3), "weight_decays": (1, 5), "max_steps": (10, 10**7),
-    "sustain_steps": (10, 10**7), "jobs": (0, 1000), "adam_lr": (0, 10), "adam_weight_decay": (0, 100),
-}  # fmt: skip
+SHARED = ("depth", "heads", "max_steps", "sustain_steps", "adam_lr", "adam_weight_decay")  # of Options and Settings
 
 
 def check(options: Options) -> None:
-    """Refuse, with ValueError, options that cannot be run, before anything is."""
-    for key in LISTS:
-        values = getattr(options, key)
-        for value in values:
-            if key in CHOICES and value not in CHOICES[key]:
-                raise ValueError(f"{key}: {value!r} is unknown; choose from {' '.join(CHOICES[key])}")
-        if not values or len(set(values)) < len(values):
+    """Refuse, with ValueError, options that cannot be run together, before anything is."""
+    for key, values in vars(options).items():
+        if isinstance(values, tuple) and (not values or len(set(values)) < len(values)):
             raise ValueError(f"{key} = {' '.join(map(str, values)) or 'nothing'}: name at least one, and each once")
-    for key, (least, most) in BOUNDS.items():
-        given = getattr(options, key)
-        for value in given if isinstance(given, tuple) else (given,):
-            if not least <= value <= most:
-                raise ValueError(f"{key} = {value} must be {least} to {most}; the default is {getattr(Options, key)}")
     for key in ("max_steps", "sustain_steps"):
         if getattr(options, key) % Settings.look_every:
             raise ValueError(f"{key} = {getattr(options, key)} must be a multiple of {Settings.look_every}")
@@ -138,27 +121,19 @@ def tuning_runs(options: Options) -> list[Settings]:
     ):
         lrs, weight_decays = GRIDS[optimizer]
         for lr, weight_decay in itertools.product(lrs[: options.lrs], weight_decays[: options.weight_decays]):
-            runs.append(
-                Settings(
-                    task, optimizer, lr, weight_decay, seed, train_share=SPLITS[split] * TRAIN_SHARES[task],
-                    batch_size=0 if batch_size == rows_per_step(task) else batch_size,
-                    depth=options.depth, width=width, heads=options.heads,
-                    max_steps=options.max_steps, sustain_steps=options.sustain_steps,
-                    adam_lr=options.adam_lr, adam_weight_decay=options.adam_weight_decay,
-                )
-            )  # fmt: skip
+            runs.append(Settings(
+                task, optimizer, lr, weight_decay, seed, train_share=SPLITS[split] * TRAIN_SHARES[task],
+                batch_size=0 if batch_size == Settings(task).rows_per_step else batch_size, width=width,
+                **{key: getattr(options, key) for key in SHARED},
+            ))  # fmt: skip
     return list(dict.fromkeys(runs))
 
 
 def reported_runs(options: Options, tuned: Iterable[Settings]) -> list[Settings]:
     """The settings that the sweep chose, with each attention, loss and seed; seeds outermost."""
-    variants = list(itertools.product(options.attentions, options.losses))
-    return [
-        dataclasses.replace(settings, seed=seed, attention=attention, loss=loss)
-        for seed in options.seeds
-        for settings in tuned
-        for attention, loss in variants
-    ]
+    grid = itertools.product(options.seeds, tuned, options.attentions, options.losses)
+    return [dataclasses.replace(settings, seed=seed, attention=attention, loss=loss)
+            for seed, settings, attention, loss in grid]  # fmt: skip
 
 
 def choose(runs: Iterable[dict[str, Any]]) -> list[Settings]:
@@ -190,15 +165,13 @@ def cost(options: Options, jobs: int, done: Container[Settings]) -> list[str]:
         if _kind(settings) not in step_s:
             step_s[_kind(settings)] = seconds_per_step(settings)
     most = sum(step_s[_kind(settings)] * settings.max_steps for settings in left) / jobs
-    lines = [
-        f"{len(tuning)} runs to tune {len(untuned)} optimizers and settings, {len(reported)} runs to report; "
-        f"{len(tuning) + len(reported) - len(left)} are done"
-    ]
+    total = len(tuning) + len(reported)
+    lines = [f"{len(tuning)} runs to tune {len(untuned)} optimizers and settings, {len(reported)} runs to report; "
+             f"{total - len(left)} are done"]  # fmt: skip
     if left:
-        lines.append(
-            f"about {duration(most)} at most here ({place()}, {jobs} at once): {1000 * min(step_s.values()):.0f} to "
-            f"{1000 * max(step_s.values()):.0f} ms per step, {options.max_steps} steps in a run that never groks"
-        )
+        least, highest = (f"{1000 * bound(step_s.values()):.0f}" for bound in (min, max))
+        lines += [f"about {duration(most)} at most here ({place()}, {jobs} at once): {least} to {highest} ms per step, "
+                  f"{options.max_steps} steps in a run that never groks"]  # fmt: skip
     if not torch.cuda.is_available():
         lines.append("what it costs on a GPU is timed and said when the same command is started on one")
     return lines
@@ -222,7 +195,8 @@ def collect(options: Options, known: Mapping[Settings, dict[str, Any]]) -> dict[
     runs = [known[run] for run in reported_runs(options, choose(tuning)) if run in known]
     return dict(
         options=dataclasses.asdict(options), **arms.origins((*tuning, *runs)), versions=versions(),
-        tuning=[findings.without_curves(run) for run in tuning], runs=[findings.thinned(run) for run in runs],
+        tuning=[{key: run[key] for key in run if key != "curves"} for run in tuning],
+        runs=[findings.thinned(run) for run in runs],
     )  # fmt: skip
 
 
@@ -237,9 +211,10 @@ def run(options: Options) -> None:
     else:
         check_writable(out, "choose another folder, such as --out=/tmp/grokking")
         confirm(cost(options, jobs, read_runs(out)), options.yes or options.preset == "quick")
+        tuning = tuning_runs(options)
         with Store(out) as store:
-            run_all(tuning_runs(options), store, jobs, "tuning")
-            run_all(reported_runs(options, choose(store.of(tuning_runs(options)))), store, jobs, "reported")
+            run_all(tuning, store, jobs, "tuning")
+            run_all(reported_runs(options, choose(store.runs[run] for run in tuning)), store, jobs, "reported")
             known = store.runs
     result = collect(options, known)
     if not result["runs"]:
@@ -251,41 +226,18 @@ def run(options: Options) -> None:
         print(f"{len(result['runs'])} runs -> {out}/result.json, {out}/result.png")
 
 
-def draw_again(path: Path) -> None:
-    """Draw and print a result once more; ValueError for another file."""
-
-    def show(result: dict[str, Any]) -> None:
-        findings.draw(result, path.with_suffix(".png"))
-        tell(result)
-
-    arms.read_result(path, show)
-
-
-def main(argv: list[str]) -> int:
-    return arms.command(lambda: _main(argv))
-
-
-def _main(argv: list[str]) -> None:
-    options = parse_settings(Options, argv, __doc__, preset_of(argv))
+@arms.command
+def main(argv: list[str]) -> None:
+    options = arms.parse_preset({"quick": QUICK, "full": Options()}, argv, __doc__)
     try:
         if options.draw:
-            draw_again(user_path(options.draw))
+            path = user_path(options.draw)
+            tell(arms.read_result(path, lambda result: findings.draw(result, path.with_suffix(".png"))))
         else:
             run(options)
     except BrokenProcessPool:
-        raise arms.RunCrashedError(
-            "a run's process was killed (out of memory?); fewer --jobs; the rest is kept"
-        ) from None
-
-
-def preset_of(argv: list[str]) -> Options:
-    """The defaults for a command line, by the last --preset in it. Raises ValueError for an unknown one."""
-    words = " ".join(argv).replace("--preset=", "--preset ").split()
-    names = [name for word, name in itertools.pairwise(words) if word == "--preset"] or ["quick"]
-    presets = {preset.preset: preset for preset in (QUICK, Options())}
-    if names[-1] not in presets:
-        raise ValueError(f"preset = {names[-1]!r} is unknown; choose quick or full")
-    return presets[names[-1]]
+        told = "a run's process was killed (out of memory?); fewer --jobs; the rest is kept"
+        raise arms.RunCrashedError(told) from None
 
 
 if __name__ == "__main__":

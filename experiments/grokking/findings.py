@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.arms import EDGE, at_edge
 from experiments.grokking.survival import holm, logrank, median, stratified_logrank
 from experiments.grokking.tasks import TRAIN_SHARES
@@ -18,13 +20,9 @@ Cell = tuple[str, str]  # setting, optimizer
 COLUMNS = {
     "setting": "setting", "optimizer": "optimizer", "lr": "lr", "decay": "decay", "n": "n",
     "memorised": "memorised", "crossed": "first 95%", "sustained": "held 95%", "interval": "interval", "never": "never",
-    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s a run",
+    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s per run",
 }  # fmt: skip
 BASELINE = "adamw"
-
-
-def without_curves(run: Run) -> Run:
-    return {key: value for key, value in run.items() if key != "curves"}
 
 
 def thinned(run: Run, every: int = 2) -> Run:
@@ -37,10 +35,9 @@ def setting_name(run: Run) -> str:
     """A run's setting, without its optimizer and seed: add, 40% of rows, width 64."""
     settings = Settings(**run["settings"])
     share = f"{settings.task}, {100 * (settings.train_share or TRAIN_SHARES[settings.task]):.0f}% of rows"
-    weights = "" if (settings.attention, settings.loss) == ("softmax", "softmax") else (
-        f", {settings.attention} attention, {settings.loss} loss"
-    )  # fmt: skip
     batch = f", batch {settings.batch_size}" if settings.batch_size else ""
+    is_plain = settings.attention == settings.loss == "softmax"
+    weights = "" if is_plain else f", {settings.attention} attention, {settings.loss} loss"
     return f"{share}, width {settings.width}{batch}{weights}"
 
 
@@ -105,13 +102,9 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, str]]:
         medians = [(median(a).value, median(b).value) for a, b in of_it]
         ratios = [a / b for a, b in medians if math.isfinite(a + b) and a and b]
         ratio = f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f} ({len(ratios)})" if ratios else "-"
-        found.append(
-            dict(
-                optimizer=optimizer, settings=str(len(medians)), before=str(sum(a < b for a, b in medians)),
-                after=str(sum(a > b for a, b in medians)), ratio=ratio, p=f"{p_values[optimizer]:.2g}",
-                holm=f"{adjusted[optimizer]:.2g}",
-            )
-        )  # fmt: skip
+        before, after = str(sum(a < b for a, b in medians)), str(sum(a > b for a, b in medians))
+        row = dict(optimizer=optimizer, settings=str(len(medians)), before=before, after=after, ratio=ratio)
+        found.append(row | dict(p=f"{p_values[optimizer]:.2g}", holm=f"{adjusted[optimizer]:.2g}"))
     return found
 
 
@@ -154,8 +147,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Curves of accuracy for up to six settings, and a map of the medians of all: settings x optimizers."""
-    import numpy as np
-
     by_cell = cells(result["runs"])
     settings, optimizers = (list(dict.fromkeys(cell[i] for cell in by_cell)) for i in (0, 1))
     num_rows = math.ceil(len(settings[:6]) / 3)
@@ -193,7 +184,6 @@ def _draw_curves(axis: Any, setting: str, runs_of: dict[str, list[Run]]) -> None
 
 def _draw_map(axis: Any, medians: list[list[float]], latest: int) -> Any:
     """Medians as colors and numbers; `latest` stands for never."""
-    import numpy as np
     from matplotlib.colors import LogNorm
 
     values = np.array(medians)

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,9 +32,8 @@ def read_runs(out: Path) -> dict[Settings, dict[str, Any]]:
                 run = json.loads(line)
                 runs[Settings(**run["settings"])] = run
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"{path} line {number} is no run of this experiment ({error}); use another --out"
-            ) from None
+            told = f"{path} line {number} is no run of this experiment ({error}); use another --out"
+            raise ValueError(told) from None
     return runs
 
 
@@ -44,8 +43,7 @@ class Store:
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.file: TextIO = (out / "runs.jsonl").open("a+", encoding="utf-8")
-        locked = try_lock(self.file)
-        if locked is False:
+        if (locked := try_lock(self.file)) is False:
             self.file.close()
             raise ValueError(f"{out} is being written by another process; wait for it or use another --out")
         if locked is None:
@@ -66,10 +64,6 @@ class Store:
         run = {**run, **self.origin}
         self.runs[Settings(**run["settings"])] = run
         print(json.dumps(run), file=self.file, flush=True)
-
-    def of(self, wanted: Iterable[Settings]) -> list[dict[str, Any]]:
-        """The wanted runs that are in the store, in the order asked for."""
-        return [self.runs[settings] for settings in wanted if settings in self.runs]
 
 
 def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> None:

@@ -11,6 +11,7 @@ is taken over all divisions of the runs into two groups.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -77,8 +78,6 @@ def stratified_logrank(strata: Sequence[tuple[Times, Times]], draws: int = 9999)
 
 def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Holm's adjusted p-values: rejecting those below a level keeps the chance of any false rejection below it."""
-    adjusted, largest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
-        adjusted[name] = largest
-    return adjusted
+    ordered = sorted(p_values, key=p_values.__getitem__)
+    scaled = (min(1.0, (len(ordered) - rank) * p_values[name]) for rank, name in enumerate(ordered))
+    return dict(zip(ordered, accumulate(scaled, max), strict=True))

@@ -26,15 +26,11 @@ VOCAB_SIZE = P + 2
 MAX_TOKENS = NUM_BITS + 1  # in a row
 
 
-def _divide(a: int, b: int) -> int:
-    return a * pow(b, -1, P) % P
-
-
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: (a + b) % P,
     "sub": lambda a, b: (a - b) % P,
     "mul": lambda a, b: a * b % P,
-    "div": _divide,
+    "div": lambda a, b: a * pow(b, -1, P) % P,
     "exp": lambda a, b: pow(a, b, P),
     "gcd": math.gcd,
 }

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -52,12 +53,7 @@ class Settings:
 
     @property
     def rows_per_step(self) -> int:
-        return self.batch_size or rows_per_step(self.task)
-
-
-def rows_per_step(task: str) -> int:
-    """The task's own batch size."""
-    return BATCH_SIZES.get(task, DEFAULT_BATCH_SIZE)
+        return self.batch_size or BATCH_SIZES.get(self.task, DEFAULT_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
@@ -161,15 +157,9 @@ def milestones(measured: Sequence[Measurement], sustain_steps: int) -> dict[str,
     memorised = next((one.step for one in measured if one.train_accuracy >= MEMORISED), None)
     later = [one for one in measured if memorised is not None and one.step >= memorised]
     crossed = next((one.step for one in later if one.val_accuracy >= GENERALISED), None)
-    sustained = since = None
-    for one in later:
-        if one.val_accuracy < GENERALISED:
-            since = None
-        elif since is None:
-            since = one.step
-        if since is not None and one.step - since >= sustain_steps:
-            sustained = since
-            break
+    groups = groupby(later, lambda one: one.val_accuracy >= GENERALISED)
+    spans = [[one.step for one in group] for is_up, group in groups if is_up]
+    sustained = next((steps[0] for steps in spans if steps[-1] - steps[0] >= sustain_steps), None)
     after = [one.val_accuracy for one in later if crossed is not None and one.step >= crossed]
     return dict(
         memorised=memorised, crossed=crossed, sustained=sustained,

@@ -156,7 +156,7 @@ def test_the_results_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (dict(variants=("a", "a")), "variant 'a' has no name of its own"),
         (dict(variants=("a: trian_steps=3",)), "trian_steps is not a setting; did you mean train_steps?"),
         (dict(set=("seed=3",)), "--set: seed is set by this command itself; leave it out"),
-        (dict(rounds=0), "rounds and steps must be 1 or more"),
+        (dict(variants=()), "there must be an optimizer and a variant"),
         (dict(variants=("a: head_lr=1e20 weight_decay=1e20",)), "a muon: diverged by step 1: the gradient of"),
     ],
 )

@@ -61,6 +61,9 @@ def test_the_table_and_mistakes(tiny_recipe: Path, capsys: pytest.CaptureFixture
     assert "blocks.1.mlp.down" in output
     assert "0,1,2" in output
     assert "on each of 3 ranks" in output
-    for arguments, word in ((["--ranks=none"], "--ranks=none"), (["--matrx_lr=1"], "did you mean matrix_lr?")):
+    for arguments, word in (
+        (["--ranks=none"], "ranks = 'none' must be a whole number"),
+        (["--matrx_lr=1"], "did you mean matrix_lr?"),
+    ):
         assert optimizer_plan.main([str(tiny_recipe), *arguments]) == 2
         assert word in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import polar_quality, polar_speed
+from harness.settings import parse_settings
 from harness.step_timer import Seconds
 
 CPU = torch.device("cpu")
@@ -42,7 +43,9 @@ def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(
 ) -> None:
     right = polar_speed.aurora_polar
     monkeypatch.setattr(
-        polar_speed, "aurora_polar", lambda X, k, **options: right(X, k, **options) * (1.01 if k == 3 else 1)
+        polar_speed,
+        "aurora_polar",
+        lambda X, iterations, **options: right(X, iterations, **options) * (1.01 if iterations == 3 else 1),
     )
     assert polar_speed.main(polar_speed.Args(cases=("tiny",), device="cpu", passes=1)) == 1
     rows = {
@@ -57,8 +60,8 @@ def test_a_wrong_variant_is_not_timed_and_ends_in_status_1(
 def test_unknown_cases_and_formats_are_refused(tiny: Path) -> None:
     with pytest.raises(ValueError, match="no case huge"):
         polar_speed.main(polar_speed.Args(cases=("huge",)))
-    with pytest.raises(ValueError, match="no dtype float64"):
-        polar_speed.main(polar_speed.Args(cases=("tiny",), dtype="float64"))
+    with pytest.raises(ValueError, match=r"dtype = .float64. must be one of auto, bfloat16"):
+        parse_settings(polar_speed.Args, ["--dtype=float64"])
     assert not list(tiny.iterdir())
 
 

@@ -30,10 +30,10 @@ def test_only_a_yes_starts_what_was_asked_for(error: Exception | None, monkeypat
 
 
 def test_a_crash_is_status_1_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def work() -> None:
+    def work(_: list[str]) -> None:
         raise arms.RunCrashedError("2 runs crashed, see output.txt")
 
-    assert arms.command(work) == 1
+    assert arms.command(work)([]) == 1
     assert capsys.readouterr().err == "error: 2 runs crashed, see output.txt\n"
 
 

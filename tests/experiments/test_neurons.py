@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments import neuron_report, neurons, sweep
-from experiments.neurons import Options, best_rate, groups, main, rates_of, with_preset
+from experiments.neurons import FULL, best_rate, groups, main, rates_of
 from tests.conftest import ROOT, Trainer
 from tests.harness.test_neuron_stats import strict_json
 from tests.test_train import metrics, only_run
@@ -143,16 +143,11 @@ def record(*runs: dict[str, Any]) -> dict[str, Any]:
                 runs=list(runs))  # fmt: skip
 
 
-def cells(text: str) -> list[dict[str, str]]:
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
 def test_table_of_hand_made_runs() -> None:
     diverged = run("adamw", 1, None, 0.0, status="diverged by step 2", last=None)
     diverged["looks"] = dict(steps=[], dead={}, update_cv=dict(gate=[], up=[], down=[]))
     made = record(run("muon", 0, 1.0, 0.5), run("muon", 1, 1.2, 0.7), run("adamw", 0, 1.5, 0.0), diverged)
-    muon, adamw = cells(neuron_report.table(made, markdown=True))
+    muon, adamw = neuron_report.summary(made)
     assert muon == {
         "MLP": "4", "arm": "muon", "rate": "0.01", "final loss": "1.1000 ± 0.1414", "diverged": "0/2",
         "dead % < 0.3": "18.00 ± 4.24", "dead % < 0.1": "6.00 ± 1.41", "dead % < 0.03": "1.80 ± 0.42",
@@ -161,7 +156,7 @@ def test_table_of_hand_made_runs() -> None:
         "CV down": "0.100 ± 0.000", "least moved %": "5.00 ± 0.00",
     }  # fmt: skip
     assert (adamw["final loss"], adamw["diverged"], adamw["half dead by"]) == ("1.5000", "1/2", "-")
-    muon, _ = cells(neuron_report.sensitivity(made, markdown=True))
+    muon, _ = neuron_report.sensitivity(made)
     assert (muon["mean < 0.3"], muon["peak < 0.03"]) == ("18.00", "1.80")
 
 
@@ -169,7 +164,7 @@ def test_correlation_is_scipys_and_within_arms_without_their_means(tmp_path: Pat
     losses, dead = [1.0, 1.1, 1.3, 2.0, 2.2, 2.1], [0.3, 0.2, 0.1, 0.9, 0.8, 0.85]
     arms = ["muon"] * 3 + ["adamw"] * 3
     made = record(*map(run, arms, range(6), losses, dead))
-    by_mean, by_peak = cells(neuron_report.correlation(made, markdown=True))
+    by_mean, by_peak = neuron_report.correlation(made)
     expected = stats.spearmanr(dead, losses)
     assert (by_mean["rho"], by_mean["p"]) == (f"{expected.statistic:.2f}", f"{expected.pvalue:.2g}")
     assert float(by_mean["rho within arms"]) < 0 < float(by_mean["rho"])
@@ -190,17 +185,16 @@ def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
 
 
 def test_hidden_widths_are_multiples_of_64() -> None:
-    options = with_preset(Options(preset="full"))
-    assert [group.settings["mlp_hidden"] for group in groups(options, 128)[::7]] == ["384", "512", "1024"]
-    assert [group.settings["mlp_hidden"] for group in groups(options, 768)[::7]] == ["2048", "3072", "6144"]
-    assert len(groups(options, 128)) == 21
+    assert [group.settings["mlp_hidden"] for group in groups(FULL, 128)[::7]] == ["384", "512", "1024"]
+    assert [group.settings["mlp_hidden"] for group in groups(FULL, 768)[::7]] == ["2048", "3072", "6144"]
+    assert len(groups(FULL, 128)) == 21
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arms", "muon", "moon"], ["'moon'", "choose from adamw muon"]),
-        (["--seeds", "0", "0"], ["seeds = 0 0", "one comes twice"]),
+        (["--arms", "muon", "moon"], ["muon,moon", "one of adamw, muon"]),
+        (["--seeds", "0", "0"], ["seeds = 0 0", "each once"]),
         (["--rates_tried=1"], ["rates_tried = 1", "2 to 4"]),
         (["--rates_tried=2", "--seeds", "100"], ["100 is for tuning"]),
         (["--every=0"], ["every = 0"]),

@@ -102,8 +102,8 @@ def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--arms", "skips"], "arm 'skips' is unknown; arms are plain, value_embeds"),
-        (["--jobs", "0"], "--seeds 0 1 2 --jobs 2 is usual"),
+        (["--arms", "skips"], "arms = 'skips' must be one of plain, value_embeds"),
+        (["--jobs", "0"], "jobs = 0 must be >= 1; 1 works"),
         (["--set", "compile"], "--set: 'compile' is not key=value"),
         (["missing.toml"], "missing.toml"),
         (["--arms", "plain"], "nothing was started"),

@@ -9,7 +9,6 @@ README.md       for the reader; made once, then its author's
 import io
 import json
 import lzma
-import math
 import re
 import shutil
 import tarfile
@@ -70,16 +69,15 @@ def describe(
     runs: Sequence[Run], track: Track, name: str, date: str, author: str, description: str,
     foreign: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the runs amount to, from their logs and metrics alone; seconds, nats, tokens.
+    """What the runs amount to, from their logs and metrics alone; seconds, nats, tokens; None for nan and infinity.
 
     foreign: for logs of another speedrun, what they do not say: `hardware`, `source`, `batch_tokens` (None: unknown).
     """
     first, last = runs[0], runs[0].last
     times, losses = [run.last.time_s for run in runs], [run.last.loss for run in runs]
+    tokens = first.tokens_at(last.step) if first.config else None
     if foreign:
         tokens = last.step * foreign["batch_tokens"] if foreign["batch_tokens"] else None
-    else:
-        tokens = first.tokens_at(last.step) if first.config else None
     low, high = stats.mean_interval(times)
     summary = dict(
         name=name, track=track.name, date=date, author=author, description=description, foreign=foreign,
@@ -94,16 +92,7 @@ def describe(
     if track.sigma:
         z, p = stats.z_below(losses, track.target_loss, track.sigma)
         summary["known_sigma"] = dict(z=z, p=p, step_rule=stats.step_rule(losses, track.target_loss))
-    return _without_infinities(summary)
-
-
-def _without_infinities(value: Any) -> Any:
-    """nan and inf as null, which JSON has."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(summary), parse_constant=lambda name: None)  # nan and inf as null, which JSON has
 
 
 def shared_config(run: Run) -> dict[str, Any]:
@@ -189,7 +178,8 @@ def load_record(path: Path) -> Record:
         return record
     try:
         folders = unpack((path / "runs.tar.xz").read_bytes())
-        record.runs = [Run(folder.replace("_", " "), folders[folder]) for folder in sorted(folders, key=_number)]
+        in_order = sorted(folders, key=lambda folder: int(folder.partition("_")[2]))
+        record.runs = [Run(folder.replace("_", " "), folders[folder]) for folder in in_order]
     except (OSError, ValueError) as error:
         record.broken.append(str(error) if isinstance(error, ValueError) else f"runs.tar.xz: {error.strerror}")
     try:
@@ -202,35 +192,25 @@ def load_record(path: Path) -> Record:
     return record
 
 
-def _number(folder: str) -> int:
-    return int(folder.partition("_")[2])
-
-
 def find_records(places: Sequence[Path] = ()) -> list[Path]:
-    """Folders of the records named (a record, a track, or a name such as sotu-byte/2026-11-22_muon), or of all.
+    """Folders of the records named (a record, a track, or a name such as sotu-byte/2026-11-22_muon), or of all; a
+    half-written one begins with a dot.
 
     Raises ValueError for a place where there is none.
     """
     if not places:
-        return _folders(RECORDS, "*/*")
+        return sorted(path for path in RECORDS.glob("*/[!.]*") if path.is_dir())
     found: list[Path] = []
     for named in map(user_path, places):
         place = named if named.exists() else RECORDS / named
-        here = [path for path in (place, *_folders(place, "*"), *_folders(place, "*/*")) if _has_record(path)]
+        below = sorted(path for pattern in ("[!.]*", "*/[!.]*") for path in place.glob(pattern))
+        here = [path for path in (place, *below)
+                if (path / "runs.tar.xz").exists() or (path / "summary.json").exists()]  # fmt: skip
         if not here:
             known = ", ".join(f"{path.parent.name}/{path.name}" for path in find_records()) or "none yet"
             raise ValueError(f"there is no record at {named}; the records are: {known}")
         found += here
     return list(dict.fromkeys(path.resolve() for path in found))
-
-
-def _has_record(path: Path) -> bool:
-    return (path / "runs.tar.xz").exists() or (path / "summary.json").exists()
-
-
-def _folders(place: Path, pattern: str) -> list[Path]:
-    """Folders that should be records; a half-written one begins with a dot."""
-    return sorted(path for path in place.glob(pattern) if path.is_dir() and not path.name.startswith("."))
 
 
 def make_record(

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from data.files import try_lock, user_path, wait_for_lock, whole_file
 from data.processes import is_alive, pid_scope, start_ticks
-from harness.log_format import RULER, is_before_step, join_sources
+from harness.log_format import RULER, ending, is_before_step, join_sources
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
-from harness.neuron_stats import in_words
 
 LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
 
@@ -178,25 +177,8 @@ class RunLog:
     def closing(self, summary: dict[str, Any]) -> None:
         """End the terminal's output with what people look for in a summary."""
         self.line("---")
-        if summary["steps_to_target"] is not None:
-            where = f"{summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens"
-            time_s = summary["time_to_target_s"]
-            self.line(f"target       {self.target:g} nats reached after {time_s:.1f} s of training, {where}")
-        elif self.target and summary["val_loss"] is not None:
-            gap = summary["val_loss"] - self.target
-            self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
-        self.line(f"run          {summary['status']} {summary['reason']}".rstrip())
-        if summary["val_loss"] is not None:
-            self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
-        if summary["neurons"]:
-            self.line(f"neurons      {in_words(summary['neurons'])}")
-        mfu = f", MFU {summary['mfu']:.1%}" if summary["mfu"] else ""
-        self.line(f"speed        {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
-        machine = f"{summary['world_size']} x {summary['device']}"
-        self.line(f"machine      {machine}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
-        phases = (f"{phase} {time_s:.1f}" for phase, time_s in summary["phase_s"].items())
-        self.line(f"seconds      {', '.join(phases)}")
-        self.line(f"directory    {self.directory}")
+        for word, text in (ending(summary, self.target) | {"directory": str(self.directory)}).items():
+            self.line(f"{word:<12} {text}")
 
 
 def _has_terminal() -> bool:

@@ -237,9 +237,8 @@ def make_record(
         if run.broken:
             raise ValueError(f"{run.name}: {run.broken[0]}")
         if not run.validations:
-            raise ValueError(
-                f"{run.name} has no line like step:125/3250 val_loss:4.58616 train_time:66.065s; nothing to add"
-            )
+            example = "step:125/3250 val_loss:4.58616 train_time:66.065s"
+            raise ValueError(f"{run.name} has no line like {example}; nothing to add")
     path = into / track.name / f"{date}_{name}"
     if path.exists():
         raise ValueError(f"{path} exists; choose another --name, or remove it first")
@@ -267,31 +266,31 @@ def _readme(summary: dict[str, Any]) -> str:
     times, losses = summary["time_s"], summary["val_loss"]
     spread = f" ± {losses['sd']:.4f}" if losses["sd"] is not None else ""
     folder = f"{summary['track']}/{summary['date']}_{summary['name']}"
-    again = "" if summary["foreign"] else (
-        f"\n    ./run.sh leaderboard/records/{folder}/config.toml --seed={summary['n']}"
-        f"\n    ./run.sh leaderboard reproduce {folder}\n"
-    )  # fmt: skip
-    source = f"From {summary['foreign']['source']}; not run by this repository.\n\n" if summary["foreign"] else ""
+    again = source = ""
+    if foreign := summary["foreign"]:
+        source = f"From {foreign['source']}; not run by this repository.\n\n"
+    else:
+        again = f"    ./run.sh leaderboard/records/{folder}/config.toml --seed={summary['n']}\n"
+        again += f"    ./run.sh leaderboard reproduce {folder}\n"
     return (
         f"# {summary['description']}\n\n{summary['author']}, {summary['date']}, track {summary['track']}, "
         f"{summary['hardware']}.\n\n{source}"
         f"{times['mean']:.2f} s (median {times['median']:.2f}) over {summary['steps']} steps to {losses['mean']:.4f}"
         f"{spread}, {summary['n']} seeds.\n\n"
-        f"    ./run.sh leaderboard verify {folder}{again}"
+        f"    ./run.sh leaderboard verify {folder}\n{again}"
     )
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
     """Run directories as they are, for `make_record`. Raises ValueError, also for none."""
     if not directories:
-        raise ValueError("name the run directories, one a seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
+        raise ValueError("name the run directories, one per seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
     return [read_run(user_path(directory)) for directory in directories]
 
 
 def read_foreign(files: Sequence[Path]) -> list[Run]:
     """Log files of another speedrun, one for each run. Raises ValueError for one that is not there."""
     files = [user_path(file) for file in files]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file; with --foreign, name the logs, one for each run")
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"{absent[0]} is not a file; with --foreign, name the logs, one for each run")
     return [Run(f"log {index}", {"log.txt": read_text(file)}) for index, file in enumerate(files)]

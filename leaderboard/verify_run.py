@@ -75,8 +75,7 @@ def of_foreign_log(run: Run) -> Iterator[str]:
 def of_files(run: Run) -> Iterator[str]:
     """Log, metrics and summary of this repository's trainer: complete, and of one mind."""
     log, summary, facts = run.log, run.summary, run.log.facts
-    missing = [name for name in FILES if not run.texts.get(name)]
-    if missing:
+    if missing := [name for name in FILES if not run.texts.get(name)]:
         yield f"{', '.join(missing)} is missing"
     if log.rulers != 2:
         yield f"log.txt has {log.rulers} rulers of 100 =, and two are meant"
@@ -199,7 +198,7 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
         to_do = "check it against the source and add it to tracks.toml"
-        yield f"the track has no val_fingerprint yet, so nothing tells whether {found} is the published shard's; {to_do}"
+        yield f"the track has no val_fingerprint, so nothing tells whether {found} is of the published shard; {to_do}"
     for key, what in (("val_fingerprint", "validation"), ("train_fingerprint", "training")):
         known = getattr(track, key)
         if known and facts[key] != known:

@@ -60,9 +60,8 @@ class CheckpointWriter:
         self._path = self.directory / f"checkpoint_{step:06d}.pt"
         if self.machine.rank == 0:
             # torch's generators; every rank draws the same numbers, so the first rank's are everyone's
-            rng = dict(
-                cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            )
+            gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            rng = dict(cpu=torch.get_rng_state(), cuda=gpu)
             state = dict(step=step, model=model.state_dict(), optimizers=states, rng=rng, **extra)
             self._write = self._thread.submit(self._write_file, self._path, to_host(state) if self.in_thread else state)
         if not self.in_thread:
@@ -172,9 +171,8 @@ def load_checkpoint(
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     except DAMAGE as error:
-        raise ValueError(
-            f"resume = {path!r}: not a checkpoint of this model and optimizer ({_reason(error)})"
-        ) from None
+        problem = f"not a checkpoint of this model and optimizer ({_reason(error)})"
+        raise ValueError(f"resume = {path!r}: {problem}") from None
     for optimizer, groups in zip(optimizers, asked, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)

@@ -64,9 +64,8 @@ class Machine:
 
     def share(self, value: T | None) -> T | None:
         """What one rank knows, known to all: the first value that is not None, in the order of the ranks."""
-        values = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return next((known for known in values if known is not None), None)
 
@@ -255,12 +254,10 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what is computed."""
-    result = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "tiktoken"):
-        try:
+    result = {"python": platform.python_version(), **dict.fromkeys(("torch", "triton", "numpy", "tiktoken"), "none")}
+    for package in [*result][1:]:
+        with contextlib.suppress(PackageNotFoundError):
             result[package] = version(package)
-        except PackageNotFoundError:
-            result[package] = "none"
     return result
 
 

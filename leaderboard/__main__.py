@@ -98,7 +98,7 @@ def verify(records: Places = (), /) -> int:
         print(f"{path.parent.name}/{path.name}: {'holds' if not reasons else f'{len(reasons)} reasons against it'}")
         for reason in reasons:
             print(f"  {reason}")
-    broken = sum(bool(reasons) for reasons in found.values())
+    broken = sum(map(bool, found.values()))
     print(f"{len(found)} records, {broken or 'none'} that do not hold" if found else "there is no record yet")
     return 1 if broken else 0
 

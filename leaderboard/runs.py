@@ -103,10 +103,10 @@ def _json(text: str, where: str, broken: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         broken.append(f"{where} cannot be read as JSON ({error})")
         return {}
-    if not isinstance(value, dict):
-        broken.append(f"{where} is not a JSON object")
-        return {}
-    return value
+    if isinstance(value, dict):
+        return value
+    broken.append(f"{where} is not a JSON object")
+    return {}
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

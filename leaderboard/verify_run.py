@@ -120,7 +120,7 @@ def _complete(run: Run) -> Iterator[str]:
         yield f"small_batch_steps = {small} is no number of its {planned} steps"
         return
     promised = last // val_every + 1 + (last % val_every > 0) + last // log_every
-    if abs(promised - len(run.metrics)) > 20:
+    if abs(promised - len(run.metrics)) > 20:  # before there is a set of as many
         yield f"metrics.jsonl has {len(run.metrics)} lines, and the settings promise {promised}"
         return
     expected = {(step, "val") for step in range(0, last + 1, val_every)} | {(last, "val")}

@@ -75,9 +75,7 @@ class ModelConfig:
         if {"auto", "none"} & set(self.fused) and len(self.fused) > 1:
             raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
         if "head" in self.fused and self.softcap > LARGEST_SOFTCAP:
-            raise ValueError(
-                f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g}, and it is {self.softcap}; 15 is usual"
-            )
+            raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g}, not {self.softcap}; 15 is usual")
         if 2 * self.value_embeds > self.num_layers:
             rule = f"at most half of num_layers = {self.num_layers}: each table serves two blocks; 1 to 3 are usual"
             raise ValueError(f"value_embeds = {self.value_embeds} must be {rule}")

@@ -119,9 +119,7 @@ def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file on the command line (if one is), then --key=value. ValueError says what is wrong."""
     words = [word if Path(word).is_file() else user_text(word) for word in argv]
     rule = peek(words, "matrix_optimizer")
-    kind = (
-        optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config
-    )  # a rule of the user's own
+    kind = optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config  # the user's own rule
     config = parse_settings(kind, words, description=__doc__)
     paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
     meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if user_path(path) != Path(path)}
@@ -195,9 +193,7 @@ class Run:
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # of what was trained so far; train fills it
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # metrics by name, numbers or 0-d tensors, for the next log line
+    extra: dict[str, Any] = field(default_factory=dict)  # metrics, numbers or 0-d tensors, for the next log line
     plan: StepPlan = field(init=False)  # of the step under way
     window: int | Tensor | None = None  # the plan's; on a GPU in its memory, where another compiles nothing anew
 
@@ -357,9 +353,8 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
     previous_token = plan_step(config, max(0, first_step - 1)).first_token
     if run.resumed:
         clock.seconds["train"] = run.resumed["train_time_s"]
-    profiler = None
-    if config.profile and machine.rank == 0:
-        profiler = StepProfiler(log, clock, config.train_steps - first_step)
+    is_profiled = config.profile and machine.rank == 0
+    profiler = StepProfiler(log, clock, config.train_steps - first_step) if is_profiled else None
     clock.switch("warmup")
     if config.compile:
         log.line("compiling and warming up, off the clock ...")

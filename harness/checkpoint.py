@@ -25,7 +25,7 @@ DAMAGE = (
     OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
     zipfile.BadZipFile,
 )  # fmt: skip
-NAME, TEMPORARY = re.compile(r"checkpoint_(\d+)\.pt"), re.compile(r"checkpoint_\d+(\.pt)?(\.\d+)?\.tmp")
+NAME, TEMPORARY = re.compile(r"checkpoint_\d+\.pt"), re.compile(r"checkpoint_\d+(\.pt)?(\.\d+)?\.tmp")
 
 
 class CheckpointWriter:
@@ -59,7 +59,10 @@ class CheckpointWriter:
         self.settle()
         self._path = self.directory / f"checkpoint_{step:06d}.pt"
         if self.machine.rank == 0:
-            state = dict(step=step, model=model.state_dict(), optimizers=states, rng=rng_state(), **extra)
+            # torch's generators; every rank draws the same numbers, so the first rank's are everyone's
+            gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            rng = dict(cpu=torch.get_rng_state(), cuda=gpu)
+            state = dict(step=step, model=model.state_dict(), optimizers=states, rng=rng, **extra)
             self._write = self._thread.submit(self._write_file, self._path, to_host(state) if self.in_thread else state)
         if not self.in_thread:
             self.settle()
@@ -72,17 +75,14 @@ class CheckpointWriter:
 
     def wait(self) -> str | None:
         """As `settle` for this rank alone, for a run that ends early: returns why the write failed, or None."""
+        write, self._write = self._write, None
         try:
-            if self._write:
-                self._write.result()
+            if write:
+                write.result()
             self._thread.submit(int).result()  # also one that a stop kept from being noted above
         except OSError as error:
-            self._write = None
-            return (
-                f"{self._path} could not be written ({error.strerror or error}); older checkpoints are as they were; "
-                "make room, or choose another run_dir"
-            )
-        self._write = None
+            rest = "older checkpoints are as they were; make room, or choose another run_dir"
+            return f"{self._path} could not be written ({error.strerror or error}); {rest}"
         if self._path.is_file():
             self.newest = str(self._path)
         return None
@@ -114,9 +114,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    found = NAME.fullmatch(path.name)
-    assert found
-    return int(found[1])
+    return int(path.stem.removeprefix("checkpoint_"))
 
 
 def read_checkpoint(path: Path | str, mapped: bool = True) -> State:
@@ -135,8 +133,13 @@ def read_checkpoint(path: Path | str, mapped: bool = True) -> State:
     except UnicodeEncodeError as error:
         raise OSError(f"{path} cannot be opened ({error})") from None
     except DAMAGE as error:
-        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
+        raise ValueError(_reason(error)) from None
     return state
+
+
+def _reason(error: BaseException) -> str:
+    """What a library said, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def verify(path: Path | str) -> None:
@@ -145,7 +148,7 @@ def verify(path: Path | str) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except DAMAGE as error:
-        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from None
+        raise ValueError(_reason(error)) from None
     if damaged:
         raise ValueError(f"checksum of {damaged} is wrong")
 
@@ -168,8 +171,8 @@ def load_checkpoint(
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     except DAMAGE as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"resume = {path!r}: not a checkpoint of this model and optimizer ({reason})") from None
+        problem = f"not a checkpoint of this model and optimizer ({_reason(error)})"
+        raise ValueError(f"resume = {path!r}: {problem}") from None
     for optimizer, groups in zip(optimizers, asked, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
@@ -186,11 +189,6 @@ def unchanged(model: nn.Module, optimizers: list[torch.optim.Optimizer], device:
     model.load_state_dict(weights)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
-
-
-def rng_state() -> dict[str, Tensor | None]:
-    """torch's generators; every rank draws the same numbers, so the first rank's are everyone's."""
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
 
 
 def to_host(value: Any) -> Any:

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -39,14 +39,6 @@ OF_LAUNCHERS = re.compile(
 )
 
 
-def forget_other_launchers(environment: MutableMapping[str, str]) -> list[str]:
-    """Remove what torchrun would obey without having been asked to; returns the names."""
-    names = sorted(name for name in environment if OF_LAUNCHERS.fullmatch(name))
-    for name in names:
-        del environment[name]
-    return names
-
-
 def torchrun_arguments(config: Config, environment: dict[str, str]) -> list[str]:
     """torchrun's options for this node. Raises ValueError for a variable that is no number or no endpoint.
 
@@ -54,25 +46,21 @@ def torchrun_arguments(config: Config, environment: dict[str, str]) -> list[str]
     """
     default = torch.cuda.device_count() if config.device != "cpu" else 0
     numbers = {"NPROC_PER_NODE": max(1, default), "NNODES": 1, "MAX_RESTARTS": 0}
-    for name in numbers:
-        value = environment.get(name) or str(numbers[name])
-        if not value.isdecimal() or (int(value) < 1 and name in ("NPROC_PER_NODE", "NNODES")):
-            raise ValueError(f"{name} = {value!r} must be a whole number, such as {numbers[name]}")
+    for name, usual in numbers.items():
+        value = environment.get(name) or str(usual)
+        if not value.isdecimal() or (int(value) < 1 and name != "MAX_RESTARTS"):
+            raise ValueError(f"{name} = {value!r} must be a whole number, such as {usual}")
         numbers[name] = int(value)
     arguments = [f"--nproc_per_node={numbers['NPROC_PER_NODE']}", f"--max_restarts={numbers['MAX_RESTARTS']}"]
-    if numbers["NNODES"] == 1:
-        # as --standalone has it, but for looking up this machine's name
-        arguments += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1"]
-        return [*arguments, f"--rdzv_id={uuid.uuid4()}"]
+    arguments += ["--rdzv_backend=c10d"]
+    if numbers["NNODES"] == 1:  # as --standalone has it, but for looking up this machine's name
+        return [*arguments, "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127.0.0.1", f"--rdzv_id={uuid.uuid4()}"]
     endpoint = environment.get("RDZV_ENDPOINT", "")
     found = re.fullmatch(r".+:([0-9]+)", endpoint)
     if not found or not 1 <= int(found[1]) <= 65535:
-        raise ValueError(
-            f"NNODES = {numbers['NNODES']} needs RDZV_ENDPOINT=host:port, the same on every node, with a port from 1 "
-            f"to 65535, such as node0:29500; it is {endpoint!r}"
-        )
-    arguments += [f"--nnodes={numbers['NNODES']}", "--rdzv_backend=c10d"]
-    return [*arguments, f"--rdzv_endpoint={endpoint}", "--rdzv_id=nanogpt-aurora"]
+        rule = "the same on every node, with a port from 1 to 65535, such as node0:29500"
+        raise ValueError(f"NNODES = {numbers['NNODES']} needs RDZV_ENDPOINT=host:port, {rule}; it is {endpoint!r}")
+    return [*arguments, f"--nnodes={numbers['NNODES']}", f"--rdzv_endpoint={endpoint}", "--rdzv_id=nanogpt-aurora"]
 
 
 def first_cause(failures: Iterable[ProcessFailure]) -> ProcessFailure:
@@ -93,10 +81,11 @@ def _main(argv: list[str]) -> int:
     check_device(config.device, config.dtype)
     arguments = torchrun_arguments(config, dict(os.environ))
     ensure(config.train_files, config.val_files, plan_step(config, config.train_steps).first_token + 1)
-    if names := forget_other_launchers(os.environ):
-        print(
-            f"not obeyed, as they are of another launcher: {' '.join(names)} (see harness/launch.py)", file=sys.stderr
-        )
+    if names := sorted(name for name in os.environ if OF_LAUNCHERS.fullmatch(name)):
+        told = f"not obeyed, as they are of another launcher: {' '.join(names)}"
+        print(f"{told} (see harness/launch.py)", file=sys.stderr)
+    for name in names:
+        del os.environ[name]
     is_alone = int(os.environ.get("NNODES") or 1) == 1
     if is_alone:  # torchrun looks the name up for every rank, which takes long where nobody knows it
         socket.getfqdn = lambda name="": name or socket.gethostname()

@@ -9,7 +9,7 @@ a ruler, the machine and the facts as JSON, and a ruler; it ends with a block af
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RULER = "=" * 100
 _LINE = re.compile(
@@ -60,6 +60,28 @@ def is_before_step(text: str, step: int) -> bool:
     """Whether a line of the log's body tells of what happened before training step `step`."""
     found = re.match(r"step:(\d+)(/?)", text)  # without / it is told after the losses of that step
     return found is not None and (int(found[1]) < step or (int(found[1]) == step and found[2] == "/"))
+
+
+def ending(summary: Mapping[str, Any], target_loss: float) -> dict[str, str]:
+    """The block after `---`: the first word of each line, and the rest. All of it but the directory is in a summary."""
+    from harness.neuron_stats import in_words  # brings torch along, which reading a log does without
+
+    s, told = summary, dict[str, str]()
+    if s["steps_to_target"] is not None:
+        where = f"{s['steps_to_target']} steps, {s['tokens_to_target']:,} tokens"
+        told["target"] = f"{target_loss:g} nats reached after {s['time_to_target_s']:.1f} s of training, {where}"
+    elif target_loss and s["val_loss"] is not None:
+        gap = s["val_loss"] - target_loss
+        told["target"] = f"{target_loss:g} nats not reached: {gap:.4f} short after {s['steps']} steps"
+    told["run"] = f"{s['status']} {s.get('reason', '')}".rstrip()
+    if s["val_loss"] is not None:
+        told["val_loss"] = f"{s['val_loss']:.5f} nats a token after {s['tokens']:,} tokens"
+    if s.get("neurons"):
+        told["neurons"] = in_words(s["neurons"])
+    told["speed"] = f"{s['tokens_per_s']:,.0f} tokens/s" + (f", MFU {s['mfu']:.1%}" if s["mfu"] else "")
+    told["machine"] = f"{s['world_size']} x {s['device']}, peak memory {s['peak_memory_mib']:,.0f} MiB"
+    told["seconds"] = ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in s["phase_s"].items())
+    return told
 
 
 def join_sources(sources: Mapping[str, str]) -> str:

@@ -64,17 +64,15 @@ class Machine:
 
     def share(self, value: T | None) -> T | None:
         """What one rank knows, known to all: the first value that is not None, in the order of the ranks."""
-        values = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return next((known for known in values if known is not None), None)
 
     def raise_together(self, problem: str | None) -> None:
         """ValueError on every rank if there is a problem on one; to be called by all."""
-        problem = self.share(problem)
-        if problem:
-            raise ValueError(problem)
+        if shared := self.share(problem):
+            raise ValueError(shared)
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -84,10 +82,8 @@ def check_device(device: str, dtype: str) -> None:
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"dtype = {dtype!r} is unknown; choose auto, bfloat16 or float32")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device = 'cuda', but {why_no_gpu()}; train on a machine with one, or on this CPU, which is many times "
-            "slower, with --device=cpu"
-        )
+        instead = "train on a machine with one, or on this CPU, which is many times slower, with --device=cpu"
+        raise ValueError(f"device = 'cuda', but {why_no_gpu()}; {instead}")
 
 
 def why_no_gpu() -> str:
@@ -202,18 +198,14 @@ def print_error(text: str, event: str = "") -> None:
     Ranks that end of the same thing have the same text, or name the same `event`. torchrun gives every attempt of its
     ranks, which are its children, a folder; without one, or where another process left it, each speaks for itself.
     """
-    is_rank = False
-    with contextlib.suppress(ValueError):
-        is_rank = place_among_ranks() is not None
-    if is_rank and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
-        said = f"{os.getppid()} {event or text}".encode(errors="surrogateescape")
-        digest = hashlib.sha256(said).hexdigest()
-        try:
-            (Path(file).parent.parent / f"said_{digest}").touch(exist_ok=False)
-        except FileExistsError:
-            return
-        except OSError:  # no such folder: an outer launcher's
-            pass
+    try:
+        if place_among_ranks() and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+            said = f"{os.getppid()} {event or text}".encode(errors="surrogateescape")
+            (Path(file).parent.parent / f"said_{hashlib.sha256(said).hexdigest()}").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except (ValueError, OSError):  # no place among ranks; no such folder: an outer launcher's
+        pass
     print(f"error: {text}", file=sys.stderr)
 
 
@@ -262,12 +254,10 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what is computed."""
-    result = {"python": platform.python_version()}
-    for package in ("torch", "triton", "numpy", "tiktoken"):
-        try:
+    result = {"python": platform.python_version(), **dict.fromkeys(("torch", "triton", "numpy", "tiktoken"), "none")}
+    for package in [*result][1:]:
+        with contextlib.suppress(PackageNotFoundError):
             result[package] = version(package)
-        except PackageNotFoundError:
-            result[package] = "none"
     return result
 
 

@@ -50,13 +50,8 @@ class StepProfiler:
 def largest_costs(events: Any, is_cuda: bool) -> list[str]:
     """Milliseconds and calls of what took longest by itself, without what it called: kernels on a GPU, operators on a
     CPU."""
-    costs = [
-        ((event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3, event.count, event.key)
-        for event in events
-        if (event.device_type != DeviceType.CPU) == is_cuda
-    ]
+    costs = [((event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e3, event.count, event.key)
+             for event in events if (event.device_type != DeviceType.CPU) == is_cuda]  # fmt: skip
     whole_ms = sum(time_ms for time_ms, _, _ in costs) or 1.0
-    return [
-        f"{time_ms:10.3f} ms  {time_ms / whole_ms:6.1%}  {count:6} calls  {name[:80]}"
-        for time_ms, count, name in sorted(costs, reverse=True)[:10]
-    ]
+    return [f"{time_ms:10.3f} ms  {time_ms / whole_ms:6.1%}  {count:6} calls  {name[:80]}"
+            for time_ms, count, name in sorted(costs, reverse=True)[:10]]  # fmt: skip

@@ -123,17 +123,15 @@ def _idle(directories: list[Path], job: set[str], notes: list[str]) -> list[Path
             notes.append(f"resume: {path} is left alone, as {busy[path.name]} went on from it and is, or may be, alive")
         elif checkpoints:
             host = read_json(path / WRITER).get("pid_scope", "").partition("/")[0] or "some machine"
-            notes.append(
-                f"resume: {path} is left alone, as its run may be alive on {host}: no lock here can tell; if it is not,"
-                f" go on from it with --resume={checkpoints[-1]}"
-            )
+            why = f"its run may be alive on {host}: no lock here can tell"
+            advice = f"if it is not, go on from it with --resume={checkpoints[-1]}"
+            notes.append(f"resume: {path} is left alone, as {why}; {advice}")
     return idle
 
 
 def _take_newest(start: StartingPoint, directories: list[Path], fits: Callable[[State], bool]) -> bool:
     """Take the newest checkpoint that fits and is whole, and its directories with it; False if there is none."""
-    found = _newest(directories, fits, start.notes)
-    if not found:
+    if not (found := _newest(directories, fits, start.notes)):
         return False
     path, state = found
     start.path, start.lineage = str(path), state["lineage"]
@@ -146,45 +144,39 @@ def _take_named(
     start: StartingPoint, path: Path, config: dict[str, Any], defaults: dict[str, Any], data: dict[str, str]
 ) -> None:  # fmt: skip
     """Take the checkpoint at `path` or the newest whole one in that directory; it is never deleted."""
+    named = f"resume = {str(path)!r}"
     if path.is_dir():
         found = _newest([path], lambda state: True, start.notes)
         if not found:
             damaged = "; ".join(start.notes)
-            raise ValueError(f"resume = {str(path)!r}: no whole checkpoint there{damaged and f' ({damaged})'}")
+            raise ValueError(f"{named}: no whole checkpoint there{damaged and f' ({damaged})'}")
         path, state = found
+        named = f"resume = {str(path)!r}"
     else:
         try:
             state = _read(path)
             verify(path)
         except ValueError as error:
-            raise ValueError(
-                f"resume = {str(path)!r}: not a checkpoint, or damaged ({error}); name another, or its directory for "
-                "the newest that is whole"
-            ) from None
+            instead = "name another, or its directory for the newest that is whole"
+            raise ValueError(f"{named}: not a checkpoint, or damaged ({error}); {instead}") from None
     changed = differences(defaults | state["config"], config)
     for key in FIXED.split():
         if key in changed:
             then, now = changed[key]
-            raise ValueError(f"resume = {str(path)!r}: {key} is {then!r} there and {now!r} here; set --{key}={then}")
-    for name, fingerprint in data.items():
-        if state["data"][name] != fingerprint:
-            raise ValueError(
-                f"resume = {str(path)!r}: the data of {name} have fingerprint {state['data'][name]} there and "
-                f"{fingerprint} here; they were {state['config'][name]!r} then"
-            )
-    if state["step"] >= config["train_steps"]:
-        raise ValueError(
-            f"resume = {str(path)!r} is at step {state['step']} of train_steps = {config['train_steps']}: raise that"
-        )
+            raise ValueError(f"{named}: {key} is {then!r} there and {now!r} here; set --{key}={then}")
+    for name, here in data.items():
+        if (there := state["data"][name]) != here:
+            then = f"they were {state['config'][name]!r} then"
+            raise ValueError(f"{named}: the data of {name} have fingerprint {there} there and {here} here; {then}")
+    if state["step"] >= (steps := config["train_steps"]):
+        raise ValueError(f"{named} is at step {state['step']} of train_steps = {steps}: raise that")
     start.path = str(path)
     said = [f"{key} {then} -> {now}" for key, (then, now) in changed.items() if key not in ("resume", "run_dir")]
     if said:
         start.notes.append(f"settings that differ from the checkpoint: {', '.join(said)}")
 
 
-def _newest(
-    directories: list[Path], fits: Callable[[State], bool], notes: list[str]
-) -> tuple[Path, State] | None:  # fmt: skip
+def _newest(directories: list[Path], fits: Callable[[State], bool], notes: list[str]) -> tuple[Path, State] | None:
     files = sorted((file for directory in directories for file in checkpoints_in(directory)), key=_age, reverse=True)
     for path in files:
         try:

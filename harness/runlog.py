@@ -16,11 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.files import try_lock, user_path, wait_for_lock, whole_file
+from data.files import try_lock, user_path, wait_for_lock, write_json
 from data.processes import is_alive, pid_scope, start_ticks
-from harness.log_format import RULER, is_before_step, join_sources
+from harness.log_format import RULER, ending, is_before_step, join_sources
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
-from harness.neuron_stats import in_words
 
 LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
 
@@ -45,9 +44,8 @@ def run_sources(matrix_optimizer: str = "") -> dict[str, str]:
     sources = {}
     for path in sorted(path for path in paths if ROOT in path.parents):
         name = path.relative_to(ROOT)
-        if "site-packages" in name.parts or any(prefix in path.parents for prefix in pythons):
-            continue
-        if any(part.startswith(".") for part in name.parts):  # .venv; .cache/inductor
+        is_installed = "site-packages" in name.parts or any(prefix in path.parents for prefix in pythons)
+        if is_installed or any(part.startswith(".") for part in name.parts):  # .venv; .cache/inductor
             continue
         try:
             sources[str(name)] = path.read_text(encoding="utf-8", errors="backslashreplace")
@@ -90,10 +88,8 @@ class RunLog:
             try:
                 self._open(machine, lineage)
             except OSError as error:
-                problem = (
-                    f"run_dir = {config.run_dir!r} cannot be written ({error.strerror or error}); "
-                    "choose another, such as /tmp/runs"
-                )
+                why = f"cannot be written ({error.strerror or error})"
+                problem = f"run_dir = {config.run_dir!r} {why}; choose another, such as /tmp/runs"
         machine.raise_together(problem)
         self.directory = machine.share(self.directory) or self.directory  # the first rank's
 
@@ -114,8 +110,7 @@ class RunLog:
                 pid=os.getpid(), start_ticks=start_ticks(os.getpid()), pid_scope=pid_scope(),
                 has_lock=wait_for_lock(self.log), agent=launcher(), job=machine.job, lineage=lineage,
             )  # fmt: skip
-            with whole_file(self.directory / WRITER) as file:
-                json.dump(writer, file, indent=1)
+            write_json(self.directory / WRITER, writer, indent=1)
             self.log.write("\n".join(header) + "\n")
             self.log.flush()
         except BaseException:
@@ -142,10 +137,7 @@ class RunLog:
         if not self.active:
             return
         try:
-            log, metrics = (
-                (earlier / name).read_text(encoding="utf-8-sig", errors="replace")
-                for name in ("log.txt", "metrics.jsonl")
-            )
+            log, metrics = ((earlier / name).read_text("utf-8-sig", "replace") for name in ("log.txt", "metrics.jsonl"))
         except OSError:
             self.line(f"resumed from {checkpoint} at step {step}; there is no log beside it")
             return
@@ -172,31 +164,13 @@ class RunLog:
     def summary(self, values: dict[str, Any]) -> None:
         """Write summary.json under its name only when it is whole."""
         if self.active:
-            with whole_file(self.directory / "summary.json") as file:
-                file.write(json.dumps(values, indent=1) + "\n")
+            write_json(self.directory / "summary.json", values, indent=1)
 
     def closing(self, summary: dict[str, Any]) -> None:
         """End the terminal's output with what people look for in a summary."""
         self.line("---")
-        if summary["steps_to_target"] is not None:
-            where = f"{summary['steps_to_target']} steps, {summary['tokens_to_target']:,} tokens"
-            time_s = summary["time_to_target_s"]
-            self.line(f"target       {self.target:g} nats reached after {time_s:.1f} s of training, {where}")
-        elif self.target and summary["val_loss"] is not None:
-            gap = summary["val_loss"] - self.target
-            self.line(f"target       {self.target:g} nats not reached: {gap:.4f} short after {summary['steps']} steps")
-        self.line(f"run          {summary['status']} {summary['reason']}".rstrip())
-        if summary["val_loss"] is not None:
-            self.line(f"val_loss     {summary['val_loss']:.5f} nats a token after {summary['tokens']:,} tokens")
-        if summary["neurons"]:
-            self.line(f"neurons      {in_words(summary['neurons'])}")
-        mfu = f", MFU {summary['mfu']:.1%}" if summary["mfu"] else ""
-        self.line(f"speed        {summary['tokens_per_s']:,.0f} tokens/s{mfu}")
-        machine = f"{summary['world_size']} x {summary['device']}"
-        self.line(f"machine      {machine}, peak memory {summary['peak_memory_mib']:,.0f} MiB")
-        phases = (f"{phase} {time_s:.1f}" for phase, time_s in summary["phase_s"].items())
-        self.line(f"seconds      {', '.join(phases)}")
-        self.line(f"directory    {self.directory}")
+        for word, text in (ending(summary, self.target) | {"directory": str(self.directory)}).items():
+            self.line(f"{word:<12} {text}")
 
 
 def _has_terminal() -> bool:

@@ -25,11 +25,9 @@ from optim.options import Option, broken_bound
 
 Settings = TypeVar("Settings")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+NOW_FUSED = "write fused = 'auto', 'none' or some of 'norm,mlp,head,blocks' instead"
 FORMER = {  # settings of older recipes, and what to do about them
-    **dict.fromkeys(
-        ("attention", "fused_norm", "fused_mlp", "fused_head"),
-        "write fused = 'auto', 'none' or some of 'norm,mlp,head,blocks' instead",
-    ),
+    **dict.fromkeys(("attention", "fused_norm", "fused_mlp", "fused_head"), NOW_FUSED),
     "joint_matrices": "it has never paid and is gone (docs/options.md); leave it out",
 }
 
@@ -184,9 +182,8 @@ def check_settings(settings: Any) -> None:
 
 
 def _refusal(key: str, value: Any, rule: str, works: Any) -> str:
-    return f"{key} = {_shown(value)!r} must be {rule}" + (
-        "" if works in ("", (), value) else f"; {_shown(works)} works"
-    )
+    instead = "" if works in ("", (), value) else f"; {_shown(works)} works"
+    return f"{key} = {_shown(value)!r} must be {rule}{instead}"
 
 
 def _shown(value: Any) -> Any:

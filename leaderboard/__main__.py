@@ -10,6 +10,7 @@ A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a 
 reproduced, 2 a mistake in what was asked for.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,8 @@ import tyro
 from tyro.conf import Positional
 
 from data import console
-from data.files import check_writable, user_path, user_text, whole_file
+from data.files import check_writable, user_path, user_text, whole_file, write_json
+from harness.tables import slug
 from leaderboard import page, plots, rank, reproduce
 from leaderboard.compare import compare
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
@@ -33,19 +35,9 @@ Places = Positional[tuple[Path, ...]]
 
 
 def add(
-    runs: Places,
-    /,
-    name: str = "",
-    author: str = "",
-    description: str = "",
-    into: Path = RECORDS,
-    foreign: bool = False,
-    track: str = "",
-    hardware: str = "",
-    source: str = "",
-    date: str = "",
-    batch_tokens: int = 0,
-) -> int:
+    runs: Places, /, name: str = "", author: str = "", description: str = "", into: Path = RECORDS,
+    foreign: bool = False, track: str = "", hardware: str = "", source: str = "", date: str = "", batch_tokens: int = 0,
+) -> int:  # fmt: skip
     """Make a record from run directories, one for each seed. What does not hold is not kept.
 
     Args:
@@ -59,14 +51,13 @@ def add(
         hardware: such as "8 x NVIDIA H100 80GB HBM3", as records of this repository name it.
         source: where the logs are published.
         date: day of the runs.
-        batch_tokens: tokens in a step; 0: not known.
+        batch_tokens: tokens per step; 0: not known.
     """
     into = user_path(into)
     check_writable(into, "choose another folder, such as --into=/tmp/records")
     if foreign:
         required = dict(name=name, track=track, hardware=hardware, source=source, date=date)
-        absent = [key for key, value in required.items() if not value]
-        if absent:
+        if absent := [key for key, value in required.items() if not value]:
             raise ValueError(f"a foreign record needs --{' --'.join(absent)} as well: its logs do not say")
         about = dict(hardware=hardware, source=source, batch_tokens=batch_tokens or None)
         path = make_record(read_foreign(runs), into, name, author, description, date, track, about)
@@ -89,7 +80,7 @@ def add(
 
 
 def _verify(paths: Sequence[Path]) -> dict[Path, list[str]]:
-    """Reasons by record; the other records of their tracks are looked at for runs that stand in both."""
+    """Reasons by record; the other records of their tracks are checked for runs that stand in both."""
     named = [path.resolve() for path in paths]
     beside = {other for path in named for other in find_records([path.parent])}
     found = verify_all([load_record(path) for path in sorted({*named, *beside}, key=lambda path: path.name)])
@@ -107,12 +98,12 @@ def verify(records: Places = (), /) -> int:
         print(f"{path.parent.name}/{path.name}: {'holds' if not reasons else f'{len(reasons)} reasons against it'}")
         for reason in reasons:
             print(f"  {reason}")
-    broken = sum(bool(reasons) for reasons in found.values())
+    broken = sum(map(bool, found.values()))
     print(f"{len(found)} records, {broken or 'none'} that do not hold" if found else "there is no record yet")
     return 1 if broken else 0
 
 
-def _holding(places: Sequence[Path]) -> list[Record]:
+def _holding(places: Sequence[Path] = ()) -> list[Record]:
     """Those of the records that hold; the others are named."""
     records = [load_record(path) for path in find_records(places)]
     found = verify_all(records)
@@ -134,8 +125,11 @@ def rank_table(
     """
     if track:
         find_track(track)
-    table = [row for row in rank.rows(_holding([])) if not track or row["track"] == track]
-    written = {"terminal": rank.terminal, "markdown": rank.markdown, "json": rank.to_json}[format](table)
+    table = [row for row in rank.rows(_holding()) if not track or row["track"] == track]
+    if format == "json":
+        written = json.dumps(table, indent=1) + "\n"
+    else:
+        written = rank.markdown(table) if format == "markdown" else rank.terminal(table)
     if not table:
         print("there is no record yet", file=sys.stderr)
     if out:
@@ -187,7 +181,7 @@ def _plot(records: Sequence[Record], out: Path) -> list[Path]:
     by_name, written = {record.name: record for record in records}, []
     for _, hardware, group in rank.classes(rank.rows(records)):
         of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
-        stem = out / f"{rank.slug(group[0]['track'])}_{rank.slug(hardware)}"
+        stem = out / f"{slug(group[0]['track'])}_{slug(hardware)}"
         written += plots.save(plots.curves(of_class, find_track(group[0]["track"]).target_loss), stem)
         written += plots.save(plots.history(of_class), stem.with_name(f"{stem.name}_history"))
     return written
@@ -214,7 +208,7 @@ def publish() -> int:
     check_writable(rank.README.parent, "publish writes into the checkout; rank, plot and report have --out")
     if verify():
         return 1
-    records = _holding([])
+    records = _holding()
     readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), rank.rows(records))
     with whole_file(rank.README) as file:
         file.write(readme)
@@ -237,11 +231,12 @@ def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = Fa
     print(f"running the source in the log of {found.name}: code by {found.summary['author']}")
     with tempfile.TemporaryDirectory(prefix="reproduce-") as tree:
         again = reproduce.run_again(found, seed, Path(tree))
-    verdict = reproduce.judge(found, again)
-    print("---", *verdict.lines, sep="\n")
+    is_consistent, lines = reproduce.judge(found, again)
+    print("---", *lines, sep="\n")
     if keep:
-        reproduce.save_comparison(verdict, again, found.path / "reproduced.json")
-    return 0 if verdict.is_consistent else 1
+        kept = {key: again.log.facts[key] for key in ("start_utc", "device", "world_size", "versions")}
+        write_json(found.path / "reproduced.json", dict(consistent=is_consistent, said=lines, **kept), indent=1)
+    return 0 if is_consistent else 1
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -1,8 +1,7 @@
 """Two records side by side: who is faster, by how much, and whether the data can tell."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from leaderboard import stats
 from leaderboard.records import Record
@@ -11,71 +10,58 @@ from leaderboard.tracks import find_track
 ALPHA = 0.05  # below this p a difference is said to be one
 
 
-@dataclass(frozen=True)
-class EqualSteps:
-    """Losses of both where both were validated last."""
-
-    step: int
-    a: list[float]
-    b: list[float]
-
-
-def equal_steps(a: Record, b: Record) -> EqualSteps | None:
-    """The last step after the first at which every run of both has a validation; None without one."""
-    curves = [{v.step: v.loss for v in run.validations} for record in (a, b) for run in record.runs]
-    common = set.intersection(*(set(curve) for curve in curves)) - {0}
+def equal_steps(a: Record, b: Record) -> tuple[int, list[float], list[float]] | None:
+    """The last step after the first at which every run of both has a validation, with the losses of both; None without
+    one."""
+    curves = [[{v.step: v.loss for v in run.validations} for run in record.runs] for record in (a, b)]
+    common = set.intersection(*(set(curve) for curve in (*curves[0], *curves[1]))) - {0}
     if not common:
         return None
-    step = max(common)
-    return EqualSteps(step, *([{v.step: v.loss for v in run.validations}[step] for run in record.runs]
-                              for record in (a, b)))  # fmt: skip
-
-
-def _p(p: float) -> str:
-    return f"p={p:.2g}" if p < 0.1 else f"p={p:.2f}"
-
-
-def _needed(seeds: float) -> str:
-    if math.isinf(seeds):
-        return "no number of seeds that anyone will run would show a difference of this size"
-    return f"to see one of this size in four of five attempts takes about {seeds:.0f} seeds each"
+    losses_a, losses_b = ([curve[max(common)] for curve in of_record] for of_record in curves)
+    return max(common), losses_a, losses_b
 
 
 def time_sentence(a: str, b: str, times_a: Sequence[float], times_b: Sequence[float]) -> str:
     """Who is faster, by the share of the other's time that it saves, and the evidence in a second line."""
     if stats.compare_times(times_a, times_b).estimate < 0:  # say it of the faster one
         a, b, times_a, times_b = b, a, times_b, times_a
-    found = stats.compare_times(times_a, times_b)
-    low, high = (100 * end for end in found.interval)
-    numbers = f"{100 * found.estimate:.1f}% faster"
-    evidence = f"(95% CI {low:.1f} to {high:.1f}, n={len(times_a)}/{len(times_b)}); {_p(found.p)}"
-    details = _details(found, "of the logarithms", 100, 1)
-    if found.p < ALPHA:
-        return f"{a} is {numbers} than {b} {evidence}.\n{details}"
-    sentence = f"The data cannot tell: {a} comes out {numbers} than {b} {evidence}; {_needed(found.seeds_needed)}."
-    return f"{sentence}\n{details}"
+    found, sizes = stats.compare_times(times_a, times_b), f"n={len(times_a)}/{len(times_b)}"
+    return _sentence(found, sizes, lambda verb, by: f"{a} {verb} {by}% faster than {b}", "of the logarithms", 100, 1)
 
 
 def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[float]) -> str:
     """Whose loss is lower, and the evidence in a second line."""
     if stats.compare_losses(losses_a, losses_b).estimate > 0:
         a, b, losses_a, losses_b = b, a, losses_b, losses_a
-    found = stats.compare_losses(losses_b, losses_a)  # by how much a is lower
-    low, high = found.interval
-    evidence = f"(95% CI {low:.4f} to {high:.4f}, n={len(losses_a)}/{len(losses_b)}); {_p(found.p)}"
-    details = _details(found, "of the losses", 1, 4)
+    found, sizes = stats.compare_losses(losses_b, losses_a), f"n={len(losses_a)}/{len(losses_b)}"
+
+    def claim(verb: str, by: str) -> str:
+        return f"{a}'s loss {verb} lower than {b}'s by {by}"
+
+    return _sentence(found, sizes, claim, "of the losses", 1, 4)
+
+
+def _sentence(
+    found: stats.Comparison, sizes: str, claim: Callable[[str, str], str], what: str, scale: float, digits: int
+) -> str:
+    """`claim`, of a verb and of a difference in digits, as strongly as the data allow; the test in a second line."""
+
+    def interval(low: float, high: float) -> str:
+        return f"95% CI {scale * low:.{digits}f} to {scale * high:.{digits}f}"
+
+    p = f"p={found.p:.2g}" if found.p < 0.1 else f"p={found.p:.2f}"
+    by, evidence = f"{scale * found.estimate:.{digits}f}", f"({interval(*found.interval)}, {sizes}); {p}"
     if found.p < ALPHA:
-        return f"{a}'s loss is lower than {b}'s by {found.estimate:.4f} {evidence}.\n{details}"
-    sentence = f"The data cannot tell: {a}'s loss comes out lower by {found.estimate:.4f} than {b}'s {evidence}"
-    return f"{sentence}; {_needed(found.seeds_needed)}.\n{details}"
-
-
-def _details(found: stats.Comparison, what: str, scale: float, digits: int) -> str:
-    bootstrap = ""
-    if found.bootstrap:
-        low, high = (scale * end for end in found.bootstrap)
-        bootstrap = f"; the bootstrap's 95% CI is {low:.{digits}f} to {high:.{digits}f}"
-    return f"  Welch's t {what}{bootstrap}; effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
+        sentence = f"{claim('is', by)} {evidence}."
+    elif math.isinf(found.seeds_needed):
+        never = "no number of seeds that anyone will run would show a difference of this size"
+        sentence = f"The data cannot tell: {claim('comes out', by)} {evidence}; {never}."
+    else:
+        needed = f"to see one of this size in four of five attempts takes about {found.seeds_needed:.0f} seeds each"
+        sentence = f"The data cannot tell: {claim('comes out', by)} {evidence}; {needed}."
+    bootstrap = f"; bootstrap: {interval(*found.bootstrap)}" if found.bootstrap else ""
+    effect = f"effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
+    return f"{sentence}\n  Welch's t {what}{bootstrap}; {effect}"
 
 
 def compare(a: Record, b: Record) -> str:
@@ -89,20 +75,20 @@ def compare(a: Record, b: Record) -> str:
         lines += [f"Time: {a.hardware} and {b.hardware} are two clocks; times on them do not compare.", ""]
     else:
         lines += ["Time to target: " + time_sentence(name_a, name_b, a.times, b.times), ""]
-    same = equal_steps(a, b)
-    if same is None:
-        lines += ["Loss: there is no step at which all runs of both were validated.", ""]
+    if same := equal_steps(a, b):
+        step, losses_a, losses_b = same
+        lines += [f"Loss at step {step}: " + loss_sentence(name_a, name_b, losses_a, losses_b), ""]
     else:
-        lines += [f"Loss at step {same.step}: " + loss_sentence(name_a, name_b, same.a, same.b), ""]
+        lines += ["Loss: there is no step at which all runs of both were validated.", ""]
     lines += [_steps(a, b, track.step_threshold, track.nats_per_100_steps), ""]
     config_a, config_b = a.runs[0].config, b.runs[0].config
-    changed = [key for key in {**config_a, **config_b} if config_a.get(key) != config_b.get(key)]
-    changed = [key for key in changed if key not in ("name", "description", "author", "seed", "run_dir")]
+    changed = [key for key in {**config_a, **config_b} if config_a.get(key) != config_b.get(key)
+               and key not in ("name", "description", "author", "seed", "run_dir")]  # fmt: skip
     sources = [run.log.sources for run in (a.runs[0], b.runs[0])]
     files = sorted(path for path in {*sources[0], *sources[1]} if sources[0].get(path) != sources[1].get(path))
     if config_a and config_b:
-        lines += ["Settings that differ: " + (", ".join(
-            f"{key} {config_a.get(key)!r} / {config_b.get(key)!r}" for key in changed) or "none")]  # fmt: skip
+        told = ", ".join(f"{key} {config_a.get(key)!r} / {config_b.get(key)!r}" for key in changed)
+        lines += [f"Settings that differ: {told or 'none'}"]
     lines += ["Source files that differ: " + (", ".join(files) or "none")]
     return "\n".join(lines) + "\n"
 

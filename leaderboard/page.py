@@ -4,17 +4,16 @@ Pages are filled into page_template.html, where styles and script stand.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from harness.log_format import RULER
+from harness.tables import Row
 from leaderboard import plots
 from leaderboard.rank import COLUMNS, cells, classes, rows
 from leaderboard.records import Record
-from leaderboard.runs import Run
 from leaderboard.tracks import find_track
 
 PAGE = Path(__file__).with_name("page_template.html")
@@ -46,31 +45,24 @@ def render(records: Sequence[Record]) -> str:
     )
 
 
-def _cell(key: str, text: str, row: Mapping[str, Any], record: Record) -> str:
+def _cell(key: str, text: str, row: Row, record: Record) -> str:
     """A cell; `data-value` is what it is sorted by where that is not its text."""
-    values: dict[str, Any] = {key: row[key] for key in AS_NUMBERS}
-    time_s, val_loss = record.summary["time_s"], record.summary["val_loss"]
-    values |= dict(time_s=time_s["mean"], interval=time_s["low"], median_s=time_s["median"], val_loss=val_loss["mean"])
+    time_s, values = row["time_s"], {key: row[key] for key in AS_NUMBERS}
+    values |= dict(time_s=time_s["mean"], interval=time_s["low"], median_s=time_s["median"])
+    values["val_loss"] = row["val_loss"]["mean"]
     value = f" data-value='{escape(json.dumps(values[key]))}'" if key in values else ""
-    shown = f'<a href="#{_anchor(record)}">{escape(text)}</a>' if key == "name" else escape(text)
+    shown = f'<a href="#logs-{record.name}">{escape(text)}</a>' if key == "name" else escape(text)
     return f"<td{value}>{shown}</td>"
-
-
-def _anchor(record: Record) -> str:
-    return f"logs-{record.name}"
 
 
 def _logs(record: Record) -> str:
     """A record's step lines, seed by seed, folded away; its sources stay in the archive."""
-    runs = "".join(f"<details><summary>{escape(run.name)}</summary><pre>{escape(_text(run))}</pre></details>"
-                   for run in record.runs)  # fmt: skip
+    runs = ""
+    for run in record.runs:
+        printed = run.texts["log.txt"].rpartition(RULER)[2].strip()  # what follows its sources
+        runs += f"<details><summary>{escape(run.name)}</summary><pre>{escape(printed)}</pre></details>"
     where = f"leaderboard/records/{record.name}"
     return (
-        f'<details class="logs" id="{_anchor(record)}"><summary>Logs of {escape(record.path.name)}</summary>'
+        f'<details class="logs" id="logs-{record.name}"><summary>Logs of {escape(record.path.name)}</summary>'
         f"<p>Whole, with every source file: <code>{escape(where)}/runs.tar.xz</code></p>{runs}</details>"
     )
-
-
-def _text(run: Run) -> str:
-    """What the run printed, after its sources."""
-    return run.texts["log.txt"].rpartition(RULER)[2].strip()

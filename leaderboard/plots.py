@@ -44,7 +44,7 @@ def curves(records: Sequence[Record], target: float) -> Figure:
         axis.set_xlabel(label)
         axis.set_ylim(min([target, *lasts]) - 0.05 * target, 1.6 * target)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -54,10 +54,11 @@ def history(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     dated = sorted(records, key=lambda record: (record.summary["date"], record.summary["time_s"]["mean"]))
-    own = [record for record in dated if not record.is_foreign]
-    days, times = ([_day(record) for record in dated], [record.summary["time_s"]["mean"] for record in dated])
-    best = np.minimum.accumulate([record.summary["time_s"]["mean"] for record in own])
-    axis.plot([_day(record) for record in own], best, drawstyle="steps-post", color="tab:green", label="record")
+    days = [float(date2num(date.fromisoformat(record.summary["date"]))) for record in dated]
+    times = [record.summary["time_s"]["mean"] for record in dated]
+    own = [(day, time_s) for day, time_s, record in zip(days, times, dated, strict=True) if not record.is_foreign]
+    best = np.minimum.accumulate([time_s for _, time_s in own])
+    axis.plot([day for day, _ in own], best, drawstyle="steps-post", color="tab:green", label="record")
     axis.plot(days, times, "o", color="tab:blue", label="entry")
     for day, time_s, record in zip(days, times, dated, strict=True):
         name = record.summary["name"] + ("†" if record.is_foreign else "")
@@ -71,10 +72,6 @@ def history(records: Sequence[Record]) -> Figure:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
     return figure
-
-
-def _day(record: Record) -> float:
-    return float(date2num(date.fromisoformat(record.summary["date"])))
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -1,13 +1,12 @@
 """Tables of verified records: for each track and hardware the fastest first."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from harness.tables import align, with_section
+from harness import tables
+from harness.tables import Row, align, slug, with_section
 from leaderboard.records import Record
 from leaderboard.tracks import find_track
 
@@ -19,21 +18,18 @@ COLUMNS = {
     "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p", "date": "date",
     "author": "author", "description": "what changed",
 }  # fmt: skip
+FROM_SUMMARY = ("foreign", "time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author", "description")
 LEFT_OUT = ("median_s", "author")  # of the README's table, to fit a page
 
 
-def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row a record, numbers as they are; ordered by track, hardware and mean time, with its rank among those."""
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row per record, numbers as they are; ordered by track, hardware and mean time, with its rank among those."""
     ordered = sorted(records, key=lambda record: (*_class(record), record.summary["time_s"]["mean"]))
     table = []
     for (track, hardware), group in groupby(ordered, key=_class):
         for rank, record in enumerate(group, start=1):
-            summary = record.summary
-            table.append(dict(
-                track=track, hardware=hardware, rank=rank, name=record.path.name, foreign=summary["foreign"],
-                **{key: summary[key] for key in ("time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author",
-                                                 "description")},
-            ))  # fmt: skip
+            row = {key: record.summary[key] for key in FROM_SUMMARY}
+            table.append(dict(track=track, hardware=hardware, rank=rank, name=record.path.name) | row)
     return table
 
 
@@ -41,7 +37,7 @@ def _class(record: Record) -> tuple[str, str]:
     return record.path.parent.name, record.hardware
 
 
-def cells(row: Mapping[str, Any]) -> dict[str, str]:
+def cells(row: Row) -> dict[str, str]:
     """A row in words; a dagger marks what other code than this repository's has run."""
     times, losses = row["time_s"], row["val_loss"]
     return dict(
@@ -53,7 +49,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     )  # fmt: skip
 
 
-def classes(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+def classes(table: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     """(heading, hardware, rows) for each track and hardware."""
     found = []
     for (track, hardware), group in groupby(table, key=lambda row: (row["track"], row["hardware"])):
@@ -62,37 +58,29 @@ def classes(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Map
     return found
 
 
-def terminal(table: Sequence[Mapping[str, Any]]) -> str:
-    parts: list[str] = []
+def terminal(table: Sequence[Row]) -> str:
+    parts = []
     for heading, _, group in classes(table):
-        lines = [list(COLUMNS.values())] + [[cells(row)[key] for key in COLUMNS] for row in group]
-        *numbers, date, author, what = zip(*lines, strict=True)
-        words = zip(*(_left(column) for column in (date, author, what)), strict=True)
-        aligned = align(list(zip(*numbers, strict=True))).splitlines()
-        parts.append("\n" * bool(parts) + "\n".join([heading, *(f"{line}  {'  '.join(rest)}".rstrip()
-                                           for line, rest in zip(aligned, words, strict=True))]))  # fmt: skip
-    return "".join(f"{part}\n" for part in parts) + _dagger(table)
+        columns = [[name, *(cells(row)[key] for row in group)] for key, name in COLUMNS.items()]
+        for words in columns[-3:]:  # date, author, what changed
+            words[:] = [word.ljust(max(map(len, words))) for word in words]
+        lines = align(list(zip(*columns, strict=True))).splitlines()
+        parts.append("".join(f"{line.rstrip()}\n" for line in (heading, *lines)))
+    return "\n".join(parts) + _dagger(table)
 
 
-def _dagger(table: Sequence[Mapping[str, Any]]) -> str:
+def _dagger(table: Sequence[Row]) -> str:
     return "\n† other code's run, from its log\n" if any(row["foreign"] for row in table) else ""
 
 
-def _left(column: Sequence[str]) -> list[str]:
-    return [cell.ljust(max(map(len, column))) for cell in column]
-
-
-def markdown(table: Sequence[Mapping[str, Any]], base: str = "", left_out: Sequence[str] = ()) -> str:
+def markdown(table: Sequence[Row], base: str = "", left_out: Sequence[str] = ()) -> str:
     """Tables for a page, without some columns; `base` is the way from it to leaderboard/."""
-    parts = []
+    shown, parts = {key: name for key, name in COLUMNS.items() if key not in left_out}, []
     for heading, _, group in classes(table):
-        shown = {key: name for key, name in COLUMNS.items() if key not in left_out}
-        lines = [f"**{_escaped(heading)}**", "", f"| {' | '.join(shown.values())} |", "|" + "---|" * len(shown)]
-        for row in group:
-            of_row = {key: _escaped(text) for key, text in cells(row).items()}
-            of_row["name"] = f"[{cells(row)['name']}]({base}records/{row['track']}/{row['name']})"
-            lines.append("| " + " | ".join(of_row[key] for key in shown) + " |")
-        parts.append("\n".join(lines) + "\n")
+        lines = [{key: _escaped(text) for key, text in cells(row).items()} for row in group]
+        for line, row in zip(lines, group, strict=True):
+            line["name"] = f"[{cells(row)['name']}]({base}records/{row['track']}/{row['name']})"
+        parts.append(f"**{_escaped(heading)}**\n\n{tables.markdown(lines, shown)}")
     return "\n".join(parts) + _dagger(table)
 
 
@@ -101,16 +89,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\|\[\]`*_])", r"\\\1", text).replace("<", "&lt;")
 
 
-def to_json(table: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(list(table), indent=1) + "\n"
-
-
-def slug(text: str) -> str:
-    """A file name of a hardware's or a track's name."""
-    return re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", text.lower()).strip("-")
-
-
-def readme_section(table: Sequence[Mapping[str, Any]]) -> str:
+def readme_section(table: Sequence[Row]) -> str:
     """The README's part: each class's table with its figure."""
     parts = []
     for heading, hardware, group in classes(table):
@@ -120,6 +99,6 @@ def readme_section(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts) or "No record yet.\n"
 
 
-def with_leaderboard(document: str, table: Sequence[Mapping[str, Any]]) -> str:
+def with_leaderboard(document: str, table: Sequence[Row]) -> str:
     """The README with its leaderboard as the records say."""
     return with_section(document, SECTION, readme_section(table))

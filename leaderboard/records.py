@@ -9,7 +9,6 @@ README.md       for the reader; made once, then its author's
 import io
 import json
 import lzma
-import math
 import re
 import shutil
 import tarfile
@@ -70,16 +69,15 @@ def describe(
     runs: Sequence[Run], track: Track, name: str, date: str, author: str, description: str,
     foreign: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the runs amount to, from their logs and metrics alone; seconds, nats, tokens.
+    """What the runs amount to, from their logs and metrics alone; seconds, nats, tokens; None for nan and infinity.
 
     foreign: for logs of another speedrun, what they do not say: `hardware`, `source`, `batch_tokens` (None: unknown).
     """
     first, last = runs[0], runs[0].last
     times, losses = [run.last.time_s for run in runs], [run.last.loss for run in runs]
+    tokens = first.tokens_at(last.step) if first.config else None
     if foreign:
         tokens = last.step * foreign["batch_tokens"] if foreign["batch_tokens"] else None
-    else:
-        tokens = first.tokens_at(last.step) if first.config else None
     low, high = stats.mean_interval(times)
     summary = dict(
         name=name, track=track.name, date=date, author=author, description=description, foreign=foreign,
@@ -94,16 +92,7 @@ def describe(
     if track.sigma:
         z, p = stats.z_below(losses, track.target_loss, track.sigma)
         summary["known_sigma"] = dict(z=z, p=p, step_rule=stats.step_rule(losses, track.target_loss))
-    return _without_infinities(summary)
-
-
-def _without_infinities(value: Any) -> Any:
-    """nan and inf as null, which JSON has."""
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(summary), parse_constant=lambda name: None)  # nan and inf as null, which JSON has
 
 
 def shared_config(run: Run) -> dict[str, Any]:
@@ -189,7 +178,8 @@ def load_record(path: Path) -> Record:
         return record
     try:
         folders = unpack((path / "runs.tar.xz").read_bytes())
-        record.runs = [Run(folder.replace("_", " "), folders[folder]) for folder in sorted(folders, key=_number)]
+        in_order = sorted(folders, key=lambda folder: int(folder.partition("_")[2]))
+        record.runs = [Run(folder.replace("_", " "), folders[folder]) for folder in in_order]
     except (OSError, ValueError) as error:
         record.broken.append(str(error) if isinstance(error, ValueError) else f"runs.tar.xz: {error.strerror}")
     try:
@@ -202,35 +192,25 @@ def load_record(path: Path) -> Record:
     return record
 
 
-def _number(folder: str) -> int:
-    return int(folder.partition("_")[2])
-
-
 def find_records(places: Sequence[Path] = ()) -> list[Path]:
-    """Folders of the records named (a record, a track, or a name such as sotu-byte/2026-11-22_muon), or of all.
+    """Folders of the records named (a record, a track, or a name such as sotu-byte/2026-11-22_muon), or of all; a
+    half-written one begins with a dot.
 
     Raises ValueError for a place where there is none.
     """
     if not places:
-        return _folders(RECORDS, "*/*")
+        return sorted(path for path in RECORDS.glob("*/[!.]*") if path.is_dir())
     found: list[Path] = []
     for named in map(user_path, places):
         place = named if named.exists() else RECORDS / named
-        here = [path for path in (place, *_folders(place, "*"), *_folders(place, "*/*")) if _has_record(path)]
+        below = sorted(path for pattern in ("[!.]*", "*/[!.]*") for path in place.glob(pattern))
+        here = [path for path in (place, *below)
+                if (path / "runs.tar.xz").exists() or (path / "summary.json").exists()]  # fmt: skip
         if not here:
             known = ", ".join(f"{path.parent.name}/{path.name}" for path in find_records()) or "none yet"
             raise ValueError(f"there is no record at {named}; the records are: {known}")
         found += here
     return list(dict.fromkeys(path.resolve() for path in found))
-
-
-def _has_record(path: Path) -> bool:
-    return (path / "runs.tar.xz").exists() or (path / "summary.json").exists()
-
-
-def _folders(place: Path, pattern: str) -> list[Path]:
-    """Folders that should be records; a half-written one begins with a dot."""
-    return sorted(path for path in place.glob(pattern) if path.is_dir() and not path.name.startswith("."))
 
 
 def make_record(
@@ -257,9 +237,8 @@ def make_record(
         if run.broken:
             raise ValueError(f"{run.name}: {run.broken[0]}")
         if not run.validations:
-            raise ValueError(
-                f"{run.name} has no line like step:125/3250 val_loss:4.58616 train_time:66.065s; nothing to add"
-            )
+            example = "step:125/3250 val_loss:4.58616 train_time:66.065s"
+            raise ValueError(f"{run.name} has no line like {example}; nothing to add")
     path = into / track.name / f"{date}_{name}"
     if path.exists():
         raise ValueError(f"{path} exists; choose another --name, or remove it first")
@@ -287,31 +266,31 @@ def _readme(summary: dict[str, Any]) -> str:
     times, losses = summary["time_s"], summary["val_loss"]
     spread = f" ± {losses['sd']:.4f}" if losses["sd"] is not None else ""
     folder = f"{summary['track']}/{summary['date']}_{summary['name']}"
-    again = "" if summary["foreign"] else (
-        f"\n    ./run.sh leaderboard/records/{folder}/config.toml --seed={summary['n']}"
-        f"\n    ./run.sh leaderboard reproduce {folder}\n"
-    )  # fmt: skip
-    source = f"From {summary['foreign']['source']}; not run by this repository.\n\n" if summary["foreign"] else ""
+    again = source = ""
+    if foreign := summary["foreign"]:
+        source = f"From {foreign['source']}; not run by this repository.\n\n"
+    else:
+        again = f"    ./run.sh leaderboard/records/{folder}/config.toml --seed={summary['n']}\n"
+        again += f"    ./run.sh leaderboard reproduce {folder}\n"
     return (
         f"# {summary['description']}\n\n{summary['author']}, {summary['date']}, track {summary['track']}, "
         f"{summary['hardware']}.\n\n{source}"
         f"{times['mean']:.2f} s (median {times['median']:.2f}) over {summary['steps']} steps to {losses['mean']:.4f}"
         f"{spread}, {summary['n']} seeds.\n\n"
-        f"    ./run.sh leaderboard verify {folder}{again}"
+        f"    ./run.sh leaderboard verify {folder}\n{again}"
     )
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
     """Run directories as they are, for `make_record`. Raises ValueError, also for none."""
     if not directories:
-        raise ValueError("name the run directories, one a seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
+        raise ValueError("name the run directories, one per seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
     return [read_run(user_path(directory)) for directory in directories]
 
 
 def read_foreign(files: Sequence[Path]) -> list[Run]:
     """Log files of another speedrun, one for each run. Raises ValueError for one that is not there."""
     files = [user_path(file) for file in files]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file; with --foreign, name the logs, one for each run")
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"{absent[0]} is not a file; with --foreign, name the logs, one for each run")
     return [Run(f"log {index}", {"log.txt": read_text(file)}) for index, file in enumerate(files)]

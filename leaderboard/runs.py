@@ -39,7 +39,7 @@ SCHEDULE = ("train_steps", "batch_tokens", "small_batch_steps")  # what decides 
 class Validation(NamedTuple):
     step: int
     time_s: float  # on the clock, from the start of training
-    loss: float  # nats a token
+    loss: float  # nats per token
 
 
 @dataclass
@@ -103,10 +103,10 @@ def _json(text: str, where: str, broken: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         broken.append(f"{where} cannot be read as JSON ({error})")
         return {}
-    if not isinstance(value, dict):
-        broken.append(f"{where} is not a JSON object")
-        return {}
-    return value
+    if isinstance(value, dict):
+        return value
+    broken.append(f"{where} is not a JSON object")
+    return {}
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,10 +233,10 @@ def read_text(path: Path) -> str:
 
 def read_run(directory: Path) -> Run:
     """A run directory. Raises ValueError for one that is none or not complete."""
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{directory} is not the directory of a run that ended: it has no {', '.join(missing)}; name one such as "
-            "runs/sotu_cpu-20261122T033309Z-9823dd, or say --foreign for the log file of another speedrun"
+    if missing := [name for name in FILES if not (directory / name).is_file()]:
+        why = f"is not the directory of a run that ended: it has no {', '.join(missing)}"
+        works = (
+            "name one such as runs/sotu_cpu-20261122T033309Z-9823dd, or say --foreign for another speedrun's log file"
         )
+        raise ValueError(f"{directory} {why}; {works}")
     return Run(directory.name, {name: read_text(directory / name) for name in FILES})

@@ -13,7 +13,7 @@ SIGNIFICANCE = 0.01  # a record's one-sided p that its mean loss is below the ta
 @dataclass(frozen=True)
 class Track:
     name: str
-    target_loss: float  # nats a token
+    target_loss: float  # nats per token
     val_tokens: int
     tokenizer: str
     val_fingerprint: str  # of the first val_tokens validation tokens; empty: not known yet

@@ -1,6 +1,6 @@
 """Does a record hold? Every reason why not, worked out from its logs and metrics; summaries are only compared.
 
-`reasons(record)` looks at one record, `verify_all(records)` at runs that stand in two as well. What no reading of files
+`reasons(record)` checks one record, `verify_all(records)` also finds runs that stand in two. What no reading of files
 can tell: numbers invented alike in all of them, and source that cheats, with a clock of its own, say. The source is in
 the log; `compare` names the files in which two records differ, and `reproduce` runs it again.
 """
@@ -67,8 +67,7 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
             if [row.get("lr_scale") for row in run.metrics] != [row.get("lr_scale") for row in first.metrics]:
                 yield f"{run.name} had another learning-rate schedule than {first.name}"
     if not record.is_foreign:
-        seeds = [run.seed for run in runs]
-        if seeds != list(range(len(runs))):
+        if (seeds := [run.seed for run in runs]) != list(range(len(runs))):
             yield f"the seeds are {seeds}; a record has 0 to n - 1, each once, so that none is picked or left out"
         for run in runs:
             if run.name != f"seed {run.seed}":
@@ -80,17 +79,13 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
             yield f"{one.name} and {other.name} have the same losses to the last digit: one run twice"
     steps = [run.last.step for run in runs]
     if len(set(steps)) > 1:
-        yield (
-            f"the seeds stop at different steps, {steps}: stopping each where it looks good makes losses look better; "
-            "run all with one train_steps and --stop_at_target=false"
-        )
-    losses_at_end = record.losses
-    p = stats.p_below(losses_at_end, track.target_loss) if all(map(math.isfinite, losses_at_end)) else 1.0
+        rule = "run all with one train_steps and --stop_at_target=false"
+        yield f"the seeds stop at different steps, {steps}: each may stop where its loss looks good; {rule}"
+    p = stats.p_below(record.losses, track.target_loss) if all(map(math.isfinite, record.losses)) else 1.0
     if not p < SIGNIFICANCE:
-        yield (
-            f"{len(runs)} seeds with mean loss {np.mean(losses_at_end):.5f} do not show that it is below "
-            f"{track.target_loss:g}: one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; add seeds or steps"
-        )
+        found = f"{len(runs)} seeds with mean loss {np.mean(record.losses):.5f}"
+        rule = f"one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; add seeds or steps"
+        yield f"{found} do not show that it is below {track.target_loss:g}: {rule}"
 
 
 def _differ(what: str, one: Any, other: Any, name_one: str, name_other: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.log_format import Line, step_line
+from harness.log_format import Line, ending, step_line
 from leaderboard.runs import FACTS, FILES, Run, short
 from leaderboard.tracks import Track, load_tracks, source_hash
 
@@ -46,10 +46,8 @@ def _of_clock(lines: Sequence[Line]) -> Iterator[str]:
     """Time goes forward, at a rate that a machine can have."""
     for before, line in itertools.pairwise(lines):
         if line.time_s < before.time_s:
-            yield (
-                f"the clock goes backwards: {before.time_s:.3f} s at step {before.step}, then {line.time_s:.3f} s at "
-                f"step {line.step}"
-            )
+            back = f"{before.time_s:.3f} s at step {before.step}, then {line.time_s:.3f} s at step {line.step}"
+            yield f"the clock goes backwards: {back}"
     spans = [
         (a.step, b.step, (b.time_s - a.time_s) / (b.step - a.step), 2 * b.half_digit_s / (b.step - a.step))
         for a, b in itertools.pairwise(lines)
@@ -58,10 +56,8 @@ def _of_clock(lines: Sequence[Line]) -> Iterator[str]:
     usual = statistics.median([span for _, _, span, _ in spans]) if spans else 0.0
     for start, end, span, rounding in spans:
         if 0 <= span < LEAST_SHARE * usual - rounding:
-            yield (
-                f"steps {start} to {end} took {1000 * span:.3g} ms each, a tenth or less of the run's usual "
-                f"{1000 * usual:.3g} ms: time is missing"
-            )
+            rule = f"a tenth or less of the run's usual {1000 * usual:.3g} ms: time is missing"
+            yield f"steps {start} to {end} took {1000 * span:.3g} ms each, {rule}"
 
 
 def of_foreign_log(run: Run) -> Iterator[str]:
@@ -79,8 +75,7 @@ def of_foreign_log(run: Run) -> Iterator[str]:
 def of_files(run: Run) -> Iterator[str]:
     """Log, metrics and summary of this repository's trainer: complete, and of one mind."""
     log, summary, facts = run.log, run.summary, run.log.facts
-    missing = [name for name in FILES if not run.texts.get(name)]
-    if missing:
+    if missing := [name for name in FILES if not run.texts.get(name)]:
         yield f"{', '.join(missing)} is missing"
     if log.rulers != 2:
         yield f"log.txt has {log.rulers} rulers of 100 =, and two are meant"
@@ -125,7 +120,7 @@ def _complete(run: Run) -> Iterator[str]:
         yield f"small_batch_steps = {small} is no number of its {planned} steps"
         return
     promised = last // val_every + 1 + (last % val_every > 0) + last // log_every
-    if abs(promised - len(run.metrics)) > 20:
+    if abs(promised - len(run.metrics)) > 20:  # before there is a set of as many
         yield f"metrics.jsonl has {len(run.metrics)} lines, and the settings promise {promised}"
         return
     expected = {(step, "val") for step in range(0, last + 1, val_every)} | {(last, "val")}
@@ -162,9 +157,10 @@ def _recomputed(run: Run) -> dict[str, Any]:
     """What of a summary follows from metrics and settings."""
     config, last = run.config, run.last
     hit = next((validation for validation in run.validations if validation.loss <= config["target_loss"]), None)
-    is_stopped = config["stop_at_target"] and hit == last
-    status = "stopped at target" if is_stopped else "finished"
-    if not is_stopped and (last.step < config["train_steps"] or (config["stop_at_target"] and hit)):
+    status = "finished"
+    if config["stop_at_target"] and hit:
+        status = "stopped at target" if hit == last else f"not one that ends at step {last.step}"
+    elif last.step < config["train_steps"]:
         status = f"not one that ends at step {last.step}"
     return dict(
         status=status,
@@ -177,26 +173,15 @@ def _recomputed(run: Run) -> dict[str, Any]:
 
 
 def _ending(run: Run) -> Iterator[str]:
-    """The block after ---, as far as it repeats what is known."""
+    """The block after ---, which the summary repeats."""
     if not run.log.ending:
         yield "log.txt is cut off: the block after --- is missing"
         return
-    known, config = _recomputed(run), run.config
-    expected = {
-        "run": known["status"], "val_loss": f"{known['val_loss']:.5f} nats a token after {known['tokens']:,} tokens",
-        "speed": f"{known['tokens_per_s']:,.0f} tokens/s", "machine": f"{run.hardware}, ",
-        "seconds": f", train {known['train_time_s']:.1f},",
-        "directory": "-" + run.log.facts["start_utc"].replace("-", "").replace(":", "") + "-",
-    }  # fmt: skip
-    if config["target_loss"] and known["steps_to_target"] is None:
-        expected["target"] = f"{config['target_loss']:g} nats not reached"
-    elif config["target_loss"]:
-        expected["target"] = (
-            f"{config['target_loss']:g} nats reached after {known['time_to_target_s']:.1f} s of training, "
-            f"{known['steps_to_target']} steps, {known['tokens_to_target']:,} tokens"
-        )
-    for word, text in expected.items():
-        if text not in run.log.ending.get(word, ""):
+    stamp = "-" + run.log.facts["start_utc"].replace("-", "").replace(":", "") + "-"
+    if stamp not in run.log.ending.get("directory", ""):
+        yield f"log.txt ends with directory = {short(run.log.ending.get('directory'))}, and {stamp!r} is meant"
+    for word, text in ending(run.summary | _recomputed(run), run.config["target_loss"]).items():
+        if run.log.ending.get(word) != text:
             yield f"log.txt ends with {word} = {short(run.log.ending.get(word))}, and {text!r} is meant"
 
 
@@ -212,22 +197,17 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
             yield f"{key} = {config[key]!r}, the track's is {getattr(track, key)!r}"
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
-        yield (
-            f"the track has no val_fingerprint yet, so nothing tells whether {found} is of the published shard; check "
-            "it against the source and add it to tracks.toml"
-        )
-    elif found != track.val_fingerprint:
-        yield f"the validation data is not the track's: fingerprint {found}, the track's is {track.val_fingerprint}"
-    if track.train_fingerprint and facts["train_fingerprint"] != track.train_fingerprint:
-        yield (
-            f"the training data is not the track's: fingerprint {facts['train_fingerprint']}, the track's is "
-            f"{track.train_fingerprint}"
-        )
-    for path, known in load_tracks()[1].items():
+        to_do = "check it against the source and add it to tracks.toml"
+        yield f"the track has no val_fingerprint, so nothing tells whether {found} is of the published shard; {to_do}"
+    for key, what in (("val_fingerprint", "validation"), ("train_fingerprint", "training")):
+        known = getattr(track, key)
+        if known and facts[key] != known:
+            yield f"the {what} data is not the track's: fingerprint {facts[key]}, the track's is {known}"
+    for path, versions in load_tracks()[1].items():
         source = run.log.sources.get(path)
         if source is None:
             yield f"the data stream may be modified: the log has no source of {path}"
-        elif source_hash(source) not in known:
+        elif source_hash(source) not in versions:
             yield f"the data stream may be modified: {path} is no version that tracks.toml knows"
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 import leaderboard.__main__ as cli
+from harness.log_format import ending
 from leaderboard import records, tracks
 from leaderboard.records import config_toml, describe, pack, unpack
 from leaderboard.runs import Run, parse_log
@@ -82,7 +83,7 @@ def set_rows(files: dict[str, str], change: Callable[[list[dict[str, Any]]], lis
         average = f"train_time:{time_s:.3f}s step_avg:{1000 * time_s / max(1, step):.2f}ms"
         lines.append(f"step:{step}/{planned} {kind}_loss:{row[f'{kind}_loss']:.5f} {average}")
     head, _, rest = files["log.txt"].rpartition("=" * 100 + "\n")
-    body, _, ending = rest.partition("\n---\n")
+    body, _, end = rest.partition("\n---\n")
     others = [line for line in body.splitlines() if not line.startswith("step:")]
     last = [row for row in rows if "val_loss" in row][-1]
     hit = next((row for row in rows if row.get("val_loss", target + 1) <= target), None)
@@ -95,19 +96,9 @@ def set_rows(files: dict[str, str], change: Callable[[list[dict[str, Any]]], lis
     )  # fmt: skip
     summary["phase_s"]["train"] = time_s
     files["summary.json"] = json.dumps(summary)
-    reached = ""
-    if hit:
-        at = f"{hit['step']} steps, {hit['step'] * batch:,} tokens"
-        reached = f"reached after {hit['train_time_s']:.1f} s of training, {at}"
-    told = {
-        "target      ": f"{target:g} nats {reached}" if hit else f"{target:g} nats not reached: by far",
-        "val_loss    ": f"{last['val_loss']:.5f} nats a token after {tokens:,} tokens",
-        "speed       ": f"{tokens / time_s:,.0f} tokens/s",
-    }
-    for word, text in told.items():
-        ending = re.sub(rf"^{word} .*$", f"{word} {text}", ending, flags=re.M)
-    ending = re.sub(r", train [\d.]+,", f", train {time_s:.1f},", ending)
-    files["log.txt"] = head + "=" * 100 + "\n" + "\n".join([*others, *lines, "---", ending])
+    for word, text in ending(summary, target).items():
+        end = re.sub(rf"^{word} .*$", f"{word:<12} {text}", end, flags=re.M)
+    files["log.txt"] = head + "=" * 100 + "\n" + "\n".join([*others, *lines, "---", end])
 
 
 @pytest.fixture(scope="session")

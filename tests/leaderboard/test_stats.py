@@ -147,5 +147,5 @@ def test_what_the_data_cannot_tell_is_said() -> None:
     sentence = time_sentence("a", "b", A, close)
     assert sentence.startswith("The data cannot tell: a comes out 0.")
     assert "takes about" in sentence
-    assert loss_sentence("a", "b", A, close).startswith("The data cannot tell: a's loss comes out lower by 0.")
+    assert loss_sentence("a", "b", A, close).startswith("The data cannot tell: a's loss comes out lower than b's by 0.")
     assert "no number of seeds" in loss_sentence("a", "b", [1.0, 2.0, 3.0], [1.001, 2.001, 3.0])

@@ -224,7 +224,10 @@ def describe(settings: Any, description: str) -> str:
 
     def show(key: str, text: str) -> None:
         rule, value, texts[key] = rules[key], _shown(getattr(settings, key)), text
-        facts = [*([", ".join(rule.choices)] if rule.choices else rule.bounds), "" if value == "" else f"now {value}"]
+        facts = [
+            *([", ".join(rule.choices)] if rule.choices else rule.bounds),
+            "" if value == "" else f"default {value}",
+        ]
         told = f"{text} ({'; '.join(filter(None, facts))})".removesuffix(" ()")
         name = f"  --{key}={rule.kind.__name__}"
         lines.extend(textwrap.wrap(told, width, initial_indent=f"{name:33} ", subsequent_indent=" " * 34))
@@ -235,9 +238,10 @@ def describe(settings: Any, description: str) -> str:
                 field = re.match(r"    (\w+): .*?  # (.*)", line)
                 if field and field[1] in rules and field[1] not in texts:
                     show(field[1], field[2])
-                elif heading := re.fullmatch(r"    # ([^:]+)", line):
+                elif heading := re.fullmatch(r"    # ([A-Z].*)", line):
                     lines += ["", heading[1]]
-    lines += ["", "Options of single update rules"]
-    for key in [key for key in rules if key not in texts]:
+    declared = [key for key in rules if key not in texts]  # by an Option
+    lines += ["", "Options of single update rules"] if declared else []
+    for key in declared:
         show(key, rules[key].help)
     return "\n".join(lines)

@@ -153,9 +153,7 @@ def test_two_nodes_are_one_and_the_loss_of_one_is_survived(trainer: Trainer, tin
     status, text = first.end()
     assert status == 4, text
     assert "Traceback" not in text
-    assert re.search(r"^error: lost at step 13: another rank was lost \(.*\); start .*--resume=auto", text, re.M), (
-        text
-    )
+    assert re.search(r"^error: lost at step 13: another rank was lost \(.*\); start .*--resume=auto", text, re.M), text
     assert text.splitlines()[-1].startswith("error: another node or rank was lost; start the same command again on ev")
 
     first, second = start(0, restarts=1), start(1, restarts=1, faults="node:43")

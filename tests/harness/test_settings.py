@@ -142,7 +142,7 @@ def test_help_lists_every_field_with_its_meaning(capsys: pytest.CaptureFixture[s
     assert "seed of the initial weights" not in text
     for name, option in [*Aurora.options.items(), *RiemannianAurora.options.items()]:
         assert option.help in text or name in MatrixOptimizer.options
-    assert "(>= 0; <= 1; now 0.5)" in text
+    assert "(>= 0; <= 1; default 0.5)" in text
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)

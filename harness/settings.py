@@ -232,14 +232,17 @@ def describe(settings: Any, description: str) -> str:
         name = f"  --{key}={rule.kind.__name__}"
         lines.extend(textwrap.wrap(told, width, initial_indent=f"{name:33} ", subsequent_indent=" " * 34))
 
+    heading: list[str] = []  # of the next field, if it has one
     for base in kind.__mro__:
         with contextlib.suppress(OSError, TypeError):  # a class without source: made by a function, or built in
             for line in inspect.getsource(base).splitlines():
                 field = re.match(r"    (\w+): .*?  # (.*)", line)
-                if field and field[1] in rules and field[1] not in texts:
+                if comment := re.fullmatch(r"    # ([A-Z].*)", line):
+                    heading = ["", comment[1]]
+                elif field and field[1] in rules and field[1] not in texts:
+                    lines += heading
+                    heading = []
                     show(field[1], field[2])
-                elif heading := re.fullmatch(r"    # ([A-Z].*)", line):
-                    lines += ["", heading[1]]
     declared = [key for key in rules if key not in texts]  # by an Option
     lines += ["", "Options of single update rules"] if declared else []
     for key in declared:

@@ -107,16 +107,13 @@ def with_rule_options(config: type[T], rules: Iterable[type[MatrixOptimizer]] = 
 class OptimizerConfig:
     """What `build_optimizers` needs to know, the rules' own options included."""
 
-    matrix_optimizer: str = (
-        "aurora"  # muon, aurora, riemannian_aurora, normuon, unormuon, adamw, sgd, rmsprop or module:Class
-    )
+    matrix_optimizer: str = "aurora"  # muon, (riemannian_)aurora, normuon, unormuon, adamw, sgd, rmsprop, module:Class
     matrix_lr: Annotated[float, ">= 0"] = 0.02  # learning rate of the matrices inside the blocks
     matrix_weight_decay: Annotated[float, ">= 0"] = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
     matrix_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"  # of muon's and relatives' updates
     cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
     momentum: Annotated[float, ">= 0", "< 1"] = 0.95  # of all but adamw
-    # polar_express (auto), simple_quintic (auto for riemannian_aurora), quintic or svd
-    polar_method: Literal["auto", "polar_express", "quintic", "simple_quintic", "svd"] = "auto"
+    polar_method: Literal["auto", "polar_express", "quintic", "simple_quintic", "svd"] = "auto"  # auto: the rule's own
     polar_steps: Annotated[int, ">= 0"] = 0  # Newton-Schulz steps; 0: the method's own number
     kernels: Literal["auto", "triton", "torch"] = "auto"  # of muon and relatives; auto: Triton on a GPU
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # of muon's and relatives' gradients between ranks

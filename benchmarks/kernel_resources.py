@@ -31,14 +31,14 @@ from harness.tables import align
 from kernels.apply_symmetric import apply_symmetric
 from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
-from kernels.row_norm import normalize_rows, row_norm
+from kernels.normalize_rows import normalize_rows
 from kernels.symmetric_product import symmetric_product
 from kernels.triton_common import ARCHITECTURES, DTYPES
 
 # Most shared memory one block may ask for, in bytes (CUDA C programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
-WITHOUT_PRODUCTS = ("row_norm", "cross_entropy")  # kernels with no use for tensor cores
+WITHOUT_PRODUCTS = ("normalize_rows", "cross_entropy")  # kernels with no use for tensor cores
 
 
 class Launch(NamedTuple):
@@ -105,20 +105,18 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
                 apply_symmetric(X, S, 2.0)
                 if dtype != torch.float16:  # bfloat16 is the same by another name, float32 nobody's first choice
                     continue
-                wide, d_wide = X.new_empty(2, n, 3 * n), torch.empty(2, n)
+                wide = X.new_empty(2, n, 3 * n)
                 gram(X, d, scale, dtype=torch.float32)
-                gram(wide, d_wide, side="rows")
                 gram(wide.mT, d, scale)
                 symmetric_product(S, S, 2.0, 3.0)
                 symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
                 apply_symmetric(X, S, 2.0, d, torch.bfloat16)
                 apply_symmetric(wide.mT, S, 2.0, d, torch.bfloat16)
                 apply_symmetric(X, S, 2.0, d, outputs="row_square")
-                apply_symmetric(wide, S, 2.0, d_wide, side="left", outputs="both")
+                apply_symmetric(wide.mT, S, 2.0, d, outputs="both")
         for dtype in DTYPES:
             what = f"{dtype} 768".replace("torch.", "")
             X = torch.empty(2, 2048, 768, dtype=dtype)
-            row_norm(X)
             normalize_rows(X, torch.float16)
             normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
         for dtype in (torch.float32, torch.bfloat16):

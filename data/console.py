@@ -36,9 +36,8 @@ def run(command: Callable[[], int | None], go_on: str = GOES_ON) -> int:
             sys.stdout.buffer.raw.raise_if_full()
         return status
     except (ValueError, OSError) as error:
-        print(
-            "error:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr
-        )  # a library's may have several lines
+        # A library's may have several lines
+        print("error:", " ".join(map(str.strip, str(error).splitlines())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         ignore_stops()
@@ -49,7 +48,7 @@ def run(command: Callable[[], int | None], go_on: str = GOES_ON) -> int:
 def prepare() -> None:
     """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails, no stream is None."""
     accept_stops()
-    atexit.register(_ignore_stops_for_good)
+    atexit.register(_handle_stops, signal.SIG_IGN)  # lest one ends an interpreter without handlers with another status
     if sys.stdin is None:  # the descriptor is closed, and as the lowest that is free it is the one that is taken
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
@@ -69,7 +68,7 @@ def ignore_stops() -> None:
     _handle_stops(_ignore)  # not SIG_IGN, which would pass for the parent's choice
 
 
-def _handle_stops(handler: Callable[[int, Any], None]) -> None:
+def _handle_stops(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     for stop in STOPS:
         if signal.getsignal(stop) != signal.SIG_IGN:
             signal.signal(stop, handler)
@@ -87,13 +86,6 @@ def _stop(number: int, frame: Any) -> None:
 
 def _ignore(number: int, frame: Any) -> None:
     pass
-
-
-def _ignore_stops_for_good() -> None:
-    """Lest an interpreter that is ending, and has no handlers any more, dies of one with another exit status."""
-    for stop in STOPS:
-        if signal.getsignal(stop) in (_stop, _ignore):
-            signal.signal(stop, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -63,14 +63,11 @@ def check_paths(paths: Sequence[Path]) -> None:
                 advice = unpack if kind else f"rename it, for example to {{stem}}.txt{packed}"
             else:
                 advice = CONVERT.get(kind, "if it is plain text, rename it to {stem}.txt")
-            words = {
-                "path": shlex.quote(str(path)),
-                "stem": shlex.quote(str(path.with_suffix(""))),
-                "python": interpreter(),
-            }
+            quoted, stem = (shlex.quote(str(each)) for each in (path, path.with_suffix("")))
+            advice = advice.format(path=quoted, stem=stem, python=interpreter())
             raise DataError(
                 f"{path}: found suffix {path.suffix!r}, expected .txt, .jsonl or .parquet, the first two maybe with "
-                f"{', '.join(PACKED)} behind; {advice.format(**words)}"
+                f"{', '.join(PACKED)} behind; {advice}"
             )
     if not any(path.stat().st_size for path in paths):
         raise DataError(f"{paths[0]}: found an empty file, expected text; check what made it")

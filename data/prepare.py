@@ -16,25 +16,14 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from data import console
+from data import console, sets
 from data.documents import END_OF_TEXT, Document, check_paths, read_documents, sources_fingerprint
 from data.files import user_path
 from data.formats import interpreter
-from data.sets import (
-    PROGRESS,
-    Settings,
-    is_complete,
-    is_whole,
-    read_progress,
-    save_progress,
-    shard_name,
-    sole_writer,
-    write_set,
-)
 from data.shards import MAX_SHARD_TOKENS, DataError, find_shards, match_shards, open_shard
 
 FINEWEB_TEXT = ("HuggingFaceFW/fineweb", "sample-10BT")
@@ -72,15 +61,10 @@ def sotu(*, encoding: Literal["byte", "gpt2"] = "byte", out: Path | None = None)
     held_out = speeches[5::12]
     speeches.sort(key=lambda path: (path not in held_out, hashlib.sha256(path.name.encode()).digest()))
     validation = read_documents(speeches[: len(held_out)], "")
-    settings = Settings(
-        name="sotu",
-        encoding=encoding,
-        val_tokens=sum(map(len, encode_documents(validation, encoding, threads=1))),
-        shard_tokens=SOTU_SHARD_TOKENS,
-        sources=sources_fingerprint(speeches, ""),
-    )
+    val_tokens = sum(map(len, encode_documents(validation, encoding, threads=1)))
+    settings = sets.Settings("sotu", encoding, val_tokens, SOTU_SHARD_TOKENS, sources_fingerprint(speeches, ""))
     folder = user_path(out or Path("data", f"sotu_{encoding}"))
-    write_set(folder, settings, lambda start: read_documents(speeches[start:], ""))
+    sets.write_set(folder, settings, lambda start: read_documents(speeches[start:], ""))
 
 
 def files(
@@ -122,8 +106,10 @@ def files(
             f"--name: found {name[:40]!r} of {len(name)} characters, expected at most {MAX_NAME_BYTES} bytes without "
             "control characters; 'mine' works"
         )
-    settings = Settings(name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field))
-    write_set(out, settings, lambda start: itertools.islice(read_documents(paths, text_field, markers), start, None))
+    settings = sets.Settings(name, encoding, val_tokens, shard_tokens, sources_fingerprint(paths, text_field))
+    sets.write_set(
+        out, settings, lambda start: itertools.islice(read_documents(paths, text_field, markers), start, None)
+    )
     if markers["ends"]:
         print(
             f"{END_OF_TEXT} is written {markers['ends']:,} times in .txt files: taken as the end of a document, which "
@@ -163,41 +149,35 @@ def _tokenize_fineweb(folder: Path, shards: int) -> None:
             place = f"{FINEWEB_TEXT[0]}: after row {number}"
             raise DataError(f"{place}: the stream broke off ({error}); the same command goes on") from error
 
-    settings = Settings(
-        name="fineweb",
-        encoding="gpt2",
-        val_tokens=FINEWEB_SHARD_TOKENS,
-        shard_tokens=FINEWEB_SHARD_TOKENS,
-        sources=" ".join(FINEWEB_TEXT),
-    )
-    write_set(folder, settings, documents, train_shards=shards)
+    settings = sets.Settings("fineweb", "gpt2", FINEWEB_SHARD_TOKENS, FINEWEB_SHARD_TOKENS, " ".join(FINEWEB_TEXT))
+    sets.write_set(folder, settings, documents, train_shards=shards)
 
 
 def _download_fineweb(folder: Path, shards: int) -> None:
-    names = [shard_name("fineweb", index) for index in range(shards + 1)]
-    if not all(is_whole(folder / name) for name in names):
+    names = [sets.shard_name("fineweb", index) for index in range(shards + 1)]
+    if not all(sets.is_whole(folder / name) for name in names):
         _check_hub()
         from huggingface_hub import snapshot_download
 
-        with sole_writer(folder):
-            if (progress := read_progress(folder)) and progress["shards"]:
+        with sets.sole_writer(folder):
+            if (progress := sets.read_progress(folder)) and progress["shards"]:
                 raise DataError(
-                    f"{folder / PROGRESS}: found a set that was tokenized here, expected none or a downloaded one; "
-                    "choose another --out, or add to that set with the command that made it"
+                    f"{folder / sets.PROGRESS}: found a set that was tokenized here, expected none or a downloaded "
+                    "one; choose another --out, or add to that set with the command that made it"
                 )
-            missing = [name for name in names if not is_whole(folder / name)]
+            missing = [name for name in names if not sets.is_whole(folder / name)]
             for name in missing:  # the Hub's client goes by the date of what is there
                 if (folder / name).exists():
                     print(f"{folder / name}: no whole shard; kept as {name}.unusable", file=sys.stderr)
                     (folder / name).replace(folder / f"{name}.unusable")
-            save_progress(folder, None, [], complete=False)
+            sets.save_progress(folder, None, [], complete=False)
             try:
                 snapshot_download(FINEWEB_TOKENS, repo_type="dataset", allow_patterns=missing, local_dir=folder)
             except Exception as error:  # as above
                 raise DataError(f"{folder}: the download broke off ({error}); the same command goes on") from error
             for name in missing:
                 open_shard(folder / name)
-            save_progress(folder, None, [], complete=True)
+            sets.save_progress(folder, None, [], complete=True)
     print(f"{folder}: validation shard and {shards} training shards are whole")
 
 
@@ -225,39 +205,35 @@ def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
     """
     patterns = (train_files, val_files)
     for folder in dict.fromkeys(user_path(pattern).parent for pattern in patterns):
-        found = all(match_shards(pattern) for pattern in patterns if user_path(pattern).parent == folder)
-        complete = is_complete(folder)
-        whole = found and complete
+        complete = sets.is_complete(folder)
+        whole = complete and all(match_shards(each) for each in patterns if user_path(each).parent == folder)
         if folder.name == "fineweb10B":
             needed = min(-(-train_tokens // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
             if not whole or len(match_shards(train_files)) < needed:
                 fineweb(shards=needed, out=folder)
         elif whole:
             continue
-        elif folder.name == "sotu_byte":
-            sotu(encoding="byte", out=folder)
-        elif folder.name == "sotu_gpt2":
-            sotu(encoding="gpt2", out=folder)
+        elif folder.name in ("sotu_byte", "sotu_gpt2"):
+            sotu(encoding="byte" if folder.name == "sotu_byte" else "gpt2", out=folder)
         elif not complete:
             raise DataError(
-                f"{folder / PROGRESS}: found an unfinished set, expected a whole one; run the data.prepare command "
-                "that began it again"
+                f"{folder / sets.PROGRESS}: found an unfinished set, expected a whole one; run the data.prepare "
+                "command that began it again"
             )
     for pattern in patterns:
         find_shards(pattern)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return console.run(lambda: _main(argv), "the same command goes on from the last whole shard")
+    def command() -> None:
+        import tyro
 
+        tyro.extras.subcommand_cli_from_dict(
+            {each.__name__: each for each in (sotu, fineweb, files, ensure)},
+            prog="python -m data.prepare", description=__doc__, args=argv, use_underscores=True,
+        )  # fmt: skip
 
-def _main(argv: Sequence[str] | None) -> None:
-    import tyro
-
-    subcommands: dict[str, Callable[..., None]] = {"sotu": sotu, "fineweb": fineweb, "files": files, "ensure": ensure}
-    tyro.extras.subcommand_cli_from_dict(
-        subcommands, prog="python -m data.prepare", description=__doc__, args=argv, use_underscores=True
-    )
+    return console.run(command, "the same command goes on from the last whole shard")
 
 
 if __name__ == "__main__":

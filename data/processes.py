@@ -96,14 +96,9 @@ class Workers(ProcessPoolExecutor):
             return super().submit(*call, **options)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind:
-            children = list((self._processes or {}).values())  # which SIGTERM, the executor's own, does not reach
-            self.shutdown(wait=False, cancel_futures=True)
-            for process in children:
-                process.kill()
-            for process in children:
-                process.join()
-        self.shutdown()
+        for process in list((self._processes or {}).values()) if kind else ():
+            process.kill()  # SIGTERM, the executor's own, does not reach them
+        self.shutdown(cancel_futures=bool(kind))  # its thread alone joins them: two at once miss each other's
 
 
 def _prepare_worker(prepare: Callable[..., Any] | None, *arguments: Any) -> None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import try_lock, wait_for_lock, whole_file
+from data.files import try_lock, wait_for_lock, write_json
 from data.processes import is_alive, pid_scope, start_ticks
 from data.shards import DataError, ShardWriter, Tokens, open_shard
 
@@ -163,8 +163,7 @@ def is_whole(path: Path) -> bool:
 
 def save_progress(folder: Path, settings: Settings | None, shards: list[dict[str, Any]], complete: bool) -> None:
     content = {"complete": complete, "settings": asdict(settings) if settings else {}, "shards": shards}
-    with whole_file(folder / PROGRESS) as file:
-        json.dump(content, file, indent=1)
+    write_json(folder / PROGRESS, content, indent=1)
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:

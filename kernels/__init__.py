@@ -1,21 +1,21 @@
 """Kernels of the optimizers and of the loss: Triton on CUDA, the same functions in plain torch everywhere else.
 
     ops = kernels.backend("auto", device)
-    R = ops.gram(X)                          row_norm, normalize_rows, gram, symmetric_product, apply_symmetric,
-                                             cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
+    R = ops.gram(X)                          normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy
+                                             (kernels/linear_cross_entropy.py puts the head before it)
 
 Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
 """
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # there is none for macOS
 
 
 class Backend(NamedTuple):
@@ -23,7 +23,6 @@ class Backend(NamedTuple):
 
     name: str
     symmetric: bool
-    row_norm: Callable[..., Any]
     normalize_rows: Callable[..., Any]
     gram: Callable[..., Any]
     symmetric_product: Callable[..., Any]
@@ -38,9 +37,9 @@ def backend(kernels: str, device: torch.device) -> Backend:
     """
     if kernels not in BACKENDS:
         raise ValueError(f"kernels = {kernels!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and _has_triton())):
+    if kernels == "torch" or (kernels == "auto" and not (device.type == "cuda" and HAS_TRITON)):
         return _torch()
-    if not _has_triton():
+    if not HAS_TRITON:
         raise ValueError("kernels = 'triton', but Triton is not installed here; use kernels = 'torch' or 'auto'")
     from kernels.triton_common import can_launch
 
@@ -61,29 +60,17 @@ def constant(function: F) -> F:
     return function
 
 
-@constant
-def _has_triton() -> bool:
-    return _find_triton()
-
-
-@cache
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None  # there is none for macOS
-
-
 def _torch() -> Backend:
     from kernels import reference as r
 
-    return Backend(
-        "torch", False, r.row_norm, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric, r.cross_entropy
-    )
+    return Backend("torch", False, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric, r.cross_entropy)
 
 
 def _triton() -> Backend:
     from kernels.apply_symmetric import apply_symmetric
     from kernels.cross_entropy import cross_entropy
     from kernels.gram import gram
-    from kernels.row_norm import normalize_rows, row_norm
+    from kernels.normalize_rows import normalize_rows
     from kernels.symmetric_product import symmetric_product
 
-    return Backend("triton", True, row_norm, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy)
+    return Backend("triton", True, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy)

@@ -1,14 +1,12 @@
-"""A symmetric matrix applied to a tall or wide one, with what the optimizers want to know of the result.
+"""A matrix times a symmetric one, with what the optimizers want to know of the result.
 
-    Y = diag(row_scale) (alpha X + X S)   (side "right": S [B, n, n])      X, Y [B, m, n]
-    Y = diag(row_scale) (alpha X + S X)   (side "left":  S [B, m, m])
+    Y = diag(row_scale) (alpha X + X S)      X, Y [B, m, n],  S [B, n, n]
 
-and the sums of squares of Y's rows, taken from the float32 sums before they are rounded: what Aurora's correction and
-NorMuon's statistics need, without another pass over Y. Y itself is written in any dtype, or not at all. Side "left" is
-the transposed problem, Y^T = (alpha X^T + X^T S) diag(row_scale), read and written through its strides.
+and the sums of squares of Y's rows, taken from the float32 sums before they are rounded: what Aurora's correction
+needs, without another pass over Y. Y itself is written in any dtype, or not at all.
 
 The sums come in one part for each tile along the row and are added after, in a fixed order: the same bits every time.
-2 m n s FLOPs with s the size of S; bytes in half precision 2 m n read at least, 2 s^2 read, 2 m n written.
+2 m n^2 FLOPs; bytes in half precision 2 m n read at least, 2 n^2 read, 2 m n written.
 """
 
 import torch
@@ -16,18 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, check_batch, check_scale, operator, precision, product_tile
+from kernels.triton_common import Tile, check_batch, check_scale, empty_in_order, operator, precision, product_tile
 
-SIDES, OUTPUTS = ("right", "left"), ("matrix", "row_square", "both")
+OUTPUTS = ("matrix", "row_square", "both")
 
 
 @triton.jit
 def apply_symmetric_kernel(
     x, s, scale, out, square, m, n, alpha, stride_xb, stride_xm, stride_xn, stride_ob, stride_om, stride_on,
-    ALPHA: tl.constexpr, SCALE: tl.constexpr, STORE: tl.constexpr, SQUARE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALE: tl.constexpr, STORE: tl.constexpr, SQUARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Y = alpha X + X S. TRANSPOSED: `scale` and `square` belong to the columns of Y, not to its rows."""
+    """One tile of Y, and its part of the sums of squares."""
     row_tiles, column_tiles = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
     j = tl.program_id(0) % column_tiles  # neighbours share the rows of X, which S is small enough to leave in cache
     i = tl.program_id(0) // column_tiles % row_tiles
@@ -44,16 +42,10 @@ def apply_symmetric_kernel(
         y = tl.dot(left, right, y, input_precision=PRECISION)
         x_tile += tl.full((), DEPTH, tl.int64) * stride_xn
         s_tile += DEPTH * n
-    if ALPHA:
-        x_here = x + columns[None, :].to(tl.int64) * stride_xn
-        y += alpha * tl.load(x_here, mask=inside, other=0.0).to(tl.float32)
-    if SCALE and TRANSPOSED:
-        y *= tl.load(scale + b * n + columns, mask=columns < n, other=0.0)[None, :]
-    elif SCALE:
+    y += alpha * tl.load(x + columns[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
+    if SCALE:
         y *= tl.load(scale + b * m + rows, mask=rows < m, other=0.0)[:, None]
-    if SQUARE and TRANSPOSED:  # outside the matrix y is 0
-        tl.store(square + (b * row_tiles + i) * n + columns, tl.sum(y * y, axis=0), mask=columns < n)
-    elif SQUARE:
+    if SQUARE:  # outside the matrix y is 0
         tl.store(square + (b * column_tiles + j) * m + rows, tl.sum(y * y, axis=1), mask=rows < m)
     if STORE:
         out += b * stride_ob + rows[:, None].to(tl.int64) * stride_om + columns[None, :].to(tl.int64) * stride_on
@@ -66,65 +58,52 @@ def apply_symmetric(
     alpha: float = 0,
     row_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    side: str = "right",
     outputs: str = "matrix",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y = diag(row_scale) (alpha X + X S), or (alpha X + S X) with side "left", and the sums of squares of Y's rows.
+    """Y = diag(row_scale) (alpha X + X S), and the sums of squares of Y's rows.
 
-    X [B, m, n] with any strides; S symmetric of X's dtype, [B, n, n] or on the left [B, m, m]; row_scale float32
-    [B, m]. Y [B, m, n] in `dtype` (default: X's) and in X's order of memory; the sums float32 [B, m]. `outputs` is
-    "matrix", "row_square" or "both"; what was not asked for is an empty tensor. `tile` replaces the device's own.
-    Raises ValueError for other arguments; symmetry is not checked.
+    X [B, m, n] with any strides; S [B, n, n] symmetric, of X's dtype; row_scale float32 [B, m]. Y [B, m, n] in `dtype`
+    (default: X's) and in X's order of memory; the sums float32 [B, m]. `outputs` is "matrix", "row_square" or "both";
+    what was not asked for is an empty tensor. `tile` replaces the device's own. Raises ValueError for other arguments;
+    symmetry is not checked.
     """
-    if side not in SIDES or outputs not in OUTPUTS:
-        raise ValueError(
-            f"apply_symmetric: side = {side!r} must be one of {', '.join(SIDES)}, "
-            f"and outputs = {outputs!r} one of {', '.join(OUTPUTS)}"
-        )
+    if outputs not in OUTPUTS:
+        raise ValueError(f"apply_symmetric: outputs = {outputs!r} is unknown; choose one of {', '.join(OUTPUTS)}")
     check_batch("apply_symmetric: X", X)
     check_batch("apply_symmetric: S", S, like=X)
     row_scale = check_scale("apply_symmetric: row_scale", row_scale, tuple(X.shape[:2]), X)
-    tall = X if side == "right" else X.mT
-    if S.shape != (X.size(0), tall.size(2), tall.size(2)):
+    if S.shape != (X.size(0), X.size(2), X.size(2)):
         raise ValueError(
-            f"apply_symmetric: S has shape {tuple(S.shape)}; on the {side} of X {tuple(X.shape)} it must be "
-            f"{(X.size(0), tall.size(2), tall.size(2))}"
+            f"apply_symmetric: S has shape {tuple(S.shape)}; beside X {tuple(X.shape)} it must be "
+            f"{(X.size(0), X.size(2), X.size(2))}"
         )
-    Y, square = _apply_symmetric(
-        tall, S.contiguous(), alpha, row_scale, dtype or X.dtype, side == "left", outputs, tile and list(tile)
-    )
-    return (Y.mT if side == "left" and outputs != "row_square" else Y), square.sum(dim=1)
+    Y, square = _apply_symmetric(X, S.contiguous(), alpha, row_scale, dtype or X.dtype, outputs, tile and list(tile))
+    return Y, square.sum(dim=1)
 
 
 def _empty(
-    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, transposed: bool, outputs: str,
+    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, outputs: str,
     tile: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, m, n = X.shape
-    rows, columns, *_ = tile or product_tile(X)
-    parts = (B, triton.cdiv(m, rows), n) if transposed else (B, triton.cdiv(n, columns), m)
-    square = X.new_empty(parts if outputs != "matrix" else (0, 1), dtype=torch.float32)
-    if outputs == "row_square":
-        return X.new_empty(0, dtype=dtype), square
-    if X.stride(1) < X.stride(2):  # written in the order it was read in
-        return X.new_empty((B, n, m), dtype=dtype).mT, square
-    return X.new_empty((B, m, n), dtype=dtype), square
+    _, columns, *_ = tile or product_tile(X)
+    square = X.new_empty((B, triton.cdiv(n, columns), m) if outputs != "matrix" else (0, 1), dtype=torch.float32)
+    return (X.new_empty(0, dtype=dtype) if outputs == "row_square" else empty_in_order(X, dtype)), square
 
 
 @operator(fake=_empty)
 def _apply_symmetric(
-    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, transposed: bool, outputs: str,
+    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, outputs: str,
     tile: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, square = _empty(X, S, alpha, row_scale, dtype, transposed, outputs, tile)
+    out, square = _empty(X, S, alpha, row_scale, dtype, outputs, tile)
     B, m, n = X.shape
     rows, columns, depth, warps, stages = tile or product_tile(X)
     is_stored = outputs != "row_square"
     apply_symmetric_kernel[(B * triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
         X, S, row_scale, out, square, m, n, alpha, *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
-        ALPHA=alpha != 0, SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
-        TRANSPOSED=transposed, ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype),
-        num_warps=warps, num_stages=stages,
+        SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, square

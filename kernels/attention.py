@@ -41,18 +41,21 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
     docs_BT = None if doc_token is None else (inputs_BT == doc_token).cumsum(1)
     if kind == "blocks":
         window = None if window is None else int(window)
-        biases = _biases(inputs_BT, docs_BT, window)
-        return lambda q, k, v: _transposed(_blocks, q, k, v, window, biases)
+        spans = _spans(inputs_BT.size(1), window)  # what is added to the scores of each, [B or 1, 1, queries, keys]
+        biases = [torch.where(_mask(inputs_BT, docs_BT, window, *span), 0.0, -torch.inf) for span in spans]
+        return lambda q, k, v: _transposed(_Blocks.apply, q, k, v, window, *biases)
     if kind == "flex":
-        from torch.nn.attention.flex_attention import flex_attention  # brings the compiler along: two seconds
+        # brings the compiler along: two seconds
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = _block_mask(inputs_BT, docs_BT, window)
+        B, T = inputs_BT.shape
+        batch = None if docs_BT is None else B
+        mask = create_block_mask(_visible(docs_BT, window), batch, None, T, T, device=inputs_BT.device)
         flex = _compiled_flex() if inputs_BT.is_cuda and not torch.compiler.is_compiling() else flex_attention
         return lambda q, k, v: _transposed(flex, q, k, v, None, mask)
     if is_plain:
         return lambda q, k, v: _transposed(F.scaled_dot_product_attention, q, k, v, None, 0.0, True)
-    position_T = torch.arange(inputs_BT.size(1), device=inputs_BT.device)
-    mask_B1TT = _visible(position_T, docs_BT, window)
+    mask_B1TT = _mask(inputs_BT, docs_BT, window, slice(None), slice(None))
     return lambda q, k, v: _transposed(F.scaled_dot_product_attention, q, k, v, mask_B1TT)
 
 
@@ -61,22 +64,8 @@ def _transposed(function: Any, q: Tensor, k: Tensor, v: Tensor, *arguments: Any)
     return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *arguments).transpose(1, 2)
 
 
-def _visible(
-    position_T: Tensor, docs_BT: Tensor | None, window: int | Tensor | None,
-    queries: slice = slice(None), keys: slice = slice(None),
-) -> Tensor:  # fmt: skip
-    """Which of these keys each of these queries sees, bool [B or 1, 1, queries, keys]."""
-    distance = position_T[queries, None] - position_T[keys]
-    visible = distance >= 0
-    if window is not None:
-        visible = visible & (distance < window)
-    if docs_BT is None:
-        return visible[None, None]
-    return (visible & (docs_BT[:, queries, None] == docs_BT[:, None, keys]))[:, None]
-
-
-def _block_mask(inputs_BT: Tensor, docs_BT: Tensor | None, window: int | Tensor | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def _visible(docs_BT: Tensor | None, window: int | Tensor | None) -> Callable[..., Tensor]:
+    """Whether query i sees key j, of batch b and head h: in flex_attention's form, and for indices that broadcast."""
 
     def is_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         visible = j <= i
@@ -86,8 +75,16 @@ def _block_mask(inputs_BT: Tensor, docs_BT: Tensor | None, window: int | Tensor 
             visible = visible & (docs_BT[b, i] == docs_BT[b, j])
         return visible
 
-    B, T = inputs_BT.shape
-    return create_block_mask(is_visible, B if docs_BT is not None else None, None, T, T, device=inputs_BT.device)
+    return is_visible
+
+
+def _mask(
+    inputs_BT: Tensor, docs_BT: Tensor | None, window: int | Tensor | None, queries: slice, keys: slice
+) -> Tensor:
+    """Which of these keys each of these queries sees, bool [B or 1, 1, queries, keys]."""
+    b, position_T = (torch.arange(size, device=inputs_BT.device) for size in inputs_BT.shape)
+    i, j = position_T[queries, None], position_T[keys]
+    return _visible(docs_BT, window)(b[:, None, None, None], b, i[None, None], j)
 
 
 @cache
@@ -98,31 +95,12 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-Span = tuple[slice, slice]  # queries, and the keys that one of them may see
-
-
-def _spans(num_tokens: int, window: int | None) -> list[Span]:
+def _spans(num_tokens: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and the keys that one of them may see."""
     starts = range(0, num_tokens, BLOCK)
     first_keys = [0 if window is None else max(0, start - window + 1) for start in starts]
     ends = [min(start + BLOCK, num_tokens) for start in starts]
     return [(slice(start, end), slice(key, end)) for start, end, key in zip(starts, ends, first_keys, strict=True)]
-
-
-def _biases(inputs_BT: Tensor, docs_BT: Tensor | None, window: int | None) -> list[Tensor]:
-    """For each span what is added to its scores, 0 or -inf, float32 [B or 1, 1, queries, keys]."""
-    position_T, biases = torch.arange(inputs_BT.size(1), device=inputs_BT.device), []
-    for queries, keys in _spans(inputs_BT.size(1), window):
-        visible = _visible(position_T, docs_BT, window, queries, keys)
-        biases.append(visible.new_zeros(visible.shape, dtype=torch.float32).masked_fill_(~visible, -torch.inf))
-    return biases
-
-
-def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None, biases: list[Tensor]) -> Tensor:
-    """q, k, v [B, H, T, K] to [B, H, T, K], `BLOCK` queries at a time and only the keys that one of them may see."""
-    if torch.is_grad_enabled():
-        return _Blocks.apply(q, k, v, window, *biases)
-    out, _ = _forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), window, biases)
-    return out.unflatten(0, q.shape[:2])
 
 
 def _forward(
@@ -142,7 +120,9 @@ def _forward(
 
 
 class _Blocks(torch.autograd.Function):
-    """The probabilities P are kept for the backward pass: at most B H T min(T, window + BLOCK) numbers. With
+    """q, k, v [B, H, T, K] to [B, H, T, K], `BLOCK` queries at a time and only the keys that one of them may see.
+
+    The probabilities P are kept for the backward pass: at most B H T min(T, window + BLOCK) numbers. With
     dP = dO V^T the scores' gradient is P (dP - rowsum(dO O))."""
 
     @staticmethod

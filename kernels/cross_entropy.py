@@ -107,14 +107,7 @@ def cross_entropy(
     )
 
 
-def _empty(
-    logits: Tensor, targets: Tensor, softcap: float, vocab_size: int, z_loss: float, ignore_index: int, gradient: bool,
-    tile: list[int] | None,
-) -> Tensor:  # fmt: skip
-    return logits.new_empty(logits.size(0), dtype=torch.float32)
-
-
-@operator(fake=_empty, mutates=("logits",))
+@operator(fake=lambda logits, *_: logits.new_empty(logits.size(0), dtype=torch.float32), mutates=("logits",))
 def _cross_entropy(
     logits: Tensor, targets: Tensor, softcap: float, vocab_size: int, z_loss: float, ignore_index: int, gradient: bool,
     tile: list[int] | None,

@@ -100,7 +100,12 @@ def _linear_cross_entropy(
     """The loss and the gradients asked for; those not asked for are empty."""
     vocab_size = vocab_size or weight.size(0)
     if x.device.type == "cpu":
-        refuse_targets(targets, vocab_size, ignore_index)
+        wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+        if wrong.numel():
+            raise IndexError(
+                f"linear_cross_entropy: target {int(wrong[0])} must be 0 to {vocab_size - 1}, or "
+                f"ignore_index = {ignore_index}"
+            )
     if backend == "auto" and x.dtype == torch.float64:
         backend = "torch"  # the Triton kernel computes in float32
     cross_entropy = kernels.backend(backend, x.device).cross_entropy
@@ -135,20 +140,9 @@ def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
         total += A @ B  # the CPU has no half-precision product with a wider result: each chunk's is rounded once
 
 
-def refuse_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
-    if wrong.any():
-        raise IndexError(
-            f"linear_cross_entropy: target {int(targets[wrong][0])} must be 0 to {vocab_size - 1}, or "
-            f"ignore_index = {ignore_index}"
-        )
-
-
 @_linear_cross_entropy.register_fake
-def _empty(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int | None, z_loss: float,
-    ignore_index: int, chunk_tokens: int | None, backend: str, x_gradient: bool, weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _empty(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x_gradient, weight_gradient = arguments[-2:]
     return (
         x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)),
         x.new_empty(x.shape if x_gradient else 0),

@@ -1,8 +1,7 @@
 """The kernels in plain torch: the same functions, readable, for any device; used on the CPU and by the tests.
 
-A batch of matrices is X [B, m, n]; scales are float32, one for each row or matrix. Products accumulate in float32
-(float64 for float64 inputs) and results are rounded to X's dtype. Nothing here is differentiable by intent.
-The last function belongs to the loss: logits [R, V] in, their gradients out in the same memory.
+Arguments and results are those of the function of the same name in a Triton file, which describes them; float64 is
+taken too. Products accumulate in float32 (float64 for float64 inputs). Nothing here is differentiable by intent.
 """
 
 import torch
@@ -12,46 +11,27 @@ TINY = torch.finfo(torch.float32).tiny  # keeps 0 / 0 at 0
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 26}  # logits in float32 at a time: 512 KiB stay in a core's cache, 256 MiB do not
 
 
-def row_norm(X: Tensor) -> Tensor:
-    """Euclidean norm of each row of X [B, m, n], float32 [B, m], for entries from 1e-30 to 1e30."""
-    largest, unit = _without_largest(X)
-    return largest * torch.linalg.vector_norm(unit, dim=-1)
-
-
 def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows of X [B, m, n] divided by their norm, in `dtype`, and the norms, float32 [B, m]; zero rows stay zero."""
-    largest, unit = _without_largest(X)
+    X = X.float()
+    largest = X.abs().amax(dim=-1).clamp_min(TINY)
+    unit = X / largest.unsqueeze(-1)  # its squares stay inside float32's range
     norm = torch.linalg.vector_norm(unit, dim=-1)
     return unit.div_(norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
 
 
-def _without_largest(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest magnitude (or TINY), and the row divided by it: its squares stay inside float32's range."""
-    X = X.float()
-    largest = X.abs().amax(dim=-1).clamp_min(TINY)
-    return largest, X / largest.unsqueeze(-1)
-
-
 def gram(
-    X: Tensor,
-    row_scale: Tensor | None = None,
-    scale: Tensor | None = None,
-    side: str = "columns",
-    dtype: torch.dtype | None = None,
+    X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """scale * Y^T Y ("columns", [B, n, n]) or scale * Y Y^T ("rows", [B, m, m]) with Y = diag(row_scale) X.
-
-    row_scale [B, m], scale [B], both 1 where left out. In X's dtype, or in `dtype` float32 without rounding to it.
-    """
+    """scale * Y^T Y with Y = diag(row_scale) X: the Gram matrix of Y's columns, [B, n, n]."""
     if scale is not None:
         root = scale.sqrt().unsqueeze(-1)  # on both operands: the unscaled product could leave float16's range
         row_scale = root.expand(X.shape[:-1]) if row_scale is None else row_scale * root
     if row_scale is not None:
         X = (X * row_scale.unsqueeze(-1)).to(X.dtype)
-    left, right = (X.mT, X) if side == "columns" else (X, X.mT)
     if dtype in (None, X.dtype):
-        return (as_multiplied(left) @ as_multiplied(right)).to(X.dtype)
-    return _float32_product(left, right)
+        return (as_multiplied(X.mT) @ as_multiplied(X)).to(X.dtype)
+    return _float32_product(X.mT, X)
 
 
 def as_multiplied(A: Tensor) -> Tensor:
@@ -83,10 +63,7 @@ def _float32_product(A: Tensor, B: Tensor) -> Tensor:
 def symmetric_product(
     A: Tensor, B: Tensor, alpha: float = 1, beta: float = 0, gamma: float = 0, unrounded_A: Tensor | None = None
 ) -> Tensor:
-    """alpha A B + beta A + gamma B for symmetric A and B [B, n, n] that commute, so that the result is symmetric.
-
-    `unrounded_A` float32 [B, n, n], from which A was rounded, takes its place in beta A.
-    """
+    """alpha A B + beta A + gamma B for symmetric A and B [B, n, n] that commute, so that the result is symmetric."""
     if unrounded_A is None:
         product = _baddbmm(A, A, B, beta, alpha)
     else:
@@ -100,21 +77,11 @@ def apply_symmetric(
     alpha: float = 0,
     row_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    side: str = "right",
     outputs: str = "matrix",
 ) -> tuple[Tensor, Tensor]:
-    """Y = diag(row_scale) (alpha X + X S), or (alpha X + S X) with side "left", and the sums of squares of Y's rows.
-
-    X [B, m, n]; S symmetric, [B, n, n] or on the left [B, m, m]; row_scale [B, m]. Y [B, m, n] in `dtype` (default:
-    X's), the sums of squares float32 [B, m]. `outputs` is "matrix", "row_square" or "both"; what was not asked for
-    is an empty tensor.
-    """
-    if X.stride(1) < X.stride(2):  # the transposed problem, so that Y is in X's order of memory
-        left, right = (S, X.mT) if side == "right" else (X.mT, S)
-        Y = _baddbmm(X.mT, left, right, alpha).mT
-    else:
-        left, right = (X, S) if side == "right" else (S, X)
-        Y = _baddbmm(X, left, right, alpha)
+    """Y = diag(row_scale) (alpha X + X S), [B, m, n], and the sums of squares of Y's rows, [B, m]."""
+    is_transposed = X.stride(1) < X.stride(2)  # then the transposed problem, so that Y is in X's order of memory
+    Y = _baddbmm(X.mT, S, X.mT, alpha).mT if is_transposed else _baddbmm(X, X, S, alpha)
     if row_scale is not None:
         Y = Y * row_scale.unsqueeze(-1)
     if outputs == "matrix":
@@ -133,12 +100,8 @@ def cross_entropy(
     ignore_index: int,
     gradient: bool,
 ) -> Tensor:
-    """Each row's loss, float32 [R]; with `gradient` the logits are overwritten with the gradients of the losses' sum.
-
-    logits [R, V] (float64 ones give a float64 loss), targets int64 [R]; 0 < softcap <= 40, so that no maximum need be
-    taken off before exp. Columns from vocab_size on are no part of the softmax, their gradient is 0. A target of
-    ignore_index gives loss 0 and gradient 0; any other outside [0, vocab_size) NaN in both, and nothing is read there.
-    """
+    """Each row's loss, float32 [R] (float64 of float64 logits); with `gradient` the logits [R, V] are overwritten with
+    the gradients of the losses' sum."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     is_valid = (targets >= 0) & (targets < vocab_size)
     weight = is_valid.to(wide).masked_fill(~is_valid, torch.nan).masked_fill(targets == ignore_index, 0).unsqueeze(1)

@@ -30,18 +30,9 @@ class Tile(NamedTuple):
 
 # Tiles of the matrix products, by architecture. Chosen for occupancy and shared memory from compiler output
 # (python -m benchmarks.kernel_resources); not yet timed on a device. python -m benchmarks.polar_tiles times others.
-LARGE = {
-    80: Tile(128, 128, 32, 8, 4),
-    89: Tile(128, 128, 32, 8, 3),
-    90: Tile(128, 128, 64, 8, 3),
-    100: Tile(128, 128, 64, 8, 3),
-}
-SMALL = {
-    80: Tile(64, 64, 32, 4, 3),
-    89: Tile(64, 64, 32, 4, 3),
-    90: Tile(64, 64, 64, 4, 3),
-    100: Tile(64, 64, 32, 4, 3),
-}
+LARGE = {80: Tile(128, 128, 32, 8, 4), 89: Tile(128, 128, 32, 8, 3)}
+LARGE |= dict.fromkeys((90, 100), Tile(128, 128, 64, 8, 3))
+SMALL = dict.fromkeys(ARCHITECTURES, Tile(64, 64, 32, 4, 3)) | {90: Tile(64, 64, 64, 4, 3)}
 FLOAT32 = dict.fromkeys(ARCHITECTURES, Tile(32, 32, 32, 4, 2))
 
 
@@ -101,6 +92,12 @@ def check_batch(what: str, X: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(
             f"{what} is {X.dtype} on {X.device}, the first matrix {like.dtype} on {like.device}; make them equal"
         )
+
+
+def empty_in_order(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised [B, m, n] of that dtype in X's order of memory."""
+    B, m, n = X.shape
+    return X.new_empty((B, n, m), dtype=dtype).mT if X.stride(1) < X.stride(2) else X.new_empty((B, m, n), dtype=dtype)
 
 
 def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tensor) -> Tensor | None:

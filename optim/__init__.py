@@ -14,32 +14,80 @@ embeddings, head, gains and scalars to AdamW with a learning rate each. A step o
 of which backward and step are enough.
 """
 
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from optim.aurora import Aurora
 from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
-from optim.gradients import clip_gradients, finish_reduction, start_reduction
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
 from optim.normuon import NorMuon, UNorMuon
 from optim.options import Option
+from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
 
 __all__ = [
-    "RULES",
-    "TORCH_OPTIMIZERS",
-    "Aurora",
-    "MatrixOptimizer",
-    "Muon",
-    "NorMuon",
-    "OptimizerConfig",
-    "Option",
-    "RiemannianAurora",
-    "UNorMuon",
-    "build_optimizers",
-    "clip_gradients",
-    "find_rule",
-    "finish_reduction",
-    "routing_table",
-    "start_reduction",
-    "with_rule_options",
+    "RULES", "TORCH_OPTIMIZERS", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "OptimizerConfig", "Option",
+    "RiemannianAurora", "UNorMuon", "build_optimizers", "clip_gradients", "find_rule", "finish_reduction",
+    "routing_table", "start_reduction", "with_rule_options",
 ]  # fmt: skip
+
+
+def start_reduction(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Let the next backward pass, which makes gradients final, start averaging those of matrices over the ranks."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, MatrixOptimizer):
+            optimizer.start_reduction()
+
+
+def finish_reduction(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Have every optimizer hold mean gradients over the ranks, which its next step uses: a matrix optimizer float32
+    ones of its own, the others p.grad, averaged in place. Every rank has to call it; a second call does nothing."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, MatrixOptimizer):
+            optimizer.finish_reduction()
+        else:
+            average_gradients(optimizer, process_group_of(optimizers))
+
+
+@torch.no_grad()
+def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
+    """The L2 norm of all mean gradients as one vector, float64 on the device, the same for any number of ranks.
+
+    Scales what the optimizers hold by min(1, max_norm / norm), decided on the device; p.grad of matrices stays as it
+    is. A norm that is not finite scales nothing: the step says which parameter it comes from.
+    """
+    finish_reduction(optimizers)
+    own, shared = list[Tensor](), list[Tensor]()
+    for optimizer in optimizers:
+        if isinstance(optimizer, MatrixOptimizer):
+            own += optimizer.finish_reduction()
+        else:
+            shared += gradients_of(optimizer)
+    device = optimizers[0].param_groups[0]["params"][0].device
+    square = sum_of_squares(own, device)
+    group = process_group_of(optimizers)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(square, group=group)
+    norm = (square + sum_of_squares(shared, device)).sqrt()
+    factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1), 1)
+    for gradient in own + shared:
+        gradient.mul_(factor.to(gradient.device))
+    mark_as_means(shared)
+    return norm
+
+
+def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        total += torch.linalg.vector_norm(tensor, dtype=torch.float64).square().to(device)
+    return total
+
+
+def process_group_of(optimizers: Iterable[torch.optim.Optimizer]) -> dist.ProcessGroup | None:
+    """The ranks that share a matrix optimizer's work, and so all optimizers beside it; None: all ranks."""
+    return next((each.process_group for each in optimizers if isinstance(each, MatrixOptimizer)), None)

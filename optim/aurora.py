@@ -24,54 +24,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels import backend
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option, check_options
-from optim.polar import (
-    SAFETY,
-    as_matrices,
-    check_polar_arguments,
-    frobenius_scales,
-    newton_schulz,
-    piece_length,
-    plan_segments,
-    polar,
-    polar_svd,
-    storage_dtype,
-)
+from optim.polar import as_matrices, check_polar_arguments, piece_length, polar, row_scaled_polar
 
 SIDES = ("both", "tall", "wide")
 VARIANTS = ("release", "paper", "warm")
-PolarOfScaled = Callable[..., tuple[Tensor, Tensor]]
-
-
-def row_scaled_polar(
-    M: Tensor, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
-) -> tuple[PolarOfScaled, Tensor]:
-    """(polar_of, norm) for tall M [B, m, n], with norm [B, m] the row norms of M, float32.
-
-    `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
-    rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
-    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M.
-    """
-    ops = backend(kernels, M.device)
-    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    is_folded = ops.symmetric or storage == torch.float16
-    rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
-
-    def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
-        if method == "svd":
-            U = polar_svd(d.unsqueeze(-1) * rows)
-            return U, U.square().sum(dim=-1).float()
-        plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
-        if is_folded:
-            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
-        r, s = frobenius_scales(d, SAFETY[method])
-        scaled = (rows * (r * s.sqrt().unsqueeze(-1)).unsqueeze(-1)).to(storage)  # rounded once, in one pass
-        return newton_schulz(ops, scaled, None, plan, SAFETY[method], dtype, outputs)
-
-    return polar_of, norm
 
 
 def correction(row_square: Tensor, share: float, beta: float) -> Tensor:

@@ -77,7 +77,8 @@ class Bank:
         _, self.m, self.n = layout(params[0], row_blocks, flatten)
         self.dtype, self.device = params[0].dtype, params[0].device
         self.sizes = [p.numel() // (self.m * self.n) for p in params]  # matrices in each parameter
-        self.size = sum(self.sizes)
+        self.param_of = [i for i, size in enumerate(self.sizes) for _ in range(size)]  # of each matrix
+        self.size = len(self.param_of)
         self.num_slots = math.ceil(self.size / num_ranks)
         self.state: State = {}
         self.buckets = self._cut_into_buckets()
@@ -98,14 +99,6 @@ class Bank:
     def needs_master(self) -> bool:
         """Whether weights are so short that small updates would round away: they follow a float32 master then."""
         return self.dtype.itemsize < 4
-
-    def param_of(self, row: int) -> int:
-        """Index of the parameter that matrix `row` belongs to."""
-        for index, size in enumerate(self.sizes):
-            if row < size:
-                return index
-            row -= size
-        raise IndexError(row)
 
     def rows(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
         """One tensor (or None) for each parameter -> one view for each matrix of the bank, [m, n] or [m, ...]."""
@@ -128,10 +121,10 @@ class Bank:
         gradients = self.rows(p.grad for p in self.params)[slots.start * self.num_ranks : slots.stop * self.num_ranks]
         if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
             sent.zero_()
-        places = [sent[i % self.num_ranks, i // self.num_ranks] for i in range(len(gradients))]
-        filled = [(place.view(g.shape), g) for place, g in zip(places, gradients, strict=True) if g is not None]
-        if filled:
-            torch._foreach_copy_([place for place, _ in filled], [g for _, g in filled])
+        present = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        if present:
+            places = [sent[i % self.num_ranks, i // self.num_ranks].view(g.shape) for i, g in present]
+            torch._foreach_copy_(places, [g for _, g in present])
         work = None
         if self.num_ranks > 1:
             work = _reduce_scatter(
@@ -162,11 +155,10 @@ class Bank:
         self._own_gradient = None
         self._sent.clear()
 
-    def has_gradient(self) -> list[bool]:
-        """Whether each matrix has a gradient on this rank, by owner and slot; padding has none."""
-        rows = [g is not None for g in self.rows(p.grad for p in self.params)]
-        rows += [False] * (self.num_ranks * self.num_slots - self.size)
-        return [row for owner in range(self.num_ranks) for row in rows[owner :: self.num_ranks]]
+    def params_by_owner(self) -> list[int | None]:
+        """Index of each matrix's parameter, by owner and slot; None for padding."""
+        indices = [*self.param_of, *[None] * (self.num_ranks * self.num_slots - self.size)]
+        return [index for owner in range(self.num_ranks) for index in indices[owner :: self.num_ranks]]
 
     def active_slots(self) -> list[int]:
         """The own slots whose matrices have a gradient."""
@@ -260,24 +252,21 @@ class Bank:
 
     def take_state(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Keep this rank's part of whole per-parameter state; a parameter without any starts from zeros."""
-        shapes = {name: value.shape for p in self.params for name, value in whole.get(p, {}).items()}
-        for name in shapes:
+        for name in dict.fromkeys(name for p in self.params for name in whole.get(p, {})):
             if name == "master_weight" and not self._is_master_of_these(whole):
                 continue
-            rest = next(
-                whole[p][name].shape[len(layout(p, self.row_blocks, self.flatten)[0]) :]
-                for p in self.params
-                if name in whole.get(p, {})
-            )
-            own = torch.zeros(self.num_slots, *rest, dtype=torch.float32, device=self.device)
-            first = 0
+            values: list[Tensor | None] = []  # of each matrix
             for p, size in zip(self.params, self.sizes, strict=True):
                 if name in whole.get(p, {}):
-                    own_rows = range(first + (self.rank - first) % self.num_ranks, first + size, self.num_ranks)
-                    values = whole[p][name].reshape(size, *rest)
-                    for row in own_rows:
-                        own[row // self.num_ranks].copy_(values[row - first])
-                first += size
+                    lead = len(layout(p, self.row_blocks, self.flatten)[0])
+                    values += whole[p][name].reshape(size, *whole[p][name].shape[lead:]).unbind(0)
+                else:
+                    values += [None] * size
+            rest = next(value.shape for value in values if value is not None)
+            own = torch.zeros(self.num_slots, *rest, dtype=torch.float32, device=self.device)
+            for slot, value in enumerate(values[self.rank :: self.num_ranks]):
+                if value is not None:
+                    own[slot].copy_(value)
             self.state[name] = own
 
     def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:

@@ -36,24 +36,25 @@ def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
 
 def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: bool | None) -> None:
     """ValueError with the parameter's name unless it is a matrix, or a stack of them, that can be moved."""
+    problem = ""
     if is_lazy(p):
-        raise ValueError(f"{who}: {name} has no shape yet; run a batch through the model before making the optimizer")
-    if hasattr(p, "device_mesh"):
-        raise ValueError(f"{who}: {name} is a DTensor; give whole parameters, whose updates are shared out among ranks")
-    if p.layout != torch.strided:
-        raise ValueError(f"{who}: {name} is stored as {p.layout}; only dense matrices (torch.strided) can be updated")
-    if p.ndim < 2:
-        raise ValueError(f"{who}: {name} has shape {tuple(p.shape)} and is no matrix; give it to torch.optim.AdamW")
-    if not p.is_floating_point():
-        raise ValueError(f"{who}: {name} has dtype {p.dtype}; only real floating-point matrices can be updated")
-    if p.dtype.itemsize == 1:
-        raise ValueError(
-            f"{who}: {name} has dtype {p.dtype}, which cannot be computed with; make it torch.bfloat16 or wider"
-        )
-    if p.numel() == 0:
-        raise ValueError(f"{who}: {name} has shape {tuple(p.shape)} and so no elements; leave it out")
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-        raise ValueError(f"{who}: {name} is expanded, so that elements share memory; give it its own with clone()")
+        problem = "has no shape yet; run a batch through the model before making the optimizer"
+    elif hasattr(p, "device_mesh"):
+        problem = "is a DTensor; give whole parameters, whose updates are shared out among ranks"
+    elif p.layout != torch.strided:
+        problem = f"is stored as {p.layout}; only dense matrices (torch.strided) can be updated"
+    elif p.ndim < 2:
+        problem = f"has shape {tuple(p.shape)} and is no matrix; give it to torch.optim.AdamW"
+    elif not p.is_floating_point():
+        problem = f"has dtype {p.dtype}; only real floating-point matrices can be updated"
+    elif p.dtype.itemsize == 1:
+        problem = f"has dtype {p.dtype}, which cannot be computed with; make it torch.bfloat16 or wider"
+    elif p.numel() == 0:
+        problem = f"has shape {tuple(p.shape)} and so no elements; leave it out"
+    elif any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        problem = "is expanded, so that elements share memory; give it its own with clone()"
+    if problem:
+        raise ValueError(f"{who}: {name} {problem}")
     _, rows, _ = layout(p, 1, flatten)
     if rows % row_blocks:
         raise ValueError(

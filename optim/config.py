@@ -108,7 +108,7 @@ class OptimizerConfig:
     """What `build_optimizers` needs to know, the rules' own options included."""
 
     # Optimizers
-    matrix_optimizer: str = "aurora"  # muon, aurora or another name in RULES, adamw, sgd, rmsprop, or module:Class
+    matrix_optimizer: str = "aurora"  # muon, (riemannian_)aurora, normuon, unormuon, adamw, sgd, rmsprop, module:Class
     matrix_lr: Annotated[float, ">= 0"] = 0.02  # learning rate of the matrices inside the blocks
     matrix_weight_decay: Annotated[float, ">= 0"] = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
     matrix_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"  # of muon's and relatives' updates

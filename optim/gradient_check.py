@@ -33,7 +33,8 @@ class GradientCheck:
         for bank, gradient, part in zip(self.banks, gradients, faults[0].split(lengths), strict=True):
             part.view(num_ranks, -1)[bank.rank] = _not_finite(gradient, is_deferred)
         if num_ranks > 1:
-            pattern = tuple(has for bank in self.banks for has in bank.has_gradient())
+            owned = [(bank, i) for bank in self.banks for i in bank.params_by_owner()]
+            pattern = tuple(i is not None and bank.params[i].grad is not None for bank, i in owned)
             if pattern not in self._present:
                 self._present[pattern] = torch.tensor(pattern, dtype=torch.float32, device=device)
             faults[1] = self._present[pattern]
@@ -67,13 +68,10 @@ class GradientCheck:
 
     def _name_of(self, rows: Tensor) -> str:
         """The parameter that the first marked matrix belongs to."""
-        marked = int(rows.nonzero()[0])
-        for bank in self.banks:
-            if marked < bank.num_ranks * bank.num_slots:
-                owner, slot = divmod(marked, bank.num_slots)
-                return bank.names[bank.param_of(slot * bank.num_ranks + owner)]
-            marked -= bank.num_ranks * bank.num_slots
-        raise AssertionError("a mark outside all banks")
+        owned = [(bank, i) for bank in self.banks for i in bank.params_by_owner()]
+        bank, i = owned[int(rows.nonzero()[0])]
+        assert i is not None  # padding holds zeros
+        return bank.names[i]
 
 
 def _not_finite(gradient: Tensor, is_deferred: bool) -> Tensor:

@@ -19,6 +19,7 @@ A new update rule is a subclass with one method:
 
 import copy
 import inspect
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,13 +29,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.apply_update import SCALES, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
 from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
-from optim.options import Option, completed, signature_with
+from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
-from optim.reductions import Reductions, when_ready
+from optim.reductions import Reductions
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda m, n: math.sqrt(max(1, m / n)),
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "none": lambda m, n: 1.0,
+}
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -104,8 +110,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         who = type(self).__name__
         if comm_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"{who}: comm_dtype = {comm_dtype} must be torch.float32 or torch.bfloat16")
+        check_names(who, options, self.options)
         given = options if lr is ... else {"lr": lr, **options}
-        super().__init__(params, completed(who, given, self.options))
+        super().__init__(params, {name: option.default for name, option in self.options.items()} | given)
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         """The direction to move in, for a batch of momenta `update` [B, m, n] float32; same shape, any dtype.
@@ -271,11 +278,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._gradients = None
         if all(bank.num_ranks == 1 for bank, _ in self._make_banks()):
             return
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and p not in self._hooked:
-                    self._hooked.add(p)
-                    p.register_post_accumulate_grad_hook(when_ready(weakref.ref(self)))
+        reference = weakref.ref(self)  # a parameter does not keep its optimizers alive
+
+        def tell(p: Tensor) -> None:
+            if (optimizer := reference()) is not None:
+                optimizer._reductions.ready(p)
+
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.requires_grad and p not in self._hooked:
+                self._hooked.add(p)
+                p.register_post_accumulate_grad_hook(tell)
         self._reductions.await_backward()
 
     @torch.no_grad()
@@ -368,3 +380,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_copy_(weights, updates)
         else:
             apply_update(weights, updates, group, is_finite)
+
+
+def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
+    """The learning rate, or zero after a bad gradient, decided on the device."""
+    return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
+
+
+def scaled(direction: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
+    """lr * scale * direction [..., m, n], float32; zero after a bad gradient."""
+    return direction.float() * (rate(group, is_finite) * SCALES[group["scale"]](*direction.shape[-2:]))
+
+
+def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], is_finite: Tensor | None) -> None:
+    """weight <- weight - lr * weight_decay * weight - update, in place."""
+    if group["weight_decay"] and weights:
+        decay = rate(group, is_finite) * group["weight_decay"]
+        if group["cautious"]:
+            decays = torch._foreach_mul(weights, updates)
+            torch._foreach_sign_(decays)
+            torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
+            torch._foreach_mul_(decays, weights)
+            torch._foreach_mul_(decays, decay)
+            torch._foreach_sub_(weights, decays)
+        else:
+            torch._foreach_mul_(weights, 1 - decay)
+    if weights:
+        torch._foreach_sub_(weights, updates)

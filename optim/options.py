@@ -74,14 +74,13 @@ def broken_bound(value: float, bounds: Iterable[str]) -> str:
     return "" if math.isfinite(value) else "finite"
 
 
-def completed(who: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
-    """The value of every option, given or its default. TypeError for a name that is no option."""
-    for name in given:
+def check_names(who: str, names: Iterable[str], options: Mapping[str, Option]) -> None:
+    """TypeError for a name that is no option."""
+    for name in names:
         if name not in options:
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"its options are {', '.join(options)}"
             raise TypeError(f"{who} has no option {name}; {hint}")
-    return {name: option.default for name, option in options.items()} | dict(given)
 
 
 def signature_with(options: Mapping[str, Option], constructor: Callable[..., None]) -> inspect.Signature:

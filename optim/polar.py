@@ -20,6 +20,8 @@ Coefficients: `quintic` from Keller Jordan, "Muon: an optimizer for hidden layer
 `simple_quintic`: the slow textbook iteration, quadratically convergent at 1. `svd`: float64, the oracle for tests.
 """
 
+import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -30,16 +32,17 @@ from kernels.reference import TINY, has_bfloat16
 
 Coefficients = tuple[float, float, float]
 
-QUINTIC: list[Coefficients] = [(3.4445, -4.7750, 2.0315)] * 5
-SIMPLE_QUINTIC: list[Coefficients] = [(2.0, -1.5, 0.5)] * 12
-POLAR_EXPRESS: list[Coefficients] = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-]
-COEFFICIENTS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC, "simple_quintic": SIMPLE_QUINTIC}
+COEFFICIENTS: dict[str, list[Coefficients]] = {
+    "polar_express": [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
+    "simple_quintic": [(2.0, -1.5, 0.5)] * 12,
+}
 METHODS = (*COEFFICIENTS, "svd")
 FORMS = ("auto", "direct", "gram")
 # Polar Express is tuned for spectral norms up to 1/1.02, which leaves room for rounding in half precision.
@@ -101,6 +104,34 @@ def polar(
     return U if tall is X else U.mT
 
 
+def row_scaled_polar(
+    M: Tensor, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
+) -> tuple[Callable[[Tensor, str], tuple[Tensor, Tensor]], Tensor]:
+    """(polar_of, norm) for tall M [B, m, n], with norm [B, m] the row norms of M, float32.
+
+    `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
+    rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
+    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M.
+    """
+    ops = backend(kernels, M.device)
+    storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
+    is_folded = ops.symmetric or storage == torch.float16
+    rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
+
+    def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
+        if method == "svd":
+            U = polar_svd(d.unsqueeze(-1) * rows)
+            return U, U.square().sum(dim=-1).float()
+        plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
+        if is_folded:
+            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+        r, s = frobenius_scales(d, SAFETY[method])
+        scaled = (rows * (r * s.sqrt().unsqueeze(-1)).unsqueeze(-1)).to(storage)  # rounded once, in one pass
+        return newton_schulz(ops, scaled, None, plan, SAFETY[method], dtype, outputs)
+
+    return polar_of, norm
+
+
 def piece_length(X: Tensor) -> int | None:
     """How many matrices of a batch [B, m, n] to take at once on a CPU, None for all of them.
 
@@ -145,10 +176,7 @@ def storage_dtype(dtype: torch.dtype, device: torch.device, method: str, steps: 
     if dtype == torch.float32 or (dtype == torch.bfloat16 and device.type != "cuda") or method == "svd":
         return dtype
     # A row that is weak and alone in its direction grows by every step's a; float16 ends at 65504.
-    growth = 1.0
-    for a, _, _ in _step_coefficients(method, steps)[:-1]:
-        growth *= a
-    if growth < 30_000:
+    if math.prod(a for a, _, _ in _step_coefficients(method, steps)[:-1]) < 30_000:
         return torch.float16
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 

@@ -6,9 +6,7 @@ before it have started; what has not started by the time of the step starts then
 out all its gradients at the end of backward: nothing overlaps with that.)
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -22,8 +20,8 @@ class Reductions:
         buckets = []
         for bank in banks:
             for slots in bank.buckets:
-                rows = range(slots.start * bank.num_ranks, min(slots.stop * bank.num_ranks, bank.size))
-                buckets.append((bank, slots, {bank.params[bank.param_of(row)] for row in rows}))
+                indices = bank.param_of[slots.start * bank.num_ranks : slots.stop * bank.num_ranks]
+                buckets.append((bank, slots, {bank.params[i] for i in indices}))
         self._order = sorted(buckets, key=lambda bucket: -min(place[p] for p in bucket[2]))
         self._buckets_of: dict[Tensor, list[int]] = {}
         for i, (_, _, members) in enumerate(self._order):
@@ -88,14 +86,3 @@ class Reductions:
         bank, slots, _ = self._order[self._started]
         bank.start_reduction(slots)
         self._started += 1
-
-
-def when_ready(optimizer: weakref.ref[Any]) -> Callable[[Tensor], None]:
-    """A hook that tells an optimizer's reductions, as long as there is one, that a gradient is final."""
-
-    def hook(p: Tensor) -> None:
-        alive = optimizer()
-        if alive is not None:
-            alive._reductions.ready(p)
-
-    return hook

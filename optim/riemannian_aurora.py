@@ -108,19 +108,14 @@ def _row_multipliers(M: Tensor, U: Tensor, B: Tensor, cg_steps: int) -> Tensor:
     return centred(solution)
 
 
-ASCENT: dict[str, Option] = {
-    "outer_steps": Option(3, "steps of the ascent", (">= 1",)),
-    "cg_steps": Option(20, "conjugate gradients in a step of the ascent", (">= 1",)),
-    "step_size": Option(0.1, "length of such a step, above 0 and at most 1", ("> 0", "<= 1")),
-    "retraction_steps": Option(2, "equal rows, then a polar factor: so many times after such a step", (">= 1",)),
-}
-
-
 class RiemannianAurora(MatrixOptimizer):
     """Aurora by Riemannian ascent, see `riemannian_polar`."""
 
     options: ClassVar = {
-        **ASCENT,
+        "outer_steps": Option(3, "steps of the ascent", (">= 1",)),
+        "cg_steps": Option(20, "conjugate gradients in a step of the ascent", (">= 1",)),
+        "step_size": Option(0.1, "length of such a step, above 0 and at most 1", ("> 0", "<= 1")),
+        "retraction_steps": Option(2, "equal rows, then a polar factor: so many times after such a step", (">= 1",)),
         "sides": Aurora.options["sides"],
         "polar_method": replace(MatrixOptimizer.options["polar_method"], default="simple_quintic"),
     }
@@ -128,5 +123,5 @@ class RiemannianAurora(MatrixOptimizer):
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         if not is_balanced(group["sides"], *update.shape[-2:]):
             return self.polar(update, group)
-        ascent = {name: group[name] for name in ASCENT}
+        ascent = {name: group[name] for name in ("outer_steps", "cg_steps", "step_size", "retraction_steps")}
         return riemannian_polar(update, **ascent, **self.polar_arguments(update, group))

@@ -59,13 +59,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig | Any) -> list[to
     heads = head_parameters(model)
     routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
     for name, p in model.named_parameters():
-        if p in embeddings:
-            routes["embed"].append((name, p))
-        elif p in heads:
-            routes["head"].append((name, p))
-        else:
-            routes["matrix" if p.ndim >= 2 else "scalar"].append((name, p))
-
+        kind = "matrix" if p.ndim >= 2 else "scalar"
+        routes["embed" if p in embeddings else "head" if p in heads else kind].append((name, p))
     if not routes["matrix"]:
         raise ValueError(
             f"matrix_optimizer = {config.matrix_optimizer!r}: the model has no matrices beside embeddings and head; "
@@ -75,16 +70,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig | Any) -> list[to
     def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
         return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
 
-    groups = [
-        group("embed", config.embed_lr, config.weight_decay),
-        group("head", config.head_lr, config.weight_decay),
-        group("scalar", config.scalar_lr, config.weight_decay),
-    ]
-    matrix_group = group("matrix", config.matrix_lr, config.matrix_weight_decay)
-    matrix_optimizer = make([matrix_group], config)
+    rates = {"embed": config.embed_lr, "head": config.head_lr, "scalar": config.scalar_lr}
+    rest = [group(name, lr, config.weight_decay) for name, lr in rates.items() if routes[name]]
+    matrix_optimizer = make([group("matrix", config.matrix_lr, config.matrix_weight_decay)], config)
     if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
         matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
-    rest = [g for g in groups if g["params"]]
     return [matrix_optimizer, adamw(rest, config)] if rest else [matrix_optimizer]
 
 
@@ -96,8 +86,7 @@ def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
             count = sum(p.numel() for p in group["params"])
             what = f"{group['name']}: {len(group['params'])} tensors, {count:,} parameters"
             if isinstance(optimizer, MatrixOptimizer):
-                what += (
-                    f", {group['polar_method']}, {backend(optimizer.kernels, group['params'][0].device).name} kernels"
-                )
+                kernels = backend(optimizer.kernels, group["params"][0].device).name
+                what += f", {group['polar_method']}, {kernels} kernels"
             lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
     return "\n".join(lines)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import prepare
 from data.console import STOPS
 from data.prepare import main
 from data.processes import pid_scope, start_ticks
@@ -304,7 +303,7 @@ def test_a_whole_set_needs_no_writing(
 def test_a_stop_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: signal.Signals
 ) -> None:
-    monkeypatch.setattr(prepare, "write_set", lambda *_: signal.raise_signal(stop))
+    monkeypatch.setattr("data.sets.write_set", lambda *_: signal.raise_signal(stop))
     for each in STOPS:
         signal.signal(each, lambda *_: pytest.fail("taken as before"))
     assert main(["sotu", f"--out={tmp_path}"]) == 130

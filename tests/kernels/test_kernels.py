@@ -28,8 +28,7 @@ from optim.polar import polar
 from tests.conftest import ROOT, Trainer
 
 apply_symmetric, gram = apply_module.apply_symmetric, gram_module.gram
-normalize_rows = importlib.import_module("kernels.row_norm").normalize_rows
-row_norm = importlib.import_module("kernels.row_norm").row_norm
+normalize_rows = importlib.import_module("kernels.normalize_rows").normalize_rows
 symmetric_product = importlib.import_module("kernels.symmetric_product").symmetric_product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -91,17 +90,16 @@ def check(result: Tensor, twin: Tensor, exact: Tensor) -> None:
 
 @with_dtype
 @with_case
-@pytest.mark.parametrize("side", ["columns", "rows"])
 @pytest.mark.parametrize("scaled", ["plain", "scale", "row_scale", "both"])
-def test_gram(shape: tuple[int, int], layout: str, dtype: torch.dtype, side: str, scaled: str) -> None:
+def test_gram(shape: tuple[int, int], layout: str, dtype: torch.dtype, scaled: str) -> None:
     X = layouts(*shape, dtype)[layout]
     row_scale = rand(2, shape[0]) if scaled in ("row_scale", "both") else None
     scale = 1 / (1 + X.float().square().sum(dim=(-2, -1))) if scaled in ("scale", "both") else None
-    result = gram(X, row_scale, scale, side, tile=TILE)
+    result = gram(X, row_scale, scale, tile=TILE)
     Y = X.double() * (1 if row_scale is None else row_scale.double().unsqueeze(-1))
-    exact = (Y.mT @ Y if side == "columns" else Y @ Y.mT) * (1 if scale is None else scale.double()[:, None, None])
-    check(result, reference.gram(X, row_scale, scale, side), exact)
-    wide = gram(X, row_scale, scale, side, torch.float32, TILE)
+    exact = Y.mT @ Y * (1 if scale is None else scale.double()[:, None, None])
+    check(result, reference.gram(X, row_scale, scale), exact)
+    wide = gram(X, row_scale, scale, torch.float32, TILE)
     assert wide.dtype == torch.float32
     assert error(wide, exact) <= max(1.1 * error(result, exact), torch.finfo(dtype).eps / 4)  # rounded loads alone
     assert torch.equal(result, result.mT)
@@ -150,19 +148,18 @@ def test_symmetric_product(n: int, dtype: torch.dtype, beta: float, gamma: float
 
 @with_dtype
 @with_case
-@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("outputs", ["matrix", "row_square", "both"])
-def test_apply_symmetric(shape: tuple[int, int], layout: str, dtype: torch.dtype, side: str, outputs: str) -> None:
+def test_apply_symmetric(shape: tuple[int, int], layout: str, dtype: torch.dtype, outputs: str) -> None:
     X = layouts(*shape, dtype)[layout]
-    S = symmetric(shape[1] if side == "right" else shape[0], dtype)
+    S = symmetric(shape[1], dtype)
     for alpha, row_scale, to in [
         (0.0, None, torch.float32),
         (1.5, None, None),
         (1.5, rand(2, shape[0]), torch.bfloat16),
     ]:
-        result, row_square = apply_symmetric(X, S, alpha, row_scale, to, side, outputs, tile=TILE)
-        twin, twin_square = reference.apply_symmetric(X, S, alpha, row_scale, to, side, outputs)
-        exact = alpha * X.double() + (X.double() @ S.double() if side == "right" else S.double() @ X.double())
+        result, row_square = apply_symmetric(X, S, alpha, row_scale, to, outputs, tile=TILE)
+        twin, twin_square = reference.apply_symmetric(X, S, alpha, row_scale, to, outputs)
+        exact = alpha * X.double() + X.double() @ S.double()
         exact = exact if row_scale is None else exact * row_scale.double().unsqueeze(-1)
         if outputs == "row_square":
             assert result.numel() == 0
@@ -178,11 +175,11 @@ def test_apply_symmetric(shape: tuple[int, int], layout: str, dtype: torch.dtype
 
 @with_dtype
 @with_case
-def test_row_norm_and_normalize_rows(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+def test_normalize_rows(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
     X = layouts(*shape, dtype)[layout]
     exact = X.double().norm(dim=-1)
     unit, norm = normalize_rows(X, torch.float16, tile=TILE)
-    for result in (row_norm(X, tile=TILE), norm, reference.row_norm(X), reference.normalize_rows(X, torch.float16)[1]):
+    for result in (norm, reference.normalize_rows(X, torch.float16)[1]):
         assert error(result, exact) < 1e-6
     check(
         normalize_rows(X, torch.float32)[0],
@@ -209,8 +206,8 @@ def test_rows_of_any_magnitude_are_normalized(module: str, columns: int) -> None
 def test_a_row_growing_along_the_way_neither_overflows_nor_forgets() -> None:
     """The running maximum rises from 1e-20 to 1e20 and falls again, across tiles."""
     X = torch.cat([torch.full((1, 1, 16), value) for value in (1e-20, 1.0, 1e20, 1e-20)], dim=-1).to(DEVICE)
-    torch.testing.assert_close(row_norm(X, tile=TILE).item(), 4e20)
-    torch.testing.assert_close(row_norm(X.flip(-1), tile=TILE).item(), 4e20)
+    for rows in (X, X.flip(-1)):
+        torch.testing.assert_close(normalize_rows(rows, torch.float32, TILE)[1].item(), 4e20)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +226,7 @@ def test_shipped_tiles(tile: Tile) -> None:
 def test_an_empty_batch_gives_an_empty_batch() -> None:
     X = torch.empty(0, 6, 4, device=DEVICE)
     assert gram(X).shape == (0, 4, 4)
-    assert row_norm(X).shape == (0, 6)
+    assert normalize_rows(X, torch.float32)[1].shape == (0, 6)
     assert apply_symmetric(X, gram(X), 1.0)[0].shape == (0, 6, 4)
 
 
@@ -242,7 +239,6 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
         (lambda X, S: gram(X[0]), ["gram: X", "(6, 4)", "[B, m, n]"]),
         (lambda X, S: gram(X.double()), ["gram: X", "float64", "float16, bfloat16 or float32"]),
         (lambda X, S: gram(X[:, :0]), ["gram: X", "(2, 0, 4)", ">= 1"]),
-        (lambda X, S: gram(X, side="left"), ["side = 'left'", "columns", "rows"]),
         (lambda X, S: gram(X, torch.ones(2, 4, device=DEVICE)), ["row_scale", "(2, 4)", "(2, 6)"]),
         (lambda X, S: gram(X, dtype=torch.float16), ["dtype = torch.float16", "torch.float32"]),
         (lambda X, S: symmetric_product(S, S, unrounded_A=S[0]), ["unrounded_A", "(4, 4)", "(2, 4, 4)"]),
@@ -250,7 +246,7 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
         (lambda X, S: symmetric_product(X, X), ["symmetric_product", "(2, 6, 4)", "[B, n, n]"]),
         (lambda X, S: symmetric_product(S, S[:1]), ["symmetric_product", "(1, 4, 4)"]),
         (lambda X, S: symmetric_product(S, S.half()), ["symmetric_product: B", "float16", "equal"]),
-        (lambda X, S: apply_symmetric(X, S, side="left"), ["S has shape (2, 4, 4)", "left", "(2, 6, 6)"]),
+        (lambda X, S: apply_symmetric(X.mT, S), ["S has shape (2, 4, 4)", "(2, 4, 6)", "(2, 6, 6)"]),
         (lambda X, S: apply_symmetric(X, S, outputs="all"), ["outputs = 'all'", "row_square"]),
         (lambda X, S: normalize_rows(X, torch.float64), ["dtype = torch.float64", "float16"]),
     ],
@@ -342,10 +338,8 @@ def test_each_kernel_compiles_for_every_architecture_without_spilling(
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if "_kernel" in line]
     for sm in ("80", "89", "90", "100"):
-        compiled = {row[6] for row in rows if row[5] == sm}
-        assert compiled == {
-            f"{name}_kernel" for name in ("gram", "symmetric_product", "apply_symmetric", "row_norm", "cross_entropy")
-        }
+        compiled = {row[6].removesuffix("_kernel") for row in rows if row[5] == sm}
+        assert compiled == {"gram", "symmetric_product", "apply_symmetric", "normalize_rows", "cross_entropy"}
         assert all(0 < int(row[0]) <= 255 and int(row[1]) == 0 for row in rows)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.settings import describe
 from model import GPT, ModelConfig
 from optim import (
     RULES,
@@ -238,3 +239,11 @@ def test_a_rule_that_is_not_there_is_refused_with_what_is(name: str, words: list
     with pytest.raises(ValueError) as refusal:
         built(config(matrix_optimizer=name))
     assert all(word in str(refusal.value) for word in [f"matrix_optimizer = {name!r}", *words]), refusal.value
+
+
+def test_help_explains_every_setting_of_the_optimizers() -> None:
+    declared = dataclasses.fields(OptimizerConfig.__base__)
+    explained, _ = describe(OptimizerConfig(), "").split("Options of single update rules")
+    assert [line.split("=")[0] for line in explained.splitlines() if line.startswith("  --")] == [
+        f"  --{field.name}" for field in declared
+    ]

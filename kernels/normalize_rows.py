@@ -1,11 +1,11 @@
-"""Row norms of a batch of matrices, and rows scaled to norm 1 and cast.
+"""Rows of a batch of matrices scaled to norm 1 and cast, and their norms.
 
     r_i = ||X_i||        Y_i = X_i / ||X_i||  in another dtype        X, Y [B, m, n],  r [B, m]
 
 Memory-bound: X is read from memory once (4 m n bytes in float32), Y written once (2 m n in half precision). A program
 takes a few rows, runs over them with a running maximum and a sum of squares relative to it, so that rows of 1e-30 or
-1e30 neither vanish nor overflow, and for Y runs over them again, then from cache. Any strides: the columns of X are
-the rows of its transposed view.
+1e30 neither vanish nor overflow, and over them again for Y, then from cache. Any strides: the columns of X are the rows
+of its transposed view.
 """
 
 import torch
@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, check_batch, operator
+from kernels.triton_common import DTYPES, Tile, check_batch, empty_in_order, operator
 
 # rows x columns at a time, by whether columns or rows are next to each other in memory. Not yet timed on a device.
 CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 3), Tile(64, 32, 0, 4, 3)
 
 
 @triton.jit
-def row_norm_kernel(
+def normalize_rows_kernel(
     x, out, norm, m, n, stride_xb, stride_xm, stride_xn, stride_ob, stride_om, stride_on,
-    STORE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(m, ROWS)
     b = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -41,23 +41,13 @@ def row_norm_kernel(
         largest = larger
     root = tl.sqrt(square)
     tl.store(norm + b * m + rows, largest * root, mask=rows < m)
-    if STORE:
-        root = tl.where(root > 0, root, 1.0)[:, None]
-        out += b * stride_ob + rows[:, None].to(tl.int64) * stride_om
-        for k in range(0, n, COLUMNS):
-            inside = (rows < m)[:, None] & (k + columns < n)[None, :]
-            tile = tl.load(x + (k + columns)[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
-            unit = (tile / largest[:, None] / root).to(out.dtype.element_ty)
-            tl.store(out + (k + columns)[None, :].to(tl.int64) * stride_on, unit, mask=inside)
-
-
-def row_norm(X: Tensor, tile: Tile | None = None) -> Tensor:
-    """Euclidean norm of each row of X [B, m, n] (float16, bfloat16 or float32, any strides), float32 [B, m].
-
-    Raises ValueError for other arguments.
-    """
-    check_batch("row_norm: X", X)
-    return _row_norm(X, None, tile and list(tile))[1]
+    root = tl.where(root > 0, root, 1.0)[:, None]
+    out += b * stride_ob + rows[:, None].to(tl.int64) * stride_om
+    for k in range(0, n, COLUMNS):
+        inside = (rows < m)[:, None] & (k + columns < n)[None, :]
+        tile = tl.load(x + (k + columns)[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
+        unit = (tile / largest[:, None] / root).to(out.dtype.element_ty)
+        tl.store(out + (k + columns)[None, :].to(tl.int64) * stride_on, unit, mask=inside)
 
 
 def normalize_rows(X: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -68,26 +58,20 @@ def normalize_rows(X: Tensor, dtype: torch.dtype, tile: Tile | None = None) -> t
     check_batch("normalize_rows: X", X)
     if dtype not in DTYPES:
         raise ValueError(f"normalize_rows: dtype = {dtype} must be float16, bfloat16 or float32")
-    return _row_norm(X, dtype, tile and list(tile))
+    return _normalize_rows(X, dtype, tile and list(tile))
 
 
-def _empty(X: Tensor, dtype: torch.dtype | None, tile: list[int] | None) -> tuple[Tensor, Tensor]:
-    B, m, n = X.shape
-    norm = X.new_empty((B, m), dtype=torch.float32)
-    if dtype is None:
-        return X.new_empty(0), norm
-    if X.stride(1) < X.stride(2):  # written in the order it was read in
-        return X.new_empty((B, n, m), dtype=dtype).mT, norm
-    return X.new_empty((B, m, n), dtype=dtype), norm
+def _empty(X: Tensor, dtype: torch.dtype, tile: list[int] | None) -> tuple[Tensor, Tensor]:
+    return empty_in_order(X, dtype), X.new_empty(X.shape[:2], dtype=torch.float32)
 
 
 @operator(fake=_empty)
-def _row_norm(X: Tensor, dtype: torch.dtype | None, tile: list[int] | None) -> tuple[Tensor, Tensor]:
+def _normalize_rows(X: Tensor, dtype: torch.dtype, tile: list[int] | None) -> tuple[Tensor, Tensor]:
     out, norm = _empty(X, dtype, tile)
     B, m, n = X.shape
     rows, columns, _, warps, stages = tile or (TRANSPOSED if X.stride(1) < X.stride(2) else CONTIGUOUS)
-    row_norm_kernel[(B * triton.cdiv(m, rows),)](
-        X, out, norm, m, n, *X.stride(), *(out.stride() if dtype else (0, 0, 0)),
-        STORE=dtype is not None, ROWS=rows, COLUMNS=columns, num_warps=warps, num_stages=stages,
+    normalize_rows_kernel[(B * triton.cdiv(m, rows),)](
+        X, out, norm, m, n, *X.stride(), *out.stride(),
+        ROWS=rows, COLUMNS=columns, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, norm

@@ -286,9 +286,9 @@ def test_what_the_parent_ignores_ends_nothing(
         (train_gpt, "load_config", False, None),
         (train_gpt, "find_start", False, None),
         (runlog, "run_sources", False, None),
-        (runlog, "whole_file", False, None),  # of writer.json: the directory is there, and goes again
-        (train_gpt, "first_summary", True, "interrupted"),
-        (train_gpt, "routing_table", False, "interrupted"),
+        (runlog, "write_json", False, None),  # of writer.json: the directory is there, and goes again
+        (train_gpt.outcome, "first_summary", True, "interrupted"),
+        (train_gpt.optim, "routing_table", False, "interrupted"),
         (train_gpt, "warm_up", False, "interrupted"),
         (train_gpt, "evaluate", False, "interrupted"),
         (checkpoint, "to_host", False, "interrupted"),

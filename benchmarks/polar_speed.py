@@ -186,7 +186,6 @@ def count_of(variant: Variant, inputs: Sequence[Tensor], dtype: torch.dtype) -> 
     real = backend("auto", inputs[0].device)
     with (
         mock.patch("optim.polar.backend", return_value=count.kernels(real)),
-        mock.patch("optim.aurora.backend", return_value=count.kernels(real)),
     ):
         for X in inputs:
             variant.run(X)

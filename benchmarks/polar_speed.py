@@ -159,7 +159,6 @@ def count_of(variant: Variant, inputs: Sequence[Tensor], dtype: torch.dtype) -> 
     kernels = count.kernels(backend("auto", inputs[0].device))
     with (
         mock.patch("optim.polar.backend", return_value=kernels),
-        mock.patch("optim.aurora.backend", return_value=kernels),
     ):
         for X in inputs:
             variant.run(X)

@@ -98,7 +98,7 @@ class Workers(ProcessPoolExecutor):
     def __exit__(self, kind: Any, *_: Any) -> None:
         for process in list((self._processes or {}).values()) if kind else ():
             process.kill()  # SIGTERM, the executor's own, does not reach them
-        self.shutdown(cancel_futures=bool(kind))  # its thread alone joins them: two at once miss each other's
+        self.shutdown(cancel_futures=bool(kind))  # its thread joins them: of two at once, one misses the other's
 
 
 def _prepare_worker(prepare: Callable[..., Any] | None, *arguments: Any) -> None:

@@ -184,9 +184,7 @@ def dense_count(shapes: Sequence[Shape], itemsize: int, steps: int = 5) -> Count
 def count_of(variant: Variant, inputs: Sequence[Tensor], dtype: torch.dtype) -> Count:
     count = Count()
     real = backend("auto", inputs[0].device)
-    with (
-        mock.patch("optim.polar.backend", return_value=count.kernels(real)),
-    ):
+    with mock.patch("optim.polar.backend", return_value=count.kernels(real)):
         for X in inputs:
             variant.run(X)
     if count.flops == 0:  # a baseline: dense

@@ -57,7 +57,7 @@ class ModelConfig:
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # auto: all on a CPU
+    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # auto: all parts on a CPU
     # Options of the model
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
@@ -79,6 +79,8 @@ class ModelConfig:
         if 2 * self.value_embeds > self.num_layers:
             rule = f"at most half of num_layers = {self.num_layers}: each table serves two blocks; 1 to 3 are usual"
             raise ValueError(f"value_embeds = {self.value_embeds} must be {rule}")
+        if self.tie_head_steps and self.init_head:
+            raise ValueError(f"init_head = {self.init_head}: a tied head starts as the embedding; set init_head = 0")
         if self.unet_skips and self.num_layers < 2:
             raise ValueError(f"unet_skips needs two blocks or more, and num_layers = {self.num_layers}")
 
@@ -242,7 +244,6 @@ class GPT(nn.Module):
         """By default blocks start as the identity (outputs zero) and the head as a uniform guess (loss log V)."""
         c = self.config
         self.embed.weight.normal_()
-        normal_or_zero(self.head.weight, c.init_head)
         for block in self.blocks:
             assert isinstance(block, Block)
             for weight in (block.attention.qkv, block.mlp.gate_up):
@@ -250,6 +251,10 @@ class GPT(nn.Module):
                 weight.uniform_(-bound, bound)
             normal_or_zero(block.attention.out, c.init_out)
             normal_or_zero(block.mlp.down, c.init_down)
+        for table in self.value_embeds:
+            assert isinstance(table, nn.Embedding)
+            table.weight.normal_()
+        normal_or_zero(self.head.weight, c.init_head)
         if c.tie_head_steps:  # the norm after the embedding makes up for the small numbers that a head wants
             self.head.weight.copy_(self.embed.weight.normal_(std=0.005))
 

@@ -148,8 +148,12 @@ lint() { # python -m: a script's first line names the folder that it was install
 
 train() {
     install .venv requirements.txt
-    case ${1:---} in
-        --*) # the sample's recipe, by what torch can use
+    local argument recipe=''
+    for argument in "$@"; do
+        case $argument in --*) ;; *.toml) recipe=$argument ;; esac
+    done
+    case $recipe:${1:---} in
+        :--*) # the sample's recipe, by what torch can use
             if [ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" = True ]; then
                 set -- "${code}configs/sotu_gpu.toml" "$@"
             else

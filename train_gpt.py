@@ -29,7 +29,7 @@ from torch import Tensor
 
 import optim
 from data import console
-from data.files import user_path, user_text
+from data.files import is_file, user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, vocab_size
@@ -57,7 +57,7 @@ class Config(ModelConfig, OptimizerConfig):
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
     author: str = ""  # who ran it
     description: str = ""  # what is new about it
-    seed: int = 0  # of the initial weights
+    seed: Annotated[int, ">= 0", "< 9e18"] = 0  # of the initial weights
     run_dir: str = "runs"  # where run directories are made
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where hardware has it
@@ -99,6 +99,8 @@ class Config(ModelConfig, OptimizerConfig):
         check_settings(self)
         super().__post_init__()
         check_name(self.name)
+        if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
+            optim.find_rule(self.matrix_optimizer)
         if self.tokenizer != "none" and self.vocab_size != vocab_size(self.tokenizer):
             raise ValueError(
                 f"vocab_size = {self.vocab_size} does not fit tokenizer = {self.tokenizer!r}, which has "
@@ -117,7 +119,7 @@ class Config(ModelConfig, OptimizerConfig):
 
 def load_config(argv: list[str]) -> Config:
     """Defaults, then the TOML file on the command line (if one is), then --key=value. ValueError says what is wrong."""
-    words = [word if Path(word).is_file() else user_text(word) for word in argv]
+    words = [word if is_file(word) else user_text(word) for word in argv]
     rule = peek(words, "matrix_optimizer")
     kind = optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config  # the user's own rule
     config = parse_settings(kind, words, description=__doc__)
@@ -222,10 +224,12 @@ def set_up(config: Config, machine: Machine) -> Run:
         machine.world_size, machine.device,
     )  # fmt: skip
     loader.shape(config.batch_tokens, config.seq_len)
-    try:
-        loader.shape(first_plan.batch_tokens, first_plan.row_tokens)
-    except ValueError as error:
-        raise ValueError(f"small_batch_steps = {config.small_batch_steps}: half of a step: {error}") from None
+    for plan in plans_to_warm_up(config, 0, windows_count=False):
+        try:
+            loader.shape(plan.batch_tokens, plan.row_tokens)
+        except ValueError as error:
+            when = f"small_batch_steps = {config.small_batch_steps}, short_row_steps = {config.short_row_steps}"
+            raise ValueError(f"{when}: in some steps {error}") from None
     loader.batch(0, first_plan.batch_tokens, first_plan.row_tokens)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
@@ -350,7 +354,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
     """The steps themselves, with all that is done between them; run.summary tells how far they have come."""
     config, machine, clock, summary = run.config, run.machine, run.clock, run.summary
     first_step = summary["steps"]
-    previous_token = plan_step(config, max(0, first_step - 1)).first_token
+    previous = plan_step(config, max(0, first_step - 1))
     if run.resumed:
         clock.seconds["train"] = run.resumed["train_time_s"]
     is_profiled = config.profile and machine.rank == 0
@@ -388,10 +392,12 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
             clock.switch("neurons")
             neurons.before_step()
         clock.switch("train")
-        epoch, epoch_before = (first // run.loader.stream.num_tokens for first in (plan.first_token, previous_token))
+        if step and plan.first_token != previous.first_token + previous.batch_tokens:
+            raise AssertionError(f"plan_step: step {step} does not begin where the one before ended in the stream")
+        epoch, epoch_before = (each.first_token // run.loader.stream.num_tokens for each in (plan, previous))
         if epoch > epoch_before:
             log.line(f"step:{step} epoch {epoch + 1} of the training data begins")
-        previous_token = plan.first_token
+        previous = plan
         with profiler.step() if profiler else contextlib.nullcontext():
             loss_sum = train_step(run, *run.batch())
         log.bar.update()

@@ -156,10 +156,8 @@ def dense_count(shapes: Iterable[Sequence[int]], itemsize: int, steps: int = 5) 
 
 def count_of(variant: Variant, inputs: Sequence[Tensor], dtype: torch.dtype) -> Count:
     count = Count()
-    kernels = count.kernels(backend("auto", inputs[0].device))
-    with (
-        mock.patch("optim.polar.backend", return_value=kernels),
-    ):
+    real = backend("auto", inputs[0].device)
+    with mock.patch("optim.polar.backend", return_value=count.kernels(real)):
         for X in inputs:
             variant.run(X)
     return count if count.flops else dense_count([X.shape for X in inputs], dtype.itemsize)  # of a baseline: dense

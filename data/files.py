@@ -95,6 +95,13 @@ def wait_for_lock(file: IO[Any]) -> bool:
     return True
 
 
+def is_file(name: str) -> bool:
+    """Whether a word is the name of a file; of one that can be none, it is not."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(name).is_file()
+    return False
+
+
 def user_path(path: str | Path) -> Path:
     """A path as its user means it: ~ is the home folder, ~name that of another; a name that the locale cannot express
     is in UTF-8, as files and arguments are."""

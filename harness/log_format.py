@@ -32,11 +32,12 @@ class Line(NamedTuple):
 
 
 def step_line(
-    kind: str, step: int, train_steps: int, loss: float, train_time_s: float, extra: Mapping[str, float] | None = None
-) -> str:
+    kind: str, step: int, train_steps: int, loss: float, train_time_s: float,
+    extra: Mapping[str, float | None] | None = None,
+) -> str:  # fmt: skip
     """The line of a loss: `kind` is val or train, `extra` has further metrics by name."""
     clock = f"train_time:{train_time_s:.3f}s step_avg:{1000 * train_time_s / max(1, step):.2f}ms"
-    further = "".join(f" {name}:{value:.5g}" for name, value in (extra or {}).items())
+    further = "".join(f" {name}:{'-' if value is None else f'{value:.5g}'}" for name, value in (extra or {}).items())
     return f"step:{step}/{train_steps} {kind}_loss:{loss:.5f} {clock}{further}"
 
 

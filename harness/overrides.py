@@ -21,8 +21,6 @@ def assignments(words: Iterable[str], source: str = "", own: Container[str] = ()
 
 
 def arguments(settings: Mapping[str, str]) -> list[str]:
-    """The trainer's arguments for settings as typed; colons join the parts of a tuple."""
-    words = []
-    for key, value in settings.items():
-        words += [f"--{key}", *value.split(":")] if ":" in value else [f"--{key}={value}"]
-    return words
+    """The trainer's arguments for settings as typed; colons join the parts of a tuple, as commas do values to try."""
+    typed = {key: value if key == "matrix_optimizer" else value.replace(":", ",") for key, value in settings.items()}
+    return [f"--{key}={value}" for key, value in typed.items()]

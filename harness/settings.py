@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import re
 import shutil
 import textwrap
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from data.files import is_file
 from optim.options import Option, broken_bound
 
 Settings = TypeVar("Settings")
@@ -42,6 +44,7 @@ class Rule:
     count: float  # values: 1, another number, or infinity
     is_tuple: bool
     is_appended: bool  # a tuple for each time that it is given
+    is_optional: bool  # None is a value, too
     help: str = ""
 
 
@@ -63,7 +66,9 @@ def parse_settings(
         argv = [f"--{leading}", *argv]
     files, values = _split(rules, argv)
     if len(files) > 1:
-        raise ValueError(f"command line: {files[0]} and {files[1]} are both taken for config files; name one")
+        raise ValueError(
+            f"command line: {files[0]} and {files[1]} are both taken for config files; settings are --key=value"
+        )
     if files:
         settings = _replaced(settings, rules, _read_file(files[0]), files[0])
     return _replaced(settings, rules, values, "command line")
@@ -74,9 +79,9 @@ def peek(argv: Sequence[str], key: str) -> str:
     there are; empty if it is given in neither."""
     for word, follower in reversed(list(itertools.pairwise([*argv, ""]))):
         name, has_value, value = word.partition("=")
-        if name == f"--{key}":
+        if name.replace("-", "_") == f"__{key}":
             return value if has_value else follower
-    files = [word for word in argv if not word.startswith("-") and Path(word).is_file()]
+    files = [word for word in argv if not word.startswith("-") and is_file(word)]
     return next((str(values[key]) for values in map(_read_file, files) if key in values), "")
 
 
@@ -90,6 +95,9 @@ def _rule(hint: Any) -> Rule:
     extra: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
         hint, *extra = get_args(hint)  # type: ignore[assignment]
+    is_optional = type(None) in get_args(hint)
+    if is_optional:
+        (hint,) = set(get_args(hint)) - {type(None)}
     is_tuple, count = get_origin(hint) is tuple, 1.0
     is_appended = is_tuple and get_origin(get_args(hint)[0]) is tuple
     while get_origin(hint) is tuple:
@@ -99,7 +107,7 @@ def _rule(hint: Any) -> Rule:
     bounds, text = [each for each in extra if isinstance(each, str)], ""
     for option in (each for each in extra if isinstance(each, Option)):
         bounds, choices, text = [*bounds, *option.bounds], option.choices, option.help
-    return Rule(str if choices else hint, tuple(bounds), choices, count, is_tuple, is_appended, text)
+    return Rule(str if choices else hint, tuple(bounds), choices, count, is_tuple, is_appended, is_optional, text)
 
 
 def _split(rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -117,15 +125,17 @@ def _split(rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict
             raise ValueError(f"command line: {word} is not a setting; settings are written --key=value")
         key = _known(rules, name[2:].replace("-", "_"), "command line")
         rule, texts = rules[key], [text]
-        if has_value and rule.is_tuple and not rule.is_appended:
-            texts = text.split(",") if text else []
-        elif not has_value:
+        if not has_value:
             is_switch = rule.kind is bool and not (words and words[0].lower() in ("true", "false"))
             texts = ["true"] if is_switch else []
             while words and len(texts) < rule.count and not words[0].startswith("--"):
+                if rule.choices and texts and words[0] not in rule.choices:
+                    break  # not one of these, but the config file
                 texts.append(words.pop(0))
             if not texts:
                 raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
+        if rule.is_tuple and not rule.is_appended:
+            texts = [each for text in texts for each in text.split(",") if each]
         typed = [_as_toml(each, rule.kind) for each in texts]
         if rule.is_appended:
             values.setdefault(key, []).append(typed)
@@ -147,9 +157,13 @@ def _as_toml(text: str, kind: type) -> Any:
 def _read_file(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} cannot be read ({error}); try configs/sotu_cpu.toml") from None
-    except tomllib.TOMLDecodeError as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} is not UTF-8 ({error}); save it as that") from None
+    except OSError as error:
+        works = f"--{path}" if "=" in path else f"configs/{Path(path).stem or 'sotu_cpu'}.toml"
+        works = works if "=" in path or Path(works).exists() else "configs/sotu_cpu.toml"
+        raise ValueError(f"config {path} cannot be read ({error.strerror}); try {works}") from None
+    except ValueError as error:  # TOMLDecodeError, or a number too long
         raise ValueError(f"config {path} is not valid TOML ({error}); write one `key = value` per line") from None
 
 
@@ -170,7 +184,7 @@ def _replaced(settings: Settings, rules: dict[str, Rule], values: dict[str, Any]
         is_alone = rules[key].is_tuple and not isinstance(value, list)
         taken[key] = _typed([value] if is_alone else value, rules[key])
         if broken := _broken_rule(taken[key], rules[key]):
-            raise ValueError(f"{source}: {_refusal(key, value, broken, getattr(settings, key))}")
+            raise ValueError(f"{source}: {_refusal(key, value, broken, getattr(settings, key), source)}")
     return dataclasses.replace(settings, **taken)  # type: ignore[type-var]
 
 
@@ -181,13 +195,17 @@ def check_settings(settings: Any) -> None:
             raise ValueError(_refusal(key, getattr(settings, key), broken, getattr(type(settings), key)))
 
 
-def _refusal(key: str, value: Any, rule: str, works: Any) -> str:
-    instead = "" if works in ("", (), value) else f"; {_shown(works)} works"
-    return f"{key} = {_shown(value)!r} must be {rule}{instead}"
+def _refusal(key: str, value: Any, rule: str, works: Any, source: str = "command line") -> str:
+    is_typed = source == "command line"
+    given = _shown(value) if is_typed and isinstance(value, list) else value
+    example = _shown(works) if is_typed else json.dumps(works)
+    instead = "" if works in ("", (), value, None) else f"; {example} works"
+    return f"{key} = {given!r} must be {rule}{instead}"
 
 
-def _shown(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _typed(value: Any, rule: Rule) -> Any:
@@ -207,7 +225,9 @@ def _broken_rule(value: Any, rule: Rule) -> str:
     elif rule.is_tuple and len(values) != rule.count < float("inf"):
         return f"{rule.count:g} values"
     for each in values:
-        if type(each) is not rule.kind:
+        if each is None and rule.is_optional:
+            continue
+        if type(each) is not rule.kind and (rule.kind, type(each)) != (float, int):
             return KINDS[rule.kind]
         if rule.choices and each not in rule.choices:
             return f"one of {', '.join(rule.choices)}"
@@ -223,7 +243,8 @@ def describe(settings: Any, description: str) -> str:
     texts: dict[str, str] = {}
 
     def show(key: str, text: str) -> None:
-        rule, value, texts[key] = rules[key], _shown(getattr(settings, key)), text
+        rule, value, texts[key] = rules[key], getattr(settings, key), text
+        value = "" if value is None else _shown(value)
         facts = [
             *([", ".join(rule.choices)] if rule.choices else rule.bounds),
             "" if value == "" else f"default {value}",

@@ -10,7 +10,8 @@ def sample_text(model: GPT, tokenizer: str, seed: int) -> str:
     """The beginning of a document, about 200 characters on one line. Raises DataError without the tokenizer's files."""
     generator = torch.Generator().manual_seed(seed)
     tokens = generate(model, [end_of_text(tokenizer)], 200 if tokenizer == "byte" else 60, generator)
-    return " ".join(get_tokenizer(tokenizer).decode(tokens)[:200].split())
+    text = " ".join(get_tokenizer(tokenizer).decode(tokens)[:200].split())
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 @torch.no_grad()

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.matrix_optimizer import MatrixOptimizer  # isort: skip  # first: rules in other files import it from here
+from optim.options import Option  # isort: skip
 from optim.aurora import Aurora
 from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
-from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
 from optim.normuon import NorMuon, UNorMuon
-from optim.options import Option
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
@@ -59,8 +59,11 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
     """The L2 norm of all mean gradients as one vector, float64 on the device, the same for any number of ranks.
 
     Scales what the optimizers hold by min(1, max_norm / norm), decided on the device; p.grad of matrices stays as it
-    is. A norm that is not finite scales nothing: the step says which parameter it comes from.
+    is. A norm that is not finite scales nothing: the step says which parameter it comes from. To be called directly
+    before the steps: loading a state or adding a group forgets what was scaled.
     """
+    if not max_norm > 0:
+        raise ValueError(f"clip_gradients: max_norm = {max_norm} must be > 0; 1.0 is usual")
     finish_reduction(optimizers)
     own, shared = list[Tensor](), list[Tensor]()
     for optimizer in optimizers:

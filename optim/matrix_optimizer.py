@@ -82,6 +82,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     __signature__: ClassVar[inspect.Signature]
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed
     _gradients: list[Tensor] | None  # of the banks, from finish_reduction to step
+    _reduced: list[Tensor | None]  # the p.grad they are made of
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -182,7 +183,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._banks
 
     def _forget_banks(self) -> None:
-        self._banks, self._gradients = [], None
+        self._banks, self._gradients, self._reduced = [], None, []
         self._reductions = Reductions([], [])
         self._gradient_check = GradientCheck([])
 
@@ -295,8 +296,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The mean gradients over the ranks, [P, m, n] float32 of this rank's matrices for each bank (zeros where there
         is none), which the next step uses: changes of them count, later ones of p.grad do not."""
         self._make_banks()
-        if self._gradients is None:
-            self._gradients = self._reductions.finish()
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        if self._gradients is None or any(grad is not old for grad, old in zip(grads, self._reduced, strict=True)):
+            self._gradients, self._reduced = self._reductions.finish(), grads
         return self._gradients
 
     @torch.no_grad()
@@ -304,8 +306,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss, self._gradients = closure(), None
-        gradients, self._gradients = self.finish_reduction(), None
+                self._gradients = None
+                loss = closure()
+        gradients, self._gradients, self._reduced = self.finish_reduction(), None, []
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check)
         held, sent = sum(len(bank.state) for bank, _ in banks), []

@@ -20,7 +20,6 @@ Coefficients: `quintic` from Keller Jordan, "Muon: an optimizer for hidden layer
 `simple_quintic`: the slow textbook iteration, quadratically convergent at 1. `svd`: float64, the oracle for tests.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache
 
@@ -176,7 +175,10 @@ def storage_dtype(dtype: torch.dtype, device: torch.device, method: str, steps: 
     if dtype == torch.float32 or (dtype == torch.bfloat16 and device.type != "cuda") or method == "svd":
         return dtype
     # A row that is weak and alone in its direction grows by every step's a; float16 ends at 65504.
-    if math.prod(a for a, _, _ in _step_coefficients(method, steps)[:-1]) < 30_000:
+    growth = 1.0
+    for a, _, _ in _step_coefficients(method, steps)[:-1]:  # a loop: torch.compile knows no math.prod of a generator
+        growth *= a
+    if growth < 30_000:
         return torch.float16
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 

@@ -81,7 +81,7 @@ ALONE = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local_addr=127
         ({"NPROC_PER_NODE": "3", "MAX_RESTARTS": "2"}, ["--nproc_per_node=3", "--max_restarts=2", *ALONE]),
         (
             {"NNODES": "2", "RDZV_ENDPOINT": "127.0.0.1:29500", "NPROC_PER_NODE": "8"},
-            ["--nproc_per_node=8", "--max_restarts=0", "--nnodes=2", "--rdzv_backend=c10d",
+            ["--nproc_per_node=8", "--max_restarts=0", "--rdzv_backend=c10d", "--nnodes=2",
              "--rdzv_endpoint=127.0.0.1:29500", "--rdzv_id=nanogpt-aurora"],
         ),
     ],

@@ -30,7 +30,7 @@ def test_arguments_and_order_of_runs(fake_trainer: Path, tmp_path: Path, monkeyp
     assert [(run.overrides, run.seed) for run in results] == [(cell, seed) for seed in (3, 4) for cell in cells]
     folder = tmp_path / "out/runs/adam_betas=0.9:0.95/seed3"
     assert results[1].summary["arguments"] == [
-        str(fake_trainer), "--dtype=float32", "--adam_betas", "0.9", "0.95",
+        str(fake_trainer), "--dtype=float32", "--adam_betas=0.9,0.95",
         "--seed=3", f"--run_dir={folder}", "--name=adam_betas=0.9:0.95",
     ]  # fmt: skip
     assert [process.args[2:] for process in processes] == [run.summary["arguments"] for run in results]

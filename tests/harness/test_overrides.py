@@ -7,7 +7,7 @@ from harness.overrides import arguments, assignments
 
 def test_words_become_the_trainers_arguments() -> None:
     settings = assignments(["author=--faster=x", "adam_betas=0.9:0.95"])
-    assert arguments(settings) == ["--author=--faster=x", "--adam_betas", "0.9", "0.95"]
+    assert arguments(settings) == ["--author=--faster=x", "--adam_betas=0.9,0.95"]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_every_form_applies_the_same_polynomials(
 def test_no_form_is_worse_than_the_dense_one_in_bfloat16(shape: tuple[int, int], spectrum: str, method: str) -> None:
     """By orthogonality and direction, with the triangle mirrored as the Triton kernels do."""
     problem = polar_quality.make_problem(*shape, spectrum, method)
-    results = polar_quality.measure(problem, method, "cpu")
+    results = polar_quality.measure(problem, polar_quality.Args(method=method, device="cpu"))
     for name in ("float16 direct", "float16 gram", "float32 direct", "float32 gram"):
         assert polar_quality.is_no_worse(results[name], results["bfloat16 dense direct"], results["unrounded"]), name
     assert results["float32 gram"].distance < 5e-3
@@ -144,7 +144,7 @@ def test_the_quality_measure_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without restarts float16 loses the weak directions, and the measure says so."""
     monkeypatch.setitem(LONGEST_SEGMENT[torch.float16], "polar_express", 5)
     problem = polar_quality.make_problem(257, 101, "log-uniform to 1e-6", "polar_express")
-    results = polar_quality.measure(problem, "polar_express", "cpu")
+    results = polar_quality.measure(problem, polar_quality.Args(device="cpu"))
     result, dense, unrounded = (results[name] for name in ("float16 gram", "bfloat16 dense direct", "unrounded"))
     assert not polar_quality.is_no_worse(result, dense, unrounded)
 

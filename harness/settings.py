@@ -129,8 +129,8 @@ def _split(rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict
             is_switch = rule.kind is bool and not (words and words[0].lower() in ("true", "false"))
             texts = ["true"] if is_switch else []
             while words and len(texts) < rule.count and not words[0].startswith("--"):
-                if rule.choices and texts and words[0] not in rule.choices:
-                    break  # not one of these, but the config file
+                if texts and rule.choices and words[0] not in rule.choices and is_file(words[0]):
+                    break  # the config file
                 texts.append(words.pop(0))
             if not texts:
                 raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")

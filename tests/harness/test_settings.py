@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
-from harness.settings import parse_settings
-from optim import Aurora, MatrixOptimizer, RiemannianAurora
+from harness.settings import check_settings, describe, parse_settings, rules_of
+from optim import Aurora, MatrixOptimizer, Option, RiemannianAurora
 from tests.conftest import ROOT
 from train_gpt import Config, load_config
 
@@ -54,6 +56,10 @@ def test_spellings_of_a_switch(arguments: list[str], value: bool) -> None:
         (["--tokenizer=bert"], ["'bert'", "gpt2"]),
         (["missing.toml"], ["missing.toml", "configs/sotu_cpu.toml"]),
         (["stray"], ["stray"]),
+        (["seed=1"], ["config seed=1 cannot be read", "try --seed=1"]),
+        (["sotu_base"], ["try configs/sotu_base.toml"]),
+        (["--adam_betas=0.9,1.5"], ["adam_betas = '0.9,1.5' must be < 1; 0.8,0.95 works"]),
+        (["--matrix_optimizer=adam"], ["matrix_optimizer = 'adam' is unknown", "module:Class"]),
         (["a.toml", "b.toml"], ["a.toml and b.toml are both taken for config files"]),
         (["--seed"], ["--seed has no value; write --seed=VALUE"]),
         (["-x"], ["-x is not a setting", "--key=value"]),
@@ -113,16 +119,60 @@ def test_words_and_files_of_an_ascii_locale_are_the_user_s(tmp_path: Path, monke
     assert (config.val_files, config.resume) == ("b_*.bin", "")
 
 
+def test_a_value_is_that_value_however_it_is_written(tmp_path: Path) -> None:
+    """In a file or behind =, whatever it begins with or looks like; numbers as whole ones where they are."""
+    for text in ("--faster", "-5%", "--seed=9", "--help", "true", "José", "a, b", "x" * 5000):
+        recipe = tmp_path / "text.toml"
+        recipe.write_bytes(b"\xef\xbb\xbf" + f'description = "{text}"\r\n'.encode())
+        assert load_config([str(recipe)]).description == load_config([f"--description={text}"]).description == text
+    for words in (["--train_steps=1e3"], ["--train-steps", "1000"], ["--train_steps=1_000"]):
+        assert load_config(words).train_steps == 1000
+    for words in (["--adam_betas=0.5,0.6"], ["--adam_betas", "0.5,0.6"], ["--adam_betas", "0.5", "0.6"]):
+        assert load_config([*words, "--compile"]).adam_betas == (0.5, 0.6)
+    assert load_config(["--fused", "norm", "mlp", toml(tmp_path, "seed = 3")]).fused == ("norm", "mlp")
+    assert load_config([toml(tmp_path, 'fused = "norm"\ntrain_steps = 1e3')]).fused == ("norm",)
+
+
+def test_a_recipe_may_stand_anywhere_and_the_command_line_counts(tmp_path: Path) -> None:
+    recipe, words = toml(tmp_path, "seed = 3\nval_every = 7"), ["--compile", "--seed", "4", "--log_every=2"]
+    for place in (0, 1, 3, 4):
+        config = load_config([*words[:place], recipe, *words[place:]])
+        assert (config.compile, config.seed, config.log_every, config.val_every) == (True, 4, 2, 7)
+
+
+def test_every_setting_has_a_text_and_a_default_that_keeps_its_rule() -> None:
+    shown = describe(Config(), "")
+    for key in rules_of(Config):
+        assert re.search(rf"^  --{key}=\w+ +\S", shown, re.MULTILINE), key
+        assert not re.search(rf"^  --{key}=\w+ +\(", shown, re.MULTILINE), key
+    check_settings(Config())
+
+
+def test_an_option_may_be_none_until_it_is_given() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        cap: Annotated[int | None, Option(None, "largest", ("> 0",), kind=int)] = None
+
+    assert parse_settings(Options, []).cap is None
+    assert parse_settings(Options, ["--cap=3"]).cap == 3
+    with pytest.raises(ValueError, match=r"cap = 0 must be > 0$"):
+        parse_settings(Options, ["--cap=0"])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("matrix_lrr = 1.0", ["recipe.toml", "matrix_lrr", "did you mean matrix_lr?"]),
         ('train_steps = "300"', ["recipe.toml: train_steps = '300' must be a whole number"]),
         ("train_steps = 2.5", ["recipe.toml: train_steps = 2.5 must be a whole number"]),
+        ("compile = 1", ["recipe.toml: compile = 1 must be true or false; false works"]),
+        ("adam_betas = 0.9", ["recipe.toml: adam_betas = 0.9 must be 2 values; [0.8, 0.95] works"]),
+        ('name = ["a"]', ["recipe.toml: name = ['a'] must be text"]),
+        (f"seed = {'9' * 5000}", ["recipe.toml is not valid TOML"]),
         ("train_steps = ", ["recipe.toml", "not valid TOML", "per line"]),
         ("[model]\nwidth = 3", ["recipe.toml", "model"]),
     ],
-    ids=["unknown key", "wrong type", "fraction", "syntax", "table"],
+    ids=["unknown key", "wrong type", "fraction", "switch", "one of two", "list", "long", "syntax", "table"],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:

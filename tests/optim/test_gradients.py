@@ -178,3 +178,31 @@ def test_clipping_one_step_of_several_changes_muon_s_momentum_and_where_it_moves
     torch.testing.assert_close(kept, expected)
     assert other.norm() > 2 * kept.norm()
     assert (weight - p).norm() > 0.1 * weight.norm()
+
+
+def test_gradients_that_were_replaced_since_are_reduced_anew() -> None:
+    """As model.zero_grad() leaves them, which the optimizer does not see."""
+    weight = nn.Parameter(torch.zeros(8, 4))
+    optimizers = [Muon([weight])]
+    weight.grad = randn(8, 4, seed=0)
+    clip_gradients(optimizers, 1e-3)
+    weight.grad = randn(8, 4, seed=1)
+    assert clip_gradients(optimizers, 1e9).item() == pytest.approx(randn(8, 4, seed=1).norm().item())
+
+
+def test_clipping_within_a_closure_counts() -> None:
+    weight = nn.Parameter(torch.zeros(8, 4))
+    optimizers = [Muon([weight], momentum=0.0)]
+
+    def closure() -> None:
+        weight.grad = randn(8, 4, seed=0)
+        clip_gradients(optimizers, 1e-3)
+
+    optimizers[0].step(closure)
+    assert optimizers[0].state[weight]["momentum_buffer"].norm().item() == pytest.approx(1e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_a_norm_that_is_none_is_refused(max_norm: float) -> None:
+    with pytest.raises(ValueError, match=r"max_norm = .* must be > 0"):
+        clip_gradients([Muon([nn.Parameter(torch.zeros(2, 2))])], max_norm)

@@ -57,7 +57,7 @@ class ModelConfig:
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # auto: all parts on a CPU
+    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # auto: norm,head,blocks on a CPU
     # Options of the model
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
@@ -106,8 +106,9 @@ class ModelConfig:
         """Which parts are computed with fewer passes over memory or less of it, by `fused`.
 
         norm: gradients of RMSNorm and rotation written out, for models that are not compiled; mlp: the neurons' outputs
-        are made again in the backward pass; head: logits and loss a chunk of rows at a time; blocks: attention a block
-        of queries at a time, for CPUs. "auto" is all of them on a CPU and none on a GPU, where none has been measured.
+        are made again in the backward pass, which saves memory and costs time; head: logits and loss a chunk of rows at
+        a time; blocks: attention a block of queries at a time, for CPUs. "auto" is norm, head and blocks on a CPU and
+        none on a GPU, where none has been measured.
         """
         if device_type == "cuda" and "blocks" in self.fused:
             raise ValueError("fused = 'blocks' is for CPUs, and this runs on a GPU; leave it out, or write 'auto'")
@@ -115,7 +116,7 @@ class ModelConfig:
             raise ValueError(f"head_dim = {self.head_dim} must be 16 or more for flex_attention; 64 or 128 are usual")
         if self.fused != ("auto",):
             return {part for part in self.fused if part != "none"}
-        on_cpu = {"norm", "mlp", "blocks", *(["head"] if self.softcap <= LARGEST_SOFTCAP else [])}
+        on_cpu = {"norm", "blocks", *(["head"] if self.softcap <= LARGEST_SOFTCAP else [])}
         return on_cpu if device_type == "cpu" else set()
 
 

@@ -134,7 +134,7 @@ def _split(rules: dict[str, Rule], argv: Sequence[str]) -> tuple[list[str], dict
                 texts.append(words.pop(0))
             if not texts:
                 raise ValueError(f"command line: --{key} has no value; write --{key}=VALUE")
-        if rule.is_tuple and not rule.is_appended:
+        if rule.is_tuple and not rule.is_appended and (has_value or rule.choices or rule.kind is not str):
             texts = [each for text in texts for each in text.split(",") if each]
         typed = [_as_toml(each, rule.kind) for each in texts]
         if rule.is_appended:

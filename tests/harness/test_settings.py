@@ -148,6 +148,17 @@ def test_every_setting_has_a_text_and_a_default_that_keeps_its_rule() -> None:
     check_settings(Config())
 
 
+def test_words_of_a_list_of_texts_keep_their_commas() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        variants: tuple[str, ...] = ()
+
+    assert parse_settings(Options, ["--variants", "plain", "all: fused=norm,mlp"]).variants == (
+        "plain", "all: fused=norm,mlp",
+    )  # fmt: skip
+    assert parse_settings(Options, ["--variants=plain,other"]).variants == ("plain", "other")
+
+
 def test_an_option_may_be_none_until_it_is_given() -> None:
     @dataclasses.dataclass(frozen=True)
     class Options:

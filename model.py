@@ -57,7 +57,9 @@ class ModelConfig:
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = ("auto",)  # auto: norm,head,blocks on a CPU
+    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = (
+        "auto",
+    )  # auto: norm,head,blocks on a CPU
     # Options of the model
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all

@@ -423,10 +423,9 @@ def write_loss(run: Run, log: RunLog, kind: str, step: int, tokens: int, loss: f
     if not math.isfinite(loss):
         what = dict(val="validation", train="training")[kind]
         raise FloatingPointError(f"the {what} loss is {loss}; lower the learning rates")
-    seconds, extra = (
-        run.clock.seconds["train"],
-        {name: torch.as_tensor(value).item() for name, value in run.extra.items()},
-    )
+    found = {name: torch.as_tensor(value).item() for name, value in run.extra.items()}
+    extra = {name: value if math.isfinite(value) else None for name, value in found.items()}  # for JSON
+    seconds = run.clock.seconds["train"]
     run.extra.clear()
     run.summary["extra"] = run.summary.get("extra", {}) | extra
     further: dict[str, Any] = values | ({"extra": extra} if extra else {})

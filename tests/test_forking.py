@@ -1,6 +1,7 @@
 """What a fork changes in one place, through the whole trainer: an activation, a metric, clipping, a rule of its own."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_a_metric_is_one_line_that_reaches_all_outputs_and_no_record_minds(
 
     def with_metric(run: train_gpt.Run, *batch: torch.Tensor) -> torch.Tensor:
         run.extra["embed_norm"] = run.model.embed.weight.norm()  # the line
+        run.extra["nothing"] = math.nan
         return genuine(run, *batch)
 
     monkeypatch.setattr(train_gpt, "train_step", with_metric)
@@ -57,8 +59,10 @@ def test_a_metric_is_one_line_that_reaches_all_outputs_and_no_record_minds(
     directory = only_run(tmp_path)
     found = metrics(directory, "extra")
     assert set(found) == set(range(5, 41, 5))
-    assert f" embed_norm:{found[40]['embed_norm']:.5g}\n" in result.stdout  # type: ignore[index]
+    assert f" embed_norm:{found[40]['embed_norm']:.5g} " in result.stdout  # type: ignore[index]
     assert summary(directory)["extra"] == found[40]
+    assert found[40]["nothing"] is None  # type: ignore[index]
+    assert " nothing:-\n" in result.stdout
     run = read_run(directory)
     assert (run.broken, list(of_files(run))) == ([], [])
 

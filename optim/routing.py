@@ -43,7 +43,7 @@ def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: boo
     return found
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig | Any) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's

@@ -128,6 +128,11 @@ def load_config(argv: list[str]) -> Config:
     return dataclasses.replace(config, **meant)
 
 
+def model_config(config: Config) -> ModelConfig:
+    """The model's settings alone."""
+    return ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What changes over a run
 
@@ -241,7 +246,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     refuse_overlap(loader.stream.files, val_stream.files)
     torch.manual_seed(config.seed)
     with machine.device:
-        model = GPT(config, machine.dtype, end_of_text(config.tokenizer) if config.doc_mask else None)
+        model = GPT(model_config(config), machine.dtype, end_of_text(config.tokenizer) if config.doc_mask else None)
     if machine.world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)

@@ -110,7 +110,9 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     plain, ranked = next(arm for arm in result["arms"] if arm["arm"] == "plain"), []
     for arm in result["arms"]:
         rank, told = math.inf, ("diverged", "", "", "no")
-        if None not in arm["val_loss"]:
+        if None not in arm["val_loss"] and None in plain["val_loss"]:
+            told = mean_and_sd(arm["val_loss"], 4), "", "", "cannot tell"
+        elif None not in arm["val_loss"]:
             rank, low, high = compare(arm["val_loss"], plain["val_loss"])
             pays = "yes" if high < 0 else "costs" if low > 0 else "cannot tell"
             told = mean_and_sd(arm["val_loss"], 4), f"{rank:+.4f}", f"{low:+.4f} to {high:+.4f}", pays

@@ -59,6 +59,11 @@ def test_the_table_says_what_pays_costs_and_cannot_be_told() -> None:
     assert rows[4]["final loss"] == "diverged"
 
 
+def test_nothing_can_be_told_from_a_plain_model_that_diverged() -> None:
+    rows = summary(result(plain=[1.2, None], other=[1.1, 1.2]))
+    assert [(row["final loss"], row["pays"]) for row in rows] == [("diverged", ""), ("1.1500 ± 0.0707", "cannot tell")]
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """No real steps or runs: arms take their place in ARMS + 1 tenths of a second, losses are of arm and seed."""

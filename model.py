@@ -28,6 +28,7 @@ from kernels.attention import Attend, attention
 from kernels.fused import rms_norm, rotate
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
+FusedPart = Literal["auto", "none", "norm", "mlp", "head", "blocks"]
 IGNORE_INDEX = -1  # targets with this value add nothing to the loss
 
 # The MLP's activation, of the stacked products [..., G F] of its G input matrices: the function and G.
@@ -57,9 +58,7 @@ class ModelConfig:
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    fused: tuple[Literal["auto", "none", "norm", "mlp", "head", "blocks"], ...] = (
-        "auto",
-    )  # auto: norm,head,blocks on a CPU
+    fused: tuple[FusedPart, ...] = ("auto",)  # see fused_parts; auto: norm,head,blocks on a CPU, none on a GPU
     # Options of the model
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all

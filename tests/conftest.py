@@ -23,12 +23,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: Triton then runs it in numpy, on CPU tensors
 
+import kernels
 import train_gpt
 from data import console
 from data.shards import write_shard
 from experiments import neurons, sweep
 from tests import warm
 from tests.matrices import Float64
+
+if kernels.HAS_TRITON:
+    import kernels.triton_common  # now: in a test that hides TRITON_INTERPRET it would be another for all that follow
 
 pytest_plugins = ["tests.clock", "tests.gpt2_vocabulary", "tests.record_fixtures"]
 

@@ -19,7 +19,6 @@ A new update rule is a subclass with one method:
 
 import copy
 import inspect
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,18 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim.apply_update import SCALES, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
 from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
 from optim.reductions import Reductions
-
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda m, n: math.sqrt(max(1, m / n)),
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "none": lambda m, n: 1.0,
-}
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -81,8 +75,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     _declared: ClassVar[dict[str, Option]] = options  # the class's own part of `options`
     __signature__: ClassVar[inspect.Signature]
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed
-    _gradients: list[Tensor] | None  # of the banks, from finish_reduction to step
-    _reduced: list[Tensor | None]  # the p.grad they are made of
+    # From finish_reduction to step: the mean gradients of the banks, and the p.grad that they are made of
+    _reduced: tuple[list[Tensor], list[Tensor | None]] | None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -183,7 +177,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return self._banks
 
     def _forget_banks(self) -> None:
-        self._banks, self._gradients, self._reduced = [], None, []
+        self._banks, self._reduced = [], None
         self._reductions = Reductions([], [])
         self._gradient_check = GradientCheck([])
 
@@ -276,7 +270,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         To be called on every rank before the last micro-batch's backward, which makes the gradients final: whatever
         changes p.grad between that and the step comes too late. Without ranks it does nothing.
         """
-        self._gradients = None
+        self._reduced = None
         if all(bank.num_ranks == 1 for bank, _ in self._make_banks()):
             return
         reference = weakref.ref(self)  # a parameter does not keep its optimizers alive
@@ -297,18 +291,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         is none), which the next step uses: changes of them count, later ones of p.grad do not."""
         self._make_banks()
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        if self._gradients is None or any(grad is not old for grad, old in zip(grads, self._reduced, strict=True)):
-            self._gradients, self._reduced = self._reductions.finish(), grads
-        return self._gradients
+        if self._reduced is None or any(grad is not old for grad, old in zip(grads, self._reduced[1], strict=True)):
+            self._reduced = self._reductions.finish(), grads
+        return self._reduced[0]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                self._gradients = None
+                self._reduced = None
                 loss = closure()
-        gradients, self._gradients, self._reduced = self.finish_reduction(), None, []
+        gradients, self._reduced = self.finish_reduction(), None
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check)
         held, sent = sum(len(bank.state) for bank, _ in banks), []
@@ -324,7 +318,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._gradients = None  # of a step that is skipped, as are reductions that have started
+        self._reduced = None  # of a step that is skipped, as are reductions that have started
         self._reductions.abandon()
         super().zero_grad(set_to_none)
 
@@ -383,30 +377,3 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_copy_(weights, updates)
         else:
             apply_update(weights, updates, group, is_finite)
-
-
-def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
-    """The learning rate, or zero after a bad gradient, decided on the device."""
-    return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
-
-
-def scaled(direction: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
-    """lr * scale * direction [..., m, n], float32; zero after a bad gradient."""
-    return direction.float() * (rate(group, is_finite) * SCALES[group["scale"]](*direction.shape[-2:]))
-
-
-def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, Any], is_finite: Tensor | None) -> None:
-    """weight <- weight - lr * weight_decay * weight - update, in place."""
-    if group["weight_decay"] and weights:
-        decay = rate(group, is_finite) * group["weight_decay"]
-        if group["cautious"]:
-            decays = torch._foreach_mul(weights, updates)
-            torch._foreach_sign_(decays)
-            torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
-            torch._foreach_mul_(decays, weights)
-            torch._foreach_mul_(decays, decay)
-            torch._foreach_sub_(weights, decays)
-        else:
-            torch._foreach_mul_(weights, 1 - decay)
-    if weights:
-        torch._foreach_sub_(weights, updates)

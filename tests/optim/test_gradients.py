@@ -5,6 +5,7 @@ tests/optim/test_sharding.py has the same on several ranks.
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -188,6 +189,16 @@ def test_gradients_that_were_replaced_since_are_reduced_anew() -> None:
     clip_gradients(optimizers, 1e-3)
     weight.grad = randn(8, 4, seed=1)
     assert clip_gradients(optimizers, 1e9).item() == pytest.approx(randn(8, 4, seed=1).norm().item())
+
+
+def test_a_step_that_is_skipped_keeps_no_gradient_alive() -> None:
+    weight = nn.Parameter(torch.zeros(8, 4))
+    optimizers = [Muon([weight])]
+    weight.grad = randn(8, 4, seed=0)
+    finish_reduction(optimizers)
+    alive = weakref.ref(weight.grad)
+    optimizers[0].zero_grad()
+    assert alive() is None
 
 
 def test_clipping_within_a_closure_counts() -> None:

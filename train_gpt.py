@@ -197,11 +197,11 @@ class Run:
     val_stream: TokenStream
     data: dict[str, str]  # fingerprints of train_files and val_files
     start: StartingPoint  # anew, or from which checkpoint
+    plan: StepPlan  # of the step under way
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # of what was trained so far; train fills it
     extra: dict[str, Any] = field(default_factory=dict)  # metrics, numbers or 0-d tensors, for the next log line
-    plan: StepPlan = field(init=False)  # of the step under way
     window: int | Tensor | None = None  # the plan's; on a GPU in its memory, where another compiles nothing anew
 
     def follow(self, plan: StepPlan) -> None:
@@ -252,14 +252,13 @@ def set_up(config: Config, machine: Machine) -> Run:
             dist.broadcast(p.data, src=0)
     optimizers = optim.build_optimizers(model, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
-    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start)
+    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start, first_plan)
     if start.path:
         run.resumed = load_start(start, model, optimizers, machine)
     if config.window and machine.device.type == "cuda":
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
         run.neurons = NeuronStats(model, (run.resumed or {}).get("neurons"))
-    run.follow(first_plan)
     return run
 
 

@@ -237,6 +237,13 @@ def test_divergence_is_one_line_that_names_step_and_checkpoint(trainer: Trainer,
     assert not list(only_run(tmp_path).glob("checkpoint*"))
 
 
+def test_the_routing_is_told_with_the_rates_of_the_settings(trainer: Trainer) -> None:
+    """Not with those of the first step of a warm-up."""
+    result = trainer("--warmup_steps=20", "--train_steps=2", "--matrix_lr=0.03")
+    rates = re.findall(r"^\w+ +(matrix|embed|head): .*, lr ([0-9.]+), decay", result.stdout, re.MULTILINE)
+    assert rates == [("matrix", "0.03"), ("embed", "0.3"), ("head", "0.004")]
+
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 

@@ -35,6 +35,10 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
+# torch.compile gives up, quietly, after a few variants of one function, and runs the next as it is: not with these.
+NEVER_EAGER: dict[str, Any] = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
+
+
 @dataclass(frozen=True)
 class Machine:
     rank: int
@@ -238,8 +242,8 @@ def prepare_compiler() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):  # else, in a checkout that is not ours to write, torch's default
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for option, value in NEVER_EAGER.items():
+        setattr(torch._dynamo.config, option, value)
 
 
 def device_name(device: torch.device) -> str:

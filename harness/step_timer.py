@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
+from harness.machine import NEVER_EAGER
+
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -91,6 +93,5 @@ class PhaseTimer:
 
 
 def compile_everything() -> contextlib.AbstractContextManager[None]:
-    """Settings under which torch.compile compiles every variant of a function: by default it gives up, quietly, after a
-    few and runs the next as it is."""
-    return torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+    """A block in which torch.compile never falls back to eager mode, see NEVER_EAGER."""
+    return torch._dynamo.config.patch(**NEVER_EAGER)

@@ -183,15 +183,24 @@ class Bank:
 
     # Results out
 
+    def own_weights(self) -> Tensor:
+        """A copy of the weights (masters, if there are) of the matrices this rank owns, float32 [num_own, m, n]."""
+        if self.needs_master:
+            return self.own_masters()[: self.num_own].clone()
+        return self._copied_weights(self.num_own)
+
     def own_masters(self) -> Tensor:
         """The float32 master copy of this rank's weights [P, m, n], made from the weights the first time."""
         if "master_weight" not in self.state:
-            master = torch.zeros(self.num_slots, self.m, self.n, dtype=torch.float32, device=self.device)
-            for slot, weight in enumerate(self.rows(self.params)[self.rank :: self.num_ranks]):
-                assert weight is not None
-                master[slot].view(weight.shape).copy_(weight)
-            self.state["master_weight"] = master
+            self.state["master_weight"] = self._copied_weights(self.num_slots)
         return self.state["master_weight"]
+
+    def _copied_weights(self, num_slots: int) -> Tensor:
+        copy = torch.zeros(num_slots, self.m, self.n, dtype=torch.float32, device=self.device)
+        for slot, weight in enumerate(self.rows(self.params)[self.rank :: self.num_ranks]):
+            assert weight is not None
+            copy[slot].view(weight.shape).copy_(weight)
+        return copy
 
     def start_gather(self, own: Tensor) -> None:
         """Give this rank's results [num_own, m, n] to all: halves as they are, longer ones in `comm_dtype`."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from kernels import backend
-from optim.bank import layout
+from optim.apply_update import check_weight_options
+from optim.bank import layout, matrices
 from optim.options import check_options
 
 if TYPE_CHECKING:
@@ -25,13 +26,24 @@ def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
     """ValueError for the first option of a param group that is not allowed, or parameter that cannot be moved."""
     who, group, seen = type(optimizer).__name__, optimizer.param_groups[index], set[Tensor]()
     check_options(who, group, optimizer.options)
+    check_weight_options(who, group)
     for name, p in zip(optimizer._names(index), group["params"], strict=True):
         _check_parameter(who, name, p, group["row_blocks"], group["flatten"])
         if p in seen:
             raise ValueError(f"{who}: {name} is in its group twice and would move twice; leave one of them out")
         seen.add(p)
+        if group["hyperball"] and not p.is_meta and _has_zero_matrix(p, group):
+            raise ValueError(
+                f"{who}: hyperball keeps norms, and {name} has a matrix of zeros, which would stay zero; start it from "
+                "random numbers (in a recipe init_out = 0.02, init_down = 0.02), or give it a group without hyperball"
+            )
     for device in {p.device for p in group["params"]}:
         backend(optimizer.kernels, device)
+
+
+def _has_zero_matrix(p: Tensor, group: Mapping[str, Any]) -> bool:
+    norms = torch._foreach_norm(matrices(p.detach(), group["row_blocks"], group["flatten"]))
+    return not torch.stack(norms).all()
 
 
 def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: bool | None) -> None:

@@ -8,13 +8,17 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 import torch
 
+from optim.adamh import AdamH
 from optim.aurora import Aurora
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
+from optim.muon_squared import MuonSquared
+from optim.muown import Muown
 from optim.normuon import NorMuon, UNorMuon
 from optim.options import Option
 from optim.replicated import replicate
 from optim.riemannian_aurora import RiemannianAurora
+from optim.soap import Soap, SoapMuon
 
 T = TypeVar("T")
 Groups = list[dict[str, Any]]
@@ -26,6 +30,11 @@ RULES: dict[str, type[MatrixOptimizer]] = {
     "riemannian_aurora": RiemannianAurora,
     "normuon": NorMuon,
     "unormuon": UNorMuon,
+    "muon_squared": MuonSquared,
+    "soap": Soap,
+    "soap_muon": SoapMuon,
+    "muown": Muown,
+    "adamh": AdamH,
 }
 
 
@@ -113,6 +122,10 @@ class OptimizerConfig:
     matrix_weight_decay: Annotated[float, ">= 0"] = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
     matrix_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"  # of muon's and relatives' updates
     cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
+    hyperball: bool = False  # muon and relatives: each matrix keeps its norm, matrix_lr is the step's share of it
+    update_floor: Annotated[float, ">= 0"] = 0.0  # muon and relatives: shortest update, as a share of the weight's norm
+    floor_by_row: bool = False  # muon and relatives: that floor under each row of an update instead of the whole
+    radial_brake: Annotated[float, ">= 0", "<= 1"] = 1.0  # muon and relatives: share kept of what lengthens a weight
     momentum: Annotated[float, ">= 0", "< 1"] = 0.95  # of all but adamw
     polar_method: Literal["auto", "polar_express", "quintic", "simple_quintic", "svd"] = "auto"  # auto: the rule's own
     polar_steps: Annotated[int, ">= 0"] = 0  # Newton-Schulz steps; 0: the method's own number

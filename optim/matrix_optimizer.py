@@ -15,6 +15,9 @@ A new update rule is a subclass with one method:
     class SignMuon(MatrixOptimizer):
         def orthogonalize(self, update, state, group):
             return update.sign() / update.size(-1) ** 0.5
+
+or with `direction` in its place, where it needs gradients or weights themselves. What any rule may do to the weights
+besides (decay, a fixed norm, a floor under the update) is in apply_update.py.
 """
 
 import copy
@@ -28,8 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.apply_update import SCALES, apply_update, scaled
+from optim.apply_update import SCALES, WEIGHT_OPTIONS, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
+from optim.batch import MatrixBatch
 from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.options import Option, check_names, signature_with
@@ -69,6 +73,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         "polar_method": Option("polar_express", "how polar factors are computed, see optim/polar.py", choices=METHODS),
         "polar_steps": Option(None, "Newton-Schulz steps; None: the method's own number", (">= 1",), kind=int),
         "cautious": Option(False, "decay only where it does not work against the update (arXiv 2510.12402)"),
+        **WEIGHT_OPTIONS,
         "row_blocks": Option(1, "equal blocks of a matrix's rows, each orthogonalised by itself", (">= 1",)),
         "flatten": Option(None, "each parameter is one matrix [size(0), rest]", kind=bool),
     }
@@ -116,6 +121,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         rule adds its own under new names when they are missing, and meets zeros for matrices that it has not seen.
         """
         raise NotImplementedError
+
+    def direction(self, batch: MatrixBatch) -> Tensor:
+        """The direction to move in, [B, m, n] of any dtype: what `orthogonalize` makes of the momentum, unless a rule
+        that needs more than momentum says otherwise."""
+        return self.orthogonalize(batch.momentum(), batch.state, batch.group)
 
     def polar(self, update: Tensor, group: dict[str, Any]) -> Tensor:
         """The polar factor of `update`, as the group's options say; a helper for `orthogonalize`."""
@@ -183,11 +193,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def rule_state(self, m: int, n: int, group: dict[str, Any]) -> State:
         """What the rule keeps for one m x n matrix, [1, ...], as tensors without memory."""
-        state, kernels, self.kernels = State(), self.kernels, "torch"  # the others do not run without memory
+        empty = torch.empty(1, m, n, dtype=torch.float32, device="meta")
+        state, kernels, self.kernels = State(momentum_buffer=empty), self.kernels, "torch"  # others do not run without
         try:
-            self.orthogonalize(torch.empty(1, m, n, dtype=torch.float32, device="meta"), state, group)
+            self.direction(MatrixBatch(empty.clone(), state, group, empty.clone))
         finally:
             self.kernels = kernels
+        del state["momentum_buffer"]
         return state
 
     # State: in the banks while in use, whole in `self.state` on its way in and out
@@ -336,7 +348,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             active = is_finite.expand(bank.num_own) if active is None else active & is_finite
         views = {name: value[: bank.num_own] for name, value in bank.state.items()}
         state = dict(views)
-        direction = self._direction(state, gradient[: bank.num_own], group, active)
+        batch = MatrixBatch(gradient[: bank.num_own], state, group, bank.own_weights, active)
+        direction = self._direction(batch)
         for name, value in state.items():
             if name not in views:
                 bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
@@ -348,17 +361,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
             direction = master[: bank.num_own].to(bank.dtype)
         bank.start_gather(direction)
 
-    def _direction(self, state: State, gradient: Tensor, group: dict[str, Any], active: Tensor | None) -> Tensor:
-        """The direction to move in, [B, m, n]; `state` changes where `active` [B] is true, or everywhere for None."""
-        weight, before = 1 - group["momentum"], State()
+    def _direction(self, batch: MatrixBatch) -> Tensor:
+        """The direction to move in, [B, m, n]; the batch's state changes for the matrices alone that move."""
+        state, active, before = batch.state, batch.active, State()
         if active is not None:
-            gradient = torch.where(by_matrix(active, gradient), gradient, 0)
-            weight = weight * by_matrix(active, gradient).float()
+            batch.gradient = torch.where(by_matrix(active, batch.gradient), batch.gradient, 0)
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
-        momentum_buffer = state["momentum_buffer"].lerp_(gradient, weight)
-        update = gradient.lerp_(momentum_buffer, group["momentum"]) if group["nesterov"] else momentum_buffer.clone()
-        with torch.autocast(update.device.type, enabled=False):  # the caller's would recast the products
-            direction = self.orthogonalize(update, state, group)
+        with torch.autocast(batch.gradient.device.type, enabled=False):  # the caller's would recast the products
+            direction = self.direction(batch)
         if active is not None:
             for name in state.keys() - OWN_STATE:
                 value = state[name]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kernels import backend
+from optim.apply_update import WEIGHT_OPTIONS
 from optim.config import TORCH_OPTIMIZERS, Groups, OptimizerConfig, adamw, find_rule, rule_settings
 from optim.matrix_optimizer import MatrixOptimizer
 
@@ -17,6 +18,9 @@ COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def rule_optimizer(rule: type[MatrixOptimizer], groups: Groups, config: OptimizerConfig) -> MatrixOptimizer:
     """A matrix optimizer as the config says; what it leaves to the rule ("auto", 0) is the rule's own default."""
     options: dict[str, Any] = dict(momentum=config.momentum, scale=config.matrix_scale, cautious=config.cautious)
+    for name, option in WEIGHT_OPTIONS.items():
+        if getattr(config, name, option.default) != option.default:  # else the rule's own
+            options[name] = getattr(config, name)
     if config.polar_method != "auto":
         options["polar_method"] = config.polar_method
     if config.polar_steps:

@@ -32,6 +32,7 @@ usage() {
 ./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: a day)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
+./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
 ./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
                                        publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
@@ -168,7 +169,7 @@ train() {
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
 case ${1:-} in
     leaderboard) words=2 ;;
-    sweep | grokking | neurons | options | gpu_suite) words=1 ;;
+    sweep | grokking | neurons | options | rules | gpu_suite) words=1 ;;
     test | bench) words=$# ;;
     *) words=0 ;;
 esac
@@ -193,7 +194,7 @@ case "${1:-}" in
         install .venv requirements.txt
         exec "$python" "${code}train_gpt.py" --help
         ;;
-    sweep | grokking | neurons | options)
+    sweep | grokking | neurons | options | rules)
         install .venv requirements.txt
         name=$1
         shift

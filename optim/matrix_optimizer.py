@@ -77,6 +77,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         "row_blocks": Option(1, "equal blocks of a matrix's rows, each orthogonalised by itself", (">= 1",)),
         "flatten": Option(None, "each parameter is one matrix [size(0), rest]", kind=bool),
     }
+    is_scale_free: ClassVar[bool] = True  # a constant factor on all gradients changes nothing
     _declared: ClassVar[dict[str, Option]] = options  # the class's own part of `options`
     __signature__: ClassVar[inspect.Signature]
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed

@@ -26,10 +26,9 @@ from optim.apply_update import SCALES
 from optim.batch import MatrixBatch
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
-from optim.second_moment import bounded
+from optim.second_moment import bounded, over_root
 
 INITIAL_NORM = 0.33**0.5  # of zero rows, as in the track's records
-EPS = 1e-8  # of Adam on the norms
 
 
 class Muown(MatrixOptimizer):
@@ -55,8 +54,8 @@ class Muown(MatrixOptimizer):
         v = u * k.unsqueeze(-1) - lr * scale * self.polar(batch.momentum(dv), group).float()
         mean.lerp_(dg, 1 - group["beta1"])
         square.lerp_(dg.square(), 1 - group["beta2"])
-        root = (square / (1 - group["beta2"] ** steps)).sqrt() + EPS
-        gain = g - lr * (mean / (1 - group["beta1"] ** steps)) / root
+        correction = (1 - group["beta2"] ** steps).sqrt() / (1 - group["beta1"] ** steps)
+        gain = g - lr * correction * over_root(mean.unsqueeze(-1), square.unsqueeze(-1)).squeeze(-1)
         length = torch.linalg.vector_norm(v, dim=-1).clamp_min(TINY)
         batch.state.update(gain=gain, length=length)
         moved = (gain / length).unsqueeze(-1) * v

@@ -16,8 +16,8 @@ def bounded(gradient: Tensor) -> Tensor:
 def over_root(update: Tensor, square: Tensor) -> Tensor:
     """update / sqrt(square), entry by entry, [B, m, n]; zeros where a matrix has no squares.
 
-    Adam adds an absolute eps to the root, which makes an update depend on the scale of the gradients. Here roots are
-    raised to ROUNDING times the matrix's root mean square instead.
+    Adam adds an absolute eps to the root, which makes an update depend on the scale of the gradients. Here roots below
+    ROUNDING times the matrix's root mean square are raised to that instead.
     """
     least = ROUNDING**2 * square.mean(dim=(-2, -1), keepdim=True)
     return update * square.maximum(least).clamp_min(TINY).rsqrt()

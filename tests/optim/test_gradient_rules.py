@@ -72,7 +72,7 @@ def muown(W: Matrix, G: Matrix, memory: Memory, lr: float = 0.02) -> Matrix:
     dv = (g / k)[:, None] * (G - dg[:, None] * u)
     memory["v"] = v - lr * 0.2 * math.sqrt(max(W.shape)) * exact_polar(momentum(dv, memory, nesterov=True))
     mean, square = running("m", dg, 0.9, memory) / (1 - 0.9**t), running("s", dg**2, 0.95, memory) / (1 - 0.95**t)
-    memory["g"] = g - lr * mean / (np.sqrt(square) + 1e-8)
+    memory["g"] = g - lr * mean / np.sqrt(square)
     return (memory["g"] / np.linalg.norm(memory["v"], axis=1))[:, None] * memory["v"]
 
 

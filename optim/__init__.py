@@ -23,21 +23,26 @@ from torch import Tensor
 from optim.matrix_optimizer import MatrixOptimizer  # isort: skip  # first: rules in other files import it from here
 from optim.options import Option  # isort: skip
 from optim.adamh import AdamH
+from optim.adamuon import AdaMuon
 from optim.aurora import Aurora
 from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
 from optim.muon import Muon
+from optim.muon_eq import MuonEq
+from optim.muon_plus import MuonPlus
 from optim.muon_squared import MuonSquared
 from optim.muown import Muown
 from optim.normuon import NorMuon, UNorMuon
+from optim.polar_grad import PolarGrad
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
-    "RULES", "TORCH_OPTIMIZERS", "AdamH", "Aurora", "MatrixOptimizer", "Muon", "MuonSquared", "Muown", "NorMuon",
-    "OptimizerConfig", "Option", "RiemannianAurora", "Soap", "SoapMuon", "UNorMuon", "build_optimizers",
-    "clip_gradients", "find_rule", "finish_reduction", "routing_table", "start_reduction", "with_rule_options",
+    "RULES", "TORCH_OPTIMIZERS", "AdaMuon", "AdamH", "Aurora", "MatrixOptimizer", "Muon", "MuonEq", "MuonPlus",
+    "MuonSquared", "Muown", "NorMuon", "OptimizerConfig", "Option", "PolarGrad", "RiemannianAurora", "Soap", "SoapMuon",
+    "UNorMuon", "build_optimizers", "clip_gradients", "find_rule", "finish_reduction", "routing_table",
+    "start_reduction", "with_rule_options",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from optim.options import Option
 SCALES: dict[str, Callable[[int, int], float]] = {
     "spectral": lambda m, n: math.sqrt(max(1, m / n)),
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "aspect": lambda m, n: math.sqrt(m / n),
     "none": lambda m, n: 1.0,
 }
 WEIGHT_OPTIONS = {

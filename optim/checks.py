@@ -82,11 +82,11 @@ def warn_of_stacks(who: str, names: list[str], group: Mapping[str, Any]) -> None
             f"{who}: the last two dimensions of {_listed(deep)} are taken as the matrices; for convolution weights "
             "set flatten=True in their param group, which makes [out, in, kh, kw] one matrix [out, in * kh * kw], for "
             "stacks flatten=False",
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The `stacklevel`, for the function that calls this, of the first line outside torch and this package."""
     inside = {Path(path).resolve().parent for path in (__file__, torch.__file__)}
     frame, level = sys._getframe(1), 1

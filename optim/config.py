@@ -9,13 +9,17 @@ from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 import torch
 
 from optim.adamh import AdamH
+from optim.adamuon import AdaMuon
 from optim.aurora import Aurora
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
+from optim.muon_eq import MuonEq
+from optim.muon_plus import MuonPlus
 from optim.muon_squared import MuonSquared
 from optim.muown import Muown
 from optim.normuon import NorMuon, UNorMuon
 from optim.options import Option
+from optim.polar_grad import PolarGrad
 from optim.replicated import replicate
 from optim.riemannian_aurora import RiemannianAurora
 from optim.soap import Soap, SoapMuon
@@ -35,6 +39,10 @@ RULES: dict[str, type[MatrixOptimizer]] = {
     "soap_muon": SoapMuon,
     "muown": Muown,
     "adamh": AdamH,
+    "muon_eq": MuonEq,
+    "muon_plus": MuonPlus,
+    "adamuon": AdaMuon,
+    "polar_grad": PolarGrad,
 }
 
 
@@ -117,10 +125,10 @@ class OptimizerConfig:
     """What `build_optimizers` needs to know, the rules' own options included."""
 
     # Optimizers
-    matrix_optimizer: str = "aurora"  # muon, (riemannian_)aurora, normuon, unormuon, adamw, sgd, rmsprop, module:Class
+    matrix_optimizer: str = "aurora"  # a rule of docs/optimizers.md, such as muon, or adamw, sgd, rmsprop, module:Class
     matrix_lr: Annotated[float, ">= 0"] = 0.02  # learning rate of the matrices inside the blocks
     matrix_weight_decay: Annotated[float, ">= 0"] = 0.0  # decoupled: a step multiplies weights by 1 - lr * this
-    matrix_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"  # of muon's and relatives' updates
+    matrix_scale: Literal["spectral", "match_rms_adamw", "aspect", "none"] = "spectral"  # scale of muon and relatives
     cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
     hyperball: bool = False  # muon and relatives: each matrix keeps its norm, matrix_lr is the step's share of it
     update_floor: Annotated[float, ">= 0"] = 0.0  # muon and relatives: shortest update, as a share of the weight's norm

@@ -5,6 +5,9 @@ and restores the length of the whole, so that Muon's learning rates fit:
 
     v_i <- beta2 * v_i + (1 - beta2) * mean_j U_ij^2       U' = U_i / sqrt(v_i)       update = U' ||U|| / ||U'||
 
+`axis` "rows" is the paper. "long" is what records of the speedrun do (KellerJordan/modded-nanogpt, track 3, result 10):
+rows of tall and square matrices, columns of wide ones, the same in all else. State: v, one number per row (column).
+
 U-NorMuon (Tilde Research, 2026) has no memory: rows of tall updates get norm sqrt(n / m), the norm they would have if
 an orthogonal matrix treated them alike. Rows of square and wide polar factors have norm 1 already.
 """
@@ -31,17 +34,25 @@ def with_mean_square(U: Tensor) -> tuple[Tensor, Tensor]:
 class NorMuon(MatrixOptimizer):
     """Muon with rows normalised by a running mean of their squares, as Adam does for entries."""
 
-    options: ClassVar = {"beta2": Option(0.95, "share of the rows' mean squares that a step keeps", (">= 0", "< 1"))}
+    options: ClassVar = {
+        "beta2": Option(0.95, "share of the rows' mean squares that a step keeps", (">= 0", "< 1")),
+        "axis": Option("rows", "what is normalised: rows, or long (wide matrices: columns)", choices=("rows", "long")),
+    }
 
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-        U, square = with_mean_square(self.polar(update, group))
-        if "row_square" not in state:
-            state["row_square"] = torch.zeros_like(square)  # its start is one factor for all rows, which cancels
-        v = state["row_square"].lerp_(square, 1 - group["beta2"])
+        U, name = self.polar(update, group), "row_square"
+        by_columns = group["axis"] == "long" and U.size(-2) < U.size(-1)
+        if by_columns:
+            U, name = U.mT, "column_square"
+        U, square = with_mean_square(U)
+        if name not in state:
+            state[name] = torch.zeros_like(square)  # its start is one factor for all rows, which cancels
+        v = state[name].lerp_(square, 1 - group["beta2"])
         row_scale = v.clamp_min(SMALLEST).rsqrt()
         length, scaled_length = square.sum(dim=-1), (square * row_scale.square()).sum(dim=-1)
         row_scale = row_scale * (length / scaled_length.clamp_min(TINY)).sqrt().unsqueeze(-1)
-        return U.float().mul_(row_scale.unsqueeze(-1))
+        U = U.float().mul_(row_scale.unsqueeze(-1))
+        return U.mT if by_columns else U
 
 
 class UNorMuon(MatrixOptimizer):

@@ -92,5 +92,6 @@ def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
             if isinstance(optimizer, MatrixOptimizer):
                 kernels = backend(optimizer.kernels, group["params"][0].device).name
                 what += f", {group['polar_method']}, {kernels} kernels"
+                what += "" if optimizer.is_scale_free else ", not scale-free"
             lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
     return "\n".join(lines)

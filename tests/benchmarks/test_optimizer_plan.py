@@ -7,15 +7,13 @@ import torch
 
 from benchmarks import optimizer_plan
 from model import GPT
-from optim import MatrixOptimizer, build_optimizers
+from optim import RULES, MatrixOptimizer, build_optimizers
 from tests.conftest import ROOT
 from train_gpt import load_config
 
 
-@pytest.mark.parametrize(
-    "settings",
-    ["muon", "normuon", "unormuon", "aurora", "aurora --aurora_variant=warm", "riemannian_aurora", "adamw", "sgd"],
-)
+@pytest.mark.filterwarnings("ignore:PolarGrad")
+@pytest.mark.parametrize("settings", [*RULES, "aurora --aurora_variant=warm", "adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counted_state_is_the_state_of_a_real_step(tiny_recipe: Path, settings: str, dtype: torch.dtype) -> None:
     config = load_config([str(tiny_recipe), *f"--matrix_optimizer={settings}".split()])

@@ -3,8 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from optim import Aurora, MatrixOptimizer, Muon, NorMuon, RiemannianAurora, UNorMuon
+from optim import Aurora, MatrixOptimizer, Muon, NorMuon
 from tests.matrices import randn, uneven
+from tests.optim import rules
+from tests.optim.rules import Make
 
-Make = Callable[..., MatrixOptimizer]
-RULES = pytest.mark.parametrize(
-    "rule",
-    [Muon, NorMuon, UNorMuon, Aurora, partial(Aurora, variant="paper"), partial(Aurora, variant="warm", beta=0.1),
-     partial(RiemannianAurora, outer_steps=1)],
-    ids=["muon", "normuon", "unormuon", "aurora", "paper", "warm", "riemannian"],
-)  # fmt: skip
+RULES = pytest.mark.parametrize("rule", rules.RULES.values(), ids=rules.RULES)
 
 
-pytestmark = pytest.mark.usefixtures("float32_products")
+pytestmark = [pytest.mark.usefixtures("float32_products"), pytest.mark.filterwarnings("ignore:PolarGrad")]
 
 
 @RULES

@@ -27,7 +27,7 @@ from optim import (
 )
 from optim.config import rule_settings
 
-pytestmark = pytest.mark.usefixtures("float32_products")
+pytestmark = [pytest.mark.usefixtures("float32_products"), pytest.mark.filterwarnings("ignore:PolarGrad")]
 
 
 def config(**changes: Any) -> SimpleNamespace:
@@ -60,6 +60,7 @@ def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str)
     count = sum(p.numel() for p in model.blocks.parameters())
     assert f"matrix: 8 tensors, {count:,} parameters" in table
     assert ("torch kernels" in table) == isinstance(matrix, MatrixOptimizer)
+    assert table.count(", not scale-free, lr") == (not getattr(matrix, "is_scale_free", True))
 
 
 def tiny_gpt(**changes: Any) -> GPT:
@@ -169,18 +170,27 @@ def built(settings: Any) -> torch.optim.Optimizer:
     return build_optimizers(nn.Linear(8, 4, bias=False), settings)[0]
 
 
+def another_value(option: Option) -> Any:
+    """One that is allowed and is not the default."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != option.default)
+    if option.value_type is bool:
+        return not option.default
+    return 0.5 * (option.default or 1.0) if option.value_type is float else (option.default or 0) + 1
+
+
 def test_every_option_of_a_rule_is_a_setting_that_reaches_it() -> None:
     fields = {field.name: field for field in dataclasses.fields(OptimizerConfig)}
     own = [setting for rule in RULES.values() for setting in rule_settings(rule)]
     assert {"aurora_variant", "aurora_iterations", "aurora_beta", "aurora_sides", "normuon_beta2",
             "riemannian_aurora_cg_steps", "riemannian_aurora_outer_steps"} < set(own)  # fmt: skip
     assert "riemannian_aurora_sides" not in own
-    changed = {"aurora_variant": "paper", "aurora_sides": "tall"}
     for name, rule in RULES.items():
         for setting, (option_name, option) in rule_settings(rule).items():
             assert fields[setting].default == option.default
-            assert get_args(fields[setting].type) == (type(option.default), option)
-            value = changed.get(setting, option.default / 2 if isinstance(option.default, float) else 7)
+            kind: Any = option.value_type | None if option.default is None else option.value_type
+            assert get_args(fields[setting].type) == (kind, option)
+            value = another_value(option)
             (group,) = built(OptimizerConfig(matrix_optimizer=name, **{setting: value})).param_groups
             assert group[option_name] == value != option.default
 

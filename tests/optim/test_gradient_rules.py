@@ -3,11 +3,9 @@ transcriptions of their definitions, a line at a time."""
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
@@ -18,114 +16,9 @@ from optim.muon_squared import MuonSquared
 from optim.muown import Muown
 from optim.soap import Soap, SoapMuon
 from tests.matrices import randn, uneven
+from tests.optim.definitions import Matrix, Memory, exact_polar, hyperball, momentum, muown
 
-Matrix = npt.NDArray[np.float64]
-Memory = dict[str, Any]
 pytestmark = pytest.mark.usefixtures("float32_products")
-
-
-def exact_polar(M: Matrix) -> Matrix:
-    """Of a singular matrix, as one of signs may be, the part that is determined."""
-    W, S, Vh = np.linalg.svd(M, full_matrices=False)
-    return (W * np.greater(S, 1e-12 * S[0])) @ Vh
-
-
-def momentum(G: Matrix, memory: Memory, nesterov: bool) -> Matrix:
-    memory["B"] = 0.95 * memory.get("B", 0) + 0.05 * G
-    return 0.95 * memory["B"] + 0.05 * G if nesterov else memory["B"]
-
-
-def running(name: str, value: Matrix, beta: float, memory: Memory) -> Matrix:
-    memory[name] = beta * memory.get(name, 0) + (1 - beta) * value
-    return memory[name]
-
-
-def hyperball(W: Matrix, U: Matrix, lr: float) -> Matrix:
-    r = np.linalg.norm(W)
-    moved = W - lr * r * U / np.linalg.norm(U)
-    return r * moved / np.linalg.norm(moved)
-
-
-def muon_squared(W: Matrix, G: Matrix, memory: Memory) -> Matrix:
-    V = running("V", G**2, 0.95, memory)
-    U = exact_polar(momentum(G, memory, nesterov=True) / np.sqrt(V))
-    return W * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(max(1, W.shape[0] / W.shape[1])) * U
-
-
-def adamh(W: Matrix, G: Matrix, memory: Memory) -> Matrix:
-    t = memory["t"] = memory.get("t", 0) + 1
-    V = running("V", G**2, 0.9, memory)
-    U = momentum(G, memory, nesterov=False) / (1 - 0.95**t) / np.sqrt(V / (1 - 0.9**t))
-    return hyperball(W, U, 0.1)
-
-
-def muown(W: Matrix, G: Matrix, memory: Memory, lr: float = 0.02) -> Matrix:
-    """Whose v and g are variables of their own; W follows them."""
-    t = memory["t"] = memory.get("t", 0) + 1
-    if t == 1:
-        memory["g"] = np.linalg.norm(W, axis=1)
-        memory["v"] = W.copy()
-    g, v = memory["g"], memory["v"]
-    k = np.linalg.norm(v, axis=1)
-    u = v / k[:, None]
-    dg = (G * u).sum(axis=1)
-    dv = (g / k)[:, None] * (G - dg[:, None] * u)
-    memory["v"] = v - lr * 0.2 * math.sqrt(max(W.shape)) * exact_polar(momentum(dv, memory, nesterov=True))
-    mean, square = running("m", dg, 0.9, memory) / (1 - 0.9**t), running("s", dg**2, 0.95, memory) / (1 - 0.95**t)
-    memory["g"] = g - lr * mean / np.sqrt(square)
-    return (memory["g"] / np.linalg.norm(memory["v"], axis=1))[:, None] * memory["v"]
-
-
-def soap(W: Matrix, G: Matrix, memory: Memory, is_muon: bool) -> Matrix:
-    """L and R with all that follows from them, and the bases as the last step left them."""
-    t = memory["t"] = memory.get("t", 0) + 1
-    start = math.ceil(max(W.shape) / min(W.shape))
-    M = momentum(G, memory, nesterov=is_muon)
-    U = M if is_muon else 0 * M
-    if t > start:
-        QL, QR = memory["QL"], memory["QR"]
-        V = running("V", (QL.T @ (M if is_muon else G) @ QR) ** 2, 0.9, memory)
-        rotated = (QL.T @ M @ QR) / np.sqrt(V)
-        if not is_muon:
-            rotated = rotated / (1 - 0.95**t) * math.sqrt(1 - 0.9 ** (t - start))
-        U = QL @ rotated @ QR.T
-    for name, product in {"L": G @ G.T, "R": G.T @ G}.items():
-        factor = running(name, product, 0.9, memory)
-        if t == start:
-            memory["Q" + name] = np.linalg.eigh(factor)[1][:, ::-1]
-        if t > start:
-            Q = memory["Q" + name]
-            if is_muon:
-                order = np.argsort(-np.diag(Q.T @ factor @ Q))
-                Q = Q[:, order]
-                memory["V"] = memory["V"][order] if name == "L" else memory["V"][:, order]
-            memory["Q" + name] = np.linalg.qr(factor @ Q)[0]
-    U = exact_polar(U) if is_muon else U
-    return W * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(max(1, W.shape[0] / W.shape[1])) * U
-
-
-DEFINITIONS: dict[str, tuple[Callable[..., MatrixOptimizer], Callable[[Matrix, Matrix, Memory], Matrix]]] = {
-    "muon_squared": (partial(MuonSquared, lr=0.1, weight_decay=0.2), muon_squared),
-    "adamh": (partial(AdamH, lr=0.1, beta2=0.9), adamh),
-    "muown": (partial(Muown, lr=0.02, scale="match_rms_adamw"), muown),
-    "soap": (partial(Soap, lr=0.1, weight_decay=0.2), partial(soap, is_muon=False)),
-    "soap_muon": (partial(SoapMuon, lr=0.1, weight_decay=0.2), partial(soap, is_muon=True)),
-}
-
-
-@pytest.mark.parametrize("shape", [(14, 5), (5, 14), (6, 6)], ids=["tall", "wide", "square"])
-@pytest.mark.parametrize("name", DEFINITIONS)
-@pytest.mark.usefixtures("in_float64")
-def test_a_rule_follows_its_definition_in_float64(name: str, shape: tuple[int, int]) -> None:
-    make, step_of = DEFINITIONS[name]
-    weight = nn.Parameter(randn(*shape, seed=3).double())
-    optimizer, memory = make([weight], polar_method="svd"), Memory()
-    expected = weight.detach().clone().numpy()
-    for step in range(50):
-        weight.grad = uneven(*shape, seed=3 * step, spread=0.5).double()
-        expected = step_of(expected, weight.grad.numpy(), memory)
-        optimizer.step()
-        torch.testing.assert_close(weight.detach(), torch.from_numpy(expected), rtol=0, atol=1e-9)
 
 
 @pytest.mark.usefixtures("in_float64")

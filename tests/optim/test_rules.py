@@ -24,6 +24,10 @@ STATE: dict[str, Callable[[int, int], int]] = {
     "normuon, long": lambda m, n: max(m, n),
     "aurora, warm": lambda m, n: max(m, n) if m != n else 0,
     "adamuon": lambda m, n: m * n,
+    "muon_squared": lambda m, n: m * n,
+    "adamh": lambda m, n: m * n + 1,
+    "muown": lambda m, n: 4 * m + 1,
+    **dict.fromkeys(("soap", "soap_muon"), lambda m, n: m * n + 2 * (m**2 + n**2) + 1),
 }
 
 

@@ -14,21 +14,17 @@ from torch import nn
 
 import optim
 from optim import (
-    AdaMuon,
     Aurora,
     MatrixOptimizer,
     Muon,
-    MuonEq,
-    MuonPlus,
     NorMuon,
-    PolarGrad,
-    RiemannianAurora,
     UNorMuon,
 )
 from optim.aurora import aurora_polar
 from optim.riemannian_aurora import riemannian_polar
 from tests.matrices import randn, uneven
 from tests.optim import rules
+from tests.optim.definitions import DEFINITIONS, DIRECTIONS, SHAPES, STEPS, largest_difference
 
 Matrix = npt.NDArray[np.float64]
 Memory = dict[str, Any]
@@ -37,171 +33,17 @@ Memory = dict[str, Any]
 pytestmark = [pytest.mark.usefixtures("float32_products"), pytest.mark.filterwarnings("ignore:PolarGrad")]
 
 
-# The definitions, a line at a time
-
-
-def exact_polar(M: Matrix) -> Matrix:
-    """Without directions in which M is zero, as matrices of signs often have them."""
-    W, S, Vh = np.linalg.svd(M, full_matrices=False)
-    kept = 1e-12 * S[0] < S
-    return W[:, kept] @ Vh[kept]
-
-
-def row_norms(M: Matrix) -> Matrix:
-    return np.sqrt((M**2).sum(axis=1))
-
-
-def balanced_sides(rule: Callable[[Matrix, Memory], Matrix]) -> Callable[[Matrix, Memory], Matrix]:
-    """Tall by the rule, wide by its transpose, square by the polar factor."""
-
-    def on_any(M: Matrix, memory: Memory) -> Matrix:
-        m, n = M.shape
-        if m == n:
-            return exact_polar(M)
-        return rule(M, memory) if m > n else rule(M.T, memory).T
-
-    return on_any
-
-
-def normuon(M: Matrix, memory: Memory) -> Matrix:
-    U = exact_polar(M)
-    memory["v"] = 0.9 * memory.get("v", 0) + 0.1 * (U**2).mean(axis=1)
-    scaled = U / np.sqrt(memory["v"])[:, None]
-    return scaled * np.linalg.norm(U) / np.linalg.norm(scaled)
-
-
-def normuon_long(M: Matrix, memory: Memory) -> Matrix:
-    U, (m, n) = exact_polar(M), M.shape
-    memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * (U**2).mean(axis=1 if m >= n else 0, keepdims=True)
-    scaled = U / np.sqrt(memory["v"])
-    return scaled * np.linalg.norm(U) / np.linalg.norm(scaled)
-
-
-def unormuon(M: Matrix, memory: Memory) -> Matrix:
-    U, (m, n) = exact_polar(M), M.shape
-    return U / row_norms(U)[:, None] * math.sqrt(n / m) if m > n else U
-
-
-@balanced_sides
-def release(M: Matrix, memory: Memory) -> Matrix:
-    (m, n), d = M.shape, 1 / row_norms(M)
-    for _ in range(2):
-        U = exact_polar(d[:, None] * M)
-        d = d * ((n / m) / row_norms(U) ** 2) ** 0.5
-    return U
-
-
-@balanced_sides
-def paper(M: Matrix, memory: Memory) -> Matrix:
-    (m, n), D = M.shape, 1.0
-    U = exact_polar(M / row_norms(M)[:, None])
-    for _ in range(2):
-        D = D * (row_norms(U) / math.sqrt(n / m)) ** 0.5
-        U = exact_polar(U / D[:, None])
-    return U
-
-
-@balanced_sides
-def warm(M: Matrix, memory: Memory) -> Matrix:
-    m, n = M.shape
-    c = memory.get("c", np.ones(m))
-    U = exact_polar(c[:, None] * M / row_norms(M)[:, None])
-    c = c * ((n / m) / row_norms(U) ** 2) ** 0.25
-    memory["c"] = c / c.mean()
-    return U
-
-
-@balanced_sides
-def riemannian(M: Matrix, memory: Memory) -> Matrix:
-    """With P o P written out and its equations solved by a pseudo-inverse."""
-    m, n = M.shape
-    M = M * math.sqrt(n) / np.linalg.norm(M)
-    U = exact_polar(M)
-    for _ in range(2):
-        P, B = U @ U.T, (U.T @ M + M.T @ U) / 2
-        q = (M * U).sum(axis=1) - ((U @ B) * U).sum(axis=1)
-        lagrange = np.linalg.pinv(np.diag((P * P).sum(axis=1)) - P * P) @ (q - q.mean())
-        S = B - U.T @ (lagrange[:, None] * U)
-        U = U + 0.2 * (M - U @ S - lagrange[:, None] * U)
-        U = exact_polar(U / row_norms(U)[:, None] * math.sqrt(n / m))
-    return U
-
-
-def muon_eq(M: Matrix, memory: Memory, *, rows: bool, columns: bool) -> Matrix:
-    r, c = row_norms(M)[:, None], row_norms(M.T)[None, :]
-    return exact_polar(M / (r if rows else 1) / (c if columns else 1))
-
-
-def muon_plus(M: Matrix, memory: Memory, *, order: list[int]) -> Matrix:
-    """With its own scale. Columns are sums over axis 0, rows over axis 1."""
-    U, (m, n) = exact_polar(M), M.shape
-    for axis in order:
-        U = U / np.sqrt((U**2).sum(axis=axis, keepdims=True) + 1e-7)
-    return math.sqrt(m / n) * U
-
-
-def adamuon(M: Matrix, memory: Memory, *, beta2: float) -> Matrix:
-    """With its own scale."""
-    U, (m, n) = exact_polar(np.sign(M)), M.shape
-    memory["v"] = beta2 * memory.get("v", 0) + (1 - beta2) * U**2
-    A = U / (np.sqrt(memory["v"]) + 1e-8)
-    return 0.2 * math.sqrt(m * n) * A / np.linalg.norm(A)
-
-
-def polar_grad(M: Matrix, memory: Memory) -> Matrix:
-    return exact_polar(M) * np.linalg.norm(M, ord="nuc")
-
-
-DEFINITIONS: dict[str, tuple[Callable[..., MatrixOptimizer], Callable[[Matrix, Memory], Matrix]]] = {
-    "muon": (Muon, lambda M, memory: exact_polar(M)),
-    "normuon": (partial(NorMuon, beta2=0.9), normuon),
-    "normuon long": (partial(NorMuon, axis="long"), normuon_long),
-    "unormuon": (UNorMuon, unormuon),
-    "muon_eq": (MuonEq, partial(muon_eq, rows=True, columns=False)),
-    "muon_eq columns": (partial(MuonEq, axis="columns"), partial(muon_eq, rows=False, columns=True)),
-    "muon_eq both": (partial(MuonEq, axis="both"), partial(muon_eq, rows=True, columns=True)),
-    "muon_plus": (partial(MuonPlus, scale="aspect"), partial(muon_plus, order=[0, 1])),
-    "muon_plus row_col": (partial(MuonPlus, order="row_col", scale="aspect"), partial(muon_plus, order=[1, 0])),
-    "muon_plus col": (partial(MuonPlus, order="col", scale="aspect"), partial(muon_plus, order=[0])),
-    "adamuon": (partial(AdaMuon, scale="match_rms_adamw"), partial(adamuon, beta2=0.95)),
-    "adamuon beta2": (partial(AdaMuon, beta2=0.8, scale="match_rms_adamw"), partial(adamuon, beta2=0.8)),
-    "polar_grad": (PolarGrad, polar_grad),
-    "aurora release": (Aurora, release),
-    "aurora paper": (partial(Aurora, variant="paper", iterations=3), paper),
-    "aurora warm": (partial(Aurora, variant="warm", beta=0.25), warm),
-    "riemannian aurora": (
-        partial(RiemannianAurora, outer_steps=2, step_size=0.2, retraction_steps=1, cg_steps=40), riemannian,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", [(14, 5), (5, 14), (6, 6)], ids=["tall", "wide", "square"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", DEFINITIONS)
-@pytest.mark.usefixtures("in_float64")
 def test_a_rule_follows_its_definition_in_float64(name: str, shape: tuple[int, int]) -> None:
-    """50 steps with Nesterov momentum and weight decay. Conjugate gradients end at a residual of 1e-6, which moves
-    weights by that, times rate and step size (0.02), twice a step. A definition has the default scale where it names
-    none."""
-    make, direction = DEFINITIONS[name]
-    atol = 50 * 2 * 0.02 * 1e-6 if name.startswith("riemannian") else 1e-9
-    weight = nn.Parameter(randn(*shape, seed=3).double())
-    optimizer = make([weight], lr=0.1, weight_decay=0.2, polar_method="svd")
-    expected, momentum, memory = weight.detach().clone().numpy(), np.zeros(shape), dict[str, Any]()
-    is_default = optimizer.param_groups[0]["scale"] == "spectral"
-    scale = math.sqrt(max(1, shape[0] / shape[1])) if is_default else 1.0
-    for step in range(50):
-        weight.grad = uneven(*shape, seed=3 * step, spread=0.5).double()
-        gradient = weight.grad.clone().numpy()
-        optimizer.step()
-        momentum = 0.95 * momentum + 0.05 * gradient
-        moved = direction(0.95 * momentum + 0.05 * gradient, memory)
-        expected = expected * (1 - 0.1 * 0.2) - 0.1 * scale * moved
-        assert np.abs(weight.detach().numpy() - expected).max() <= atol
+    """50 steps. Conjugate gradients end at a residual of 1e-6, which moves weights by that, times rate and step size
+    (0.02), twice a step."""
+    assert largest_difference(name, shape) <= (50 * 2 * 0.02 * 1e-6 if name.startswith("riemannian") else 1e-9)
 
 
 def test_every_rule_has_a_definition() -> None:
-    classes = {make.func if isinstance(make, partial) else make for make, _ in DEFINITIONS.values()}
-    assert set(optim.RULES.values()) == classes
+    made = [make for make, _ in (*DIRECTIONS.values(), *STEPS.values())]
+    assert set(optim.RULES.values()) == {make.func if isinstance(make, partial) else make for make in made}
 
 
 # What they promise
@@ -358,7 +200,7 @@ def test_cautious_decay_spares_what_the_update_pushes_outwards(dtype: torch.dtyp
 # Hostile gradients
 
 SAME_CODE = {"muon_eq columns", "muon_plus row_col", "muon_plus col", "adamuon beta2"}
-RULES = {name: make for name, (make, _) in DEFINITIONS.items() if name not in SAME_CODE}
+RULES = {name: make for name, (make, _) in {**DIRECTIONS, **STEPS}.items() if name not in SAME_CODE}
 
 
 def one_hot(shape: tuple[int, int]) -> torch.Tensor:
@@ -367,7 +209,8 @@ def one_hot(shape: tuple[int, int]) -> torch.Tensor:
     return gradient
 
 
-LENGTHS = {"normuon": 2.6, "adamuon": 2.6, "muon_plus": 4.6}  # sqrt(6); sqrt(20) for Muon+
+# sqrt(6); sqrt(20) for Muon+; sqrt(120) of Adam's entries of 1, in any basis; twice that for the norm of the weights
+LENGTHS = {"normuon": 2.6, "adamuon": 2.6, "muon_plus": 4.6, "soap_muon": 1.3, "soap": 11.0, "adamh": 22.0}
 HOSTILE: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
     "zero": torch.zeros,
     "one-hot": one_hot,
@@ -429,7 +272,8 @@ def test_what_is_not_finite_is_refused_by_name_and_leaves_weights_and_state_alon
 ) -> None:
     named = [(name, nn.Parameter(randn(9, 4, seed=i).to(dtype))) for i, (name, dtype) in enumerate(
         [("first", torch.float32), ("second", torch.float32), ("third", torch.bfloat16)])]  # fmt: skip
-    optimizer = RULES[rule](named, weight_decay=0.1, cautious=True, defer_check=deferred)
+    decay = 0.0 if rule == "adamh" else 0.1  # which keeps norms
+    optimizer = RULES[rule](named, weight_decay=decay, cautious=True, defer_check=deferred)
     for step in range(3):
         for i, (_, p) in enumerate(named):
             p.grad = randn(9, 4, seed=10 * step + i).to(p.dtype)
@@ -448,9 +292,10 @@ def test_what_is_not_finite_is_refused_by_name_and_leaves_weights_and_state_alon
         assert all(torch.equal(entry[k], before[k]) for k in before)
     optimizer.raise_if_not_finite()  # said once
     optimizer.zero_grad()
-    for _, p in named:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
+    for step in range(2):  # SOAP moves from the fourth on
+        for i, (_, p) in enumerate(named):
+            p.grad = randn(9, 4, seed=50 + 10 * step + i).to(p.dtype)
+        optimizer.step()
     assert all(not torch.equal(p, before) for (_, p), before in zip(named, weights, strict=True))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim import Aurora, MatrixOptimizer, MuonEq, MuonPlus, NorMuon, PolarGrad
+from optim import Aurora, MatrixOptimizer, MuonEq, MuonPlus, NorMuon, OptimizerConfig, PolarGrad, build_optimizers
 from optim.checks import OWN_STATE
 from tests.matrices import randn, uneven
 from tests.optim import rules
@@ -122,6 +122,9 @@ def test_polar_grad_warns_whoever_makes_it_of_summed_gradients() -> None:
     (warning,) = told
     assert Path(warning.filename) == Path(__file__)
     assert warning.lineno == made.__code__.co_firstlineno + 1
+    with pytest.warns(UserWarning, match="PolarGrad") as told:
+        build_optimizers(nn.Linear(2, 2, bias=False), OptimizerConfig(matrix_optimizer="polar_grad"))
+    assert Path(told[0].filename) == Path(__file__)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, make in rules.RULES.items():

@@ -21,7 +21,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kernels.reference import TINY
 from optim.apply_update import SCALES
 from optim.batch import MatrixBatch
 from optim.matrix_optimizer import MatrixOptimizer
@@ -29,6 +28,7 @@ from optim.options import Option
 from optim.second_moment import bounded, over_root
 
 INITIAL_NORM = 0.33**0.5  # of zero rows, as in the track's records
+SHORTEST = 1e-30  # of rows of v
 
 
 class Muown(MatrixOptimizer):
@@ -50,13 +50,17 @@ class Muown(MatrixOptimizer):
         u = W / g.unsqueeze(-1)
         dg = (G * u).sum(dim=-1)
         dv = (g / k).unsqueeze(-1) * (G - dg.unsqueeze(-1) * u)
-        lr, scale = torch.as_tensor(group["lr"], dtype=G.dtype, device=G.device), SCALES[group["scale"]](m, n)
-        v = u * k.unsqueeze(-1) - lr * scale * self.polar(batch.momentum(dv), group).float()
+        P = self.polar(batch.momentum(dv), group).float()
         mean.lerp_(dg, 1 - group["beta1"])
         square.lerp_(dg.square(), 1 - group["beta2"])
         correction = (1 - group["beta2"] ** steps).sqrt() / (1 - group["beta1"] ** steps)
-        gain = g - lr * correction * over_root(mean.unsqueeze(-1), square.unsqueeze(-1)).squeeze(-1)
-        length = torch.linalg.vector_norm(v, dim=-1).clamp_min(TINY)
+        adam = correction * over_root(mean.unsqueeze(-1), square.unsqueeze(-1)).squeeze(-1)
+        # (W - g v / |v|) / (lr s) without the division, so that no step is exactly none; |v|^2 = k^2 + lr s growth
+        lr, scale = group["lr"], SCALES[group["scale"]](m, n)
+        growth = lr * scale * P.square().sum(dim=-1) - 2 * k * (u * P).sum(dim=-1)
+        before = torch.where(norm > 0, k, 0)
+        length = (before.square() + lr * scale * growth).clamp_min(0).sqrt().clamp_min(SHORTEST)
+        gain = g - lr * adam
         batch.state.update(gain=gain, length=length)
-        moved = (gain / length).unsqueeze(-1) * v
-        return (W - moved) / (lr * scale).clamp_min(TINY)
+        along = adam / scale + gain * growth / (before + length) / length
+        return along.unsqueeze(-1) * u + (gain / length).unsqueeze(-1) * P

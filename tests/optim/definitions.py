@@ -278,10 +278,10 @@ def step_of(name: str, shape: tuple[int, int]) -> tuple[Callable[..., MatrixOpti
 def largest_difference(name: str, shape: tuple[int, int], steps: int = 50) -> float:
     """Of any weight, in any of the steps, between the rule in float64 and its definition."""
     make, step = step_of(name, shape)
-    largest, memory, expected = 0.0, Memory(), randn(*shape, seed=3).double().numpy()
+    largest, memory = 0.0, Memory()
     with Float64():
         weight = nn.Parameter(randn(*shape, seed=3).double())
-        optimizer = make([weight], polar_method="svd")
+        optimizer, expected = make([weight], polar_method="svd"), weight.detach().clone().numpy()
         for i in range(steps):
             weight.grad = uneven(*shape, seed=3 * i, spread=0.5).double()
             expected = step(expected, weight.grad.numpy(), memory)

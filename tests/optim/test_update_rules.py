@@ -210,7 +210,15 @@ def one_hot(shape: tuple[int, int]) -> torch.Tensor:
 
 
 # sqrt(6); sqrt(20) for Muon+; sqrt(120) of Adam's entries of 1, in any basis; twice that for the norm of the weights
-LENGTHS = {"normuon": 2.6, "adamuon": 2.6, "muon_plus": 4.6, "soap_muon": 1.3, "soap": 11.0, "adamh": 22.0}
+LENGTHS = {
+    "normuon": 2.6,
+    "adamuon": 2.6,
+    "muon_plus": 4.6,
+    "soap_muon": 1.3,
+    "soap": 11.0,
+    "adamh": 22.0,
+    "muown": 6.0,
+}
 HOSTILE: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
     "zero": torch.zeros,
     "one-hot": one_hot,

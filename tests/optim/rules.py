@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import optim
-from optim import Aurora, MatrixOptimizer, MuonEq, NorMuon, RiemannianAurora
+from optim import AdamH, Aurora, MatrixOptimizer, MuonEq, NorMuon, RiemannianAurora
 
 Make = Callable[..., MatrixOptimizer]
 RULES: dict[str, Make] = {
     **optim.RULES,
+    "adamh": partial(AdamH, hyperball=False),  # which takes no zeros and no decay
     "riemannian_aurora": partial(RiemannianAurora, outer_steps=1, cg_steps=5),  # its default takes its time
     "aurora, paper": partial(Aurora, variant="paper"),
     # Polar Express's ripple makes memory amplify rounding, in matrices of a few columns alone

@@ -151,15 +151,16 @@ def test_which_optimizers_the_scale_of_gradients_matters_to(name: str, shape: tu
     make, matters = RULES[name]
     moved = []
     for factor in (1, 2**19, 2**-20):
-        weight = nn.Parameter(torch.zeros(shape))
+        start = randn(*shape, seed=9)
+        weight = nn.Parameter(start.clone())
         optimizer = make([weight])
         for step in range(4):
             weight.grad = factor * randn(*shape, seed=step)
             optimizer.step()
-        moved.append(weight.detach())
+        moved.append(weight.detach() - start)
     assert moved[0].abs().max() > 0.01
-    for other in moved[1:]:
-        assert torch.allclose(moved[0], other, rtol=1e-5, atol=1e-7) != matters
+    for other in moved[1:]:  # decompositions (SOAP's) round otherwise at another scale
+        assert torch.allclose(moved[0], other, rtol=1e-5, atol=1e-5) != matters
 
 
 def test_clipping_one_step_of_several_changes_muon_s_momentum_and_where_it_moves() -> None:

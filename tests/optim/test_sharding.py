@@ -25,7 +25,12 @@ from tests.optim import rules
 
 WORLD = 4
 STEPS = 20
-RULES = {**rules.RULES, "muon, cautious": partial(Muon, cautious=True)}
+RULES = {
+    **rules.RULES,
+    "muon, cautious": partial(Muon, cautious=True),
+    "muon, brake and floor": partial(Muon, radial_brake=0.5, update_floor=0.35, floor_by_row=True, cautious=True),
+    "muon, hyperball": lambda params, **place: Muon(params, hyperball=True, **place | dict(weight_decay=0.0)),
+}
 # The others take 8: missing gradients and early reductions come back after 6.
 LONG = {"muon", "muon, cautious", "normuon", "unormuon", "aurora", "aurora, paper", "aurora, warm", "riemannian_aurora"}
 # Banks of 8 (a stack among them), 1, 4 and 6 (a fused parameter's blocks) matrices, so fewer and more than ranks, even

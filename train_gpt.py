@@ -31,12 +31,12 @@ import optim
 from data import console
 from data.files import is_file, user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
-from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
+from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
 from harness.log_format import step_line
-from harness.machine import Clock, Machine, find_machine, peak_memory_mib, prepare_compiler
+from harness.machine import Clock, Machine, find_machine, prepare_compiler
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
 from harness.resume import StartingPoint, find_start, load_start
@@ -437,32 +437,6 @@ def write_loss(run: Run, log: RunLog, kind: str, step: int, tokens: int, loss: f
     log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
 
 
-def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
-    """Complete and write the summary; end the terminal's output with what people look for, and a sample."""
-    run.clock.switch("summary")
-    config, machine, seconds = run.config, run.machine, run.clock.seconds
-    tokens = plan_step(config, summary["steps"]).first_token
-    tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
-    peak = machine.peak_flops if machine.dtype == torch.bfloat16 else None
-    if config.window_start or config.short_row_steps:  # FLOPs per token that change over the run
-        peak = None
-    mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
-    summary.update(
-        train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
-        peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
-        neurons=run.neurons and run.neurons.state["last"], **log.facts,
-    )  # fmt: skip
-    log.summary(summary)
-    log.closing(summary)
-    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (outcome.FINISHED, outcome.STOPPED):
-        with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
-            try:
-                console.accept_stops()
-                log.line(f"sample       {sample_text(run.model, config.tokenizer, config.seed)}")
-            finally:
-                console.ignore_stops()
-
-
 def main(argv: list[str]) -> int:
     console.prepare()
     try:
@@ -486,7 +460,8 @@ def main(argv: list[str]) -> int:
     run.loader.close()
     log.bar.close()
     try:
-        finish(run, log, summary)
+        tokens = plan_step(config, summary["steps"]).first_token
+        outcome.finish(run, log, summary, tokens, lambda: sample_text(run.model, config.tokenizer, config.seed))
     except OSError as error:  # a full disk
         summary.update(status=outcome.FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
     status = outcome.exit_status(summary, config.require_target)

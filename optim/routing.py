@@ -67,11 +67,16 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             "train it with torch.optim.AdamW alone"
         )
 
-    def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
-        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
+    def group(name: str, lr: float, weight_decay: float, **options: Any) -> dict[str, Any]:
+        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay, **options)
 
     rates = {"embed": config.embed_lr, "head": config.head_lr, "scalar": config.scalar_lr}
-    rest = [group(name, lr, config.weight_decay) for name, lr in rates.items() if routes[name]]
+    betas = {"embed": config.embed_betas, "head": config.head_betas, "scalar": config.scalar_betas}
+    rest = [
+        group(name, lr, config.weight_decay, betas=betas[name] or config.adam_betas)
+        for name, lr in rates.items()
+        if routes[name]
+    ]
     matrix_optimizer = make([group("matrix", config.matrix_lr, config.matrix_weight_decay)], config)
     if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
         matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda

@@ -35,16 +35,15 @@ from data.shards import find_shards, head_fingerprint, refuse_overlap, set_finge
 from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
-from harness.log_format import step_line
 from harness.machine import Clock, Machine, find_machine, prepare_compiler
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
 from harness.resume import StartingPoint, find_start, load_start
-from harness.runlog import RunLog, check_name
+from harness.runlog import RunLog, check_name, write_loss
 from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
-from optim import MatrixOptimizer, OptimizerConfig
+from optim import OptimizerConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: those of the model are in model.py, those of the optimizers in optim/
@@ -80,7 +79,12 @@ class Config(ModelConfig, OptimizerConfig):
     cooldown_frac: Annotated[float, ">= 0", "<= 1"] = 0.7  # last part of the schedule, in which the rate falls
     cooldown_power: Annotated[float, "> 0"] = 2.0  # exponent of the power shape
     min_lr_frac: Annotated[float, ">= 0", "<= 1"] = 0.0  # what the rate falls to, as a share of its full value
+    adamw_cooldown: Literal["linear", "cosine", "sqrt", "power"] | None = None  # of all but matrices; none: as theirs
+    adamw_cooldown_frac: Annotated[float | None, ">= 0", "<= 1"] = None  # of all but matrices; none: cooldown_frac
+    adamw_min_lr_frac: Annotated[float | None, ">= 0", "<= 1"] = None  # of all but matrices; none: min_lr_frac
+    decay_schedule: Literal["constant", "rate"] = "constant"  # rate: weight decay itself goes as the learning rate
     momentum_warmup_steps: Annotated[int, ">= 0"] = 0  # steps over which momentum rises from 0.85
+    momentum_cooldown_steps: Annotated[int, ">= 0"] = 0  # last steps, over which it falls back to that
     grad_clip: Annotated[float, ">= 0"] = 0.0  # largest norm of all gradients together; 0: no clipping
     # Target, validation, log, checkpoints
     target_loss: Annotated[float, ">= 0"] = 0.0  # nats per token; 0: none
@@ -115,6 +119,8 @@ class Config(ModelConfig, OptimizerConfig):
         if self.tie_head_steps and self.embed_lr != self.head_lr:
             rates = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}"
             raise ValueError(f"tie_head_steps needs one rate for both, not {rates}; set --embed_lr={self.head_lr}")
+        if self.tie_head_steps and self.embed_betas != self.head_betas:
+            raise ValueError("tie_head_steps needs the same betas for both; set embed_betas and head_betas alike")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -148,7 +154,8 @@ COOLDOWNS: dict[str, Callable[[float, Config], float]] = {  # of x, which falls 
 class StepPlan:
     """Everything that changes over a run, as it is in one step."""
 
-    lr_factor: float  # on every learning rate
+    lr_factor: float  # on the learning rate of matrices
+    adamw_lr_factor: float  # on those of embedding, head and scalars
     momentum: float
     window: int | None  # keys that a query sees; None: all
     first_token: int  # place in the training stream where the step's batch begins
@@ -157,19 +164,29 @@ class StepPlan:
     is_tied: bool  # whether embedding and head are one matrix
 
 
+def lr_share(config: Config, step: int, shape: str, frac: float, least: float) -> float:
+    """Share of the full learning rate: warm-up, then 1, then over the last `frac` of the run a fall to `least`."""
+    left = 1 - step / config.train_steps
+    cooled = COOLDOWNS[shape](left / frac, config) if left < frac else 1.0
+    return min((step + 1) / max(1, config.warmup_steps), least + (1 - least) * cooled)
+
+
 def plan_step(config: Config, step: int) -> StepPlan:
     """The plan of a step, from 0. That of step train_steps is what holds after the last one."""
-    left = 1 - step / config.train_steps
-    shape = COOLDOWNS[config.cooldown](left / config.cooldown_frac, config) if left < config.cooldown_frac else 1.0
-    lr_factor = min((step + 1) / max(1, config.warmup_steps), config.min_lr_frac + (1 - config.min_lr_frac) * shape)
+    adamw_frac = config.cooldown_frac if config.adamw_cooldown_frac is None else config.adamw_cooldown_frac
+    adamw_least = config.min_lr_frac if config.adamw_min_lr_frac is None else config.adamw_min_lr_frac
+    adamw_shape = config.adamw_cooldown or config.cooldown
     warm = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
+    if config.momentum_cooldown_steps:
+        warm = min(warm, (config.train_steps - step) / config.momentum_cooldown_steps)
     window = config.window
     if config.window_start:  # grows in proportion to the step, in multiples of window_start
         grown = config.window_start + (window - config.window_start) * step / config.train_steps
         window = min(window, math.ceil(grown / config.window_start) * config.window_start)
     small = config.batch_tokens - config.batch_tokens // 2
     return StepPlan(
-        lr_factor=lr_factor,
+        lr_factor=lr_share(config, step, config.cooldown, config.cooldown_frac, config.min_lr_frac),
+        adamw_lr_factor=lr_share(config, step, adamw_shape, adamw_frac, adamw_least),
         momentum=config.momentum - (1 - warm) * max(0.0, config.momentum - 0.85),
         window=window or None,
         first_token=step * config.batch_tokens - min(step, config.small_batch_steps) * (config.batch_tokens // 2),
@@ -208,7 +225,10 @@ class Run:
         """Put everything that changes over a run to what it is in a step."""
         self.plan = plan
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * plan.lr_factor
+            factor = plan.lr_factor if group["name"] == "matrix" else plan.adamw_lr_factor
+            group["lr"] = group["initial_lr"] * factor
+            if self.config.decay_schedule == "rate":  # a step's decay then goes as the square of the factor
+                group["weight_decay"] = group["initial_weight_decay"] * factor
             if "momentum" in group:
                 group["momentum"] = plan.momentum
         if isinstance(self.window, Tensor) and plan.window:
@@ -307,7 +327,8 @@ def warm_up(run: Run) -> None:
     windows_count = config.compile and device.type != "cuda"  # they are a part of what is compiled
     with unchanged(run.model, run.optimizers, device):
         for plan in plans_to_warm_up(config, run.resumed["step"] if run.resumed else 0, windows_count):
-            run.follow(dataclasses.replace(plan, lr_factor=0.0))  # the dummy tokens must not make weights overflow
+            still = dataclasses.replace(plan, lr_factor=0.0, adamw_lr_factor=0.0)
+            run.follow(still)  # the dummy tokens must not make weights overflow
             dummies = [torch.randint_like(tokens[:1], config.vocab_size) for tokens in run.batch()]
             for _ in range(2):
                 train_step(run, *dummies)
@@ -417,24 +438,6 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
     if config.checkpoint_every:
         clock.switch("checkpoint")
         checkpoints.settle()
-
-
-def write_loss(run: Run, log: RunLog, kind: str, step: int, tokens: int, loss: float, **values: float) -> None:
-    """Write a loss, with what has gathered in run.extra, to log and metrics; `kind` is val or train. Raises
-    FloatingPointError for a loss, or a gradient since the last call, that is not finite."""
-    if isinstance(run.optimizers[0], MatrixOptimizer):
-        run.optimizers[0].raise_if_not_finite()
-    if not math.isfinite(loss):
-        what = dict(val="validation", train="training")[kind]
-        raise FloatingPointError(f"the {what} loss is {loss}; lower the learning rates")
-    found = {name: torch.as_tensor(value).item() for name, value in run.extra.items()}
-    extra = {name: value if math.isfinite(value) else None for name, value in found.items()}  # for JSON
-    seconds = run.clock.seconds["train"]
-    run.extra.clear()
-    run.summary["extra"] = run.summary.get("extra", {}) | extra
-    further: dict[str, Any] = values | ({"extra": extra} if extra else {})
-    log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **further)
-    log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
 
 
 def main(argv: list[str]) -> int:

@@ -44,7 +44,8 @@ def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: boo
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
+    """[the matrix optimizer, AdamW]; every group carries `name`, and `initial_lr` and `initial_weight_decay`, which
+    schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
     module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
@@ -68,7 +69,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         )
 
     def group(name: str, lr: float, weight_decay: float, **options: Any) -> dict[str, Any]:
-        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay, **options)
+        initial = dict(initial_lr=lr, initial_weight_decay=weight_decay)
+        return dict(params=routes[name], name=name, lr=lr, weight_decay=weight_decay, **initial, **options)
 
     rates = {"embed": config.embed_lr, "head": config.head_lr, "scalar": config.scalar_lr}
     betas = {"embed": config.embed_betas, "head": config.head_betas, "scalar": config.scalar_betas}

@@ -44,13 +44,14 @@ from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
 from optim import OptimizerConfig
+from optim.averages import Averages, AveragesConfig
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: those of the model are in model.py, those of the optimizers in optim/
+# Settings: those of the model are in model.py, those of the optimizers and of averages over steps in optim/
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, OptimizerConfig):
+class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     # The run
     name: str = "run"  # first part of the run directory's name
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
@@ -102,6 +103,7 @@ class Config(ModelConfig, OptimizerConfig):
         """Raises ValueError for a value that breaks its rule, and for settings that do not go together."""
         check_settings(self)
         super().__post_init__()
+        self.check_averages(self.train_steps)
         check_name(self.name)
         if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
             optim.find_rule(self.matrix_optimizer)
@@ -157,6 +159,8 @@ class StepPlan:
     lr_factor: float  # on the learning rate of matrices
     adamw_lr_factor: float  # on those of embedding, head and scalars
     momentum: float
+    lookahead: tuple[float, float]  # mean steps by which matrices, and all else, go ahead before the step
+    is_averaged: bool  # whether the weights after the step count in the average that is evaluated
     window: int | None  # keys that a query sees; None: all
     first_token: int  # place in the training stream where the step's batch begins
     batch_tokens: int
@@ -164,18 +168,26 @@ class StepPlan:
     is_tied: bool  # whether embedding and head are one matrix
 
 
-def lr_share(config: Config, step: int, shape: str, frac: float, least: float) -> float:
-    """Share of the full learning rate: warm-up, then 1, then over the last `frac` of the run a fall to `least`."""
-    left = 1 - step / config.train_steps
-    cooled = COOLDOWNS[shape](left / frac, config) if left < frac else 1.0
-    return min((step + 1) / max(1, config.warmup_steps), least + (1 - least) * cooled)
+def lr_shares(config: Config, step: int) -> tuple[float, float]:
+    """Shares of the full learning rates: of matrices, and of embedding, head and scalars."""
+
+    def share(shape: str, frac: float, least: float) -> float:
+        left = 1 - step / config.train_steps
+        cooled = COOLDOWNS[shape](left / frac, config) if left < frac else 1.0
+        return min((step + 1) / max(1, config.warmup_steps), least + (1 - least) * cooled)
+
+    frac = config.cooldown_frac if config.adamw_cooldown_frac is None else config.adamw_cooldown_frac
+    least = config.min_lr_frac if config.adamw_min_lr_frac is None else config.adamw_min_lr_frac
+    of_matrices = share(config.cooldown, config.cooldown_frac, config.min_lr_frac)
+    return of_matrices, share(config.adamw_cooldown or config.cooldown, frac, least)
 
 
 def plan_step(config: Config, step: int) -> StepPlan:
     """The plan of a step, from 0. That of step train_steps is what holds after the last one."""
-    adamw_frac = config.cooldown_frac if config.adamw_cooldown_frac is None else config.adamw_cooldown_frac
-    adamw_least = config.min_lr_frac if config.adamw_min_lr_frac is None else config.adamw_min_lr_frac
-    adamw_shape = config.adamw_cooldown or config.cooldown
+    lr_factor, adamw_lr_factor = lr_shares(config, step)
+    is_ahead = config.lookahead_start <= step < (config.lookahead_end or config.train_steps)
+    ahead = config.lookahead if is_ahead else 0.0
+    matrices_before, others_before = lr_shares(config, step - 1)  # the mean is of the steps so far
     warm = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
     if config.momentum_cooldown_steps:
         warm = min(warm, (config.train_steps - step) / config.momentum_cooldown_steps)
@@ -185,8 +197,10 @@ def plan_step(config: Config, step: int) -> StepPlan:
         window = min(window, math.ceil(grown / config.window_start) * config.window_start)
     small = config.batch_tokens - config.batch_tokens // 2
     return StepPlan(
-        lr_factor=lr_share(config, step, config.cooldown, config.cooldown_frac, config.min_lr_frac),
-        adamw_lr_factor=lr_share(config, step, adamw_shape, adamw_frac, adamw_least),
+        lr_factor=lr_factor,
+        adamw_lr_factor=adamw_lr_factor,
+        lookahead=(ahead * matrices_before, ahead * others_before),
+        is_averaged=config.average_steps > 0 and config.average_start <= step + 1,
         momentum=config.momentum - (1 - warm) * max(0.0, config.momentum - 0.85),
         window=window or None,
         first_token=step * config.batch_tokens - min(step, config.small_batch_steps) * (config.batch_tokens // 2),
@@ -210,6 +224,7 @@ class Run:
     model: GPT
     compiled: Callable[..., Tensor]  # the model, through torch.compile if asked for
     optimizers: list[torch.optim.Optimizer]
+    averages: Averages
     loader: TokenLoader
     val_stream: TokenStream
     data: dict[str, str]  # fingerprints of train_files and val_files
@@ -243,7 +258,7 @@ class Run:
 
 def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
-    clock, first_plan = Clock(machine.device), plan_step(config, 0)
+    clock, first = Clock(machine.device), plan_step(config, 0)
     loader = TokenLoader(
         TokenStream(find_shards(config.train_files), config.vocab_size), config.micro_batch_tokens, machine.rank,
         machine.world_size, machine.device,
@@ -255,7 +270,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         except ValueError as error:
             when = f"small_batch_steps = {config.small_batch_steps}, short_row_steps = {config.short_row_steps}"
             raise ValueError(f"{when}: in some steps {error}") from None
-    loader.batch(0, first_plan.batch_tokens, first_plan.row_tokens)
+    loader.batch(0, first.batch_tokens, first.row_tokens)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
     data = dict(
@@ -271,10 +286,12 @@ def set_up(config: Config, machine: Machine) -> Run:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
     optimizers = optim.build_optimizers(model, config)
+    averages = Averages(model, optimizers, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
-    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start, first_plan)
+    run = Run(config, machine, clock, model, compiled, optimizers, averages, loader, val_stream, data, start, first)
     if start.path:
         run.resumed = load_start(start, model, optimizers, machine)
+        averages.resume(run.resumed, plan_step(config, run.resumed["step"] - 1).is_averaged)
     if config.window and machine.device.type == "cuda":
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
@@ -292,15 +309,18 @@ def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss in nats over the validation tokens, the same for any number of ranks."""
+    """Mean loss in nats over the validation tokens, of the average of weights if there is one; the same for any number
+    of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
-    for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
-        total += run.compiled(inputs_BT, targets_BT, run.window)
+    with run.averages.tail.in_place():
+        for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
+            total += run.compiled(inputs_BT, targets_BT, run.window)
     return run.machine.sum(total).item() / run.config.val_tokens
 
 
 def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     """One update from this rank's [micro-batches, rows, tokens]; returns its summed loss in nats, on the device."""
+    run.averages.lookahead.shift(*run.plan.lookahead)
     # Forward and backward: gradients of the mean loss over this rank's tokens
     total = torch.zeros((), device=run.machine.device)
     for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
@@ -318,6 +338,9 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    run.averages.lookahead.note_step()
+    if run.plan.is_averaged:
+        run.averages.tail.update()
     return total
 
 
@@ -325,10 +348,9 @@ def warm_up(run: Run) -> None:
     """Compile and load every kernel on dummy tokens of every shape; then model, optimizers and RNG are as before."""
     config, device = run.config, run.machine.device
     windows_count = config.compile and device.type != "cuda"  # they are a part of what is compiled
-    with unchanged(run.model, run.optimizers, device):
+    with unchanged(run.model, [*run.optimizers, run.averages], device):
         for plan in plans_to_warm_up(config, run.resumed["step"] if run.resumed else 0, windows_count):
-            still = dataclasses.replace(plan, lr_factor=0.0, adamw_lr_factor=0.0)
-            run.follow(still)  # the dummy tokens must not make weights overflow
+            run.follow(dataclasses.replace(plan, lr_factor=0.0, adamw_lr_factor=0.0))  # dummy tokens move no weight
             dummies = [torch.randint_like(tokens[:1], config.vocab_size) for tokens in run.batch()]
             for _ in range(2):
                 train_step(run, *dummies)
@@ -408,7 +430,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
             checkpoints.save(
                 step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
                 config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=summary["lineage"],
-                neurons=run.neurons and run.neurons.state,
+                neurons=run.neurons and run.neurons.state, **run.averages.state_dict(),
             )  # fmt: skip
         if is_last:
             break

@@ -98,7 +98,8 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             try:
                 console.accept_stops()
-                log.line(f"sample       {sample()}")
+                with run.averages.tail.in_place():
+                    log.line(f"sample       {sample()}")
             finally:
                 console.ignore_stops()
 

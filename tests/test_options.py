@@ -30,6 +30,8 @@ EVERYTHING = [
     "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96",
     "--weight_decay=0.1", "--matrix_weight_decay=0.1", "--decay_schedule=rate", "--adamw_cautious", "--cautious",
     "--adamw_cooldown=cosine", "--adamw_cooldown_frac=0.3", "--momentum_warmup_steps=8", "--momentum_cooldown_steps=12",
+    "--lookahead=0.3", "--lookahead_decay=0.9", "--lookahead_start=5", "--lookahead_end=25",
+    "--average_steps=6", "--average_start=15", "--average_share=0.6",
 ]  # fmt: skip
 
 

@@ -31,27 +31,27 @@ import optim
 from data import console
 from data.files import is_file, user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
-from data.shards import DataError, find_shards, head_fingerprint, refuse_overlap, set_fingerprint
+from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
-from harness.log_format import step_line
-from harness.machine import Clock, Machine, find_machine, peak_memory_mib, prepare_compiler
+from harness.machine import Clock, Machine, find_machine, prepare_compiler
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
 from harness.resume import StartingPoint, find_start, load_start
-from harness.runlog import RunLog, check_name
+from harness.runlog import RunLog, check_name, write_loss
 from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
-from optim import MatrixOptimizer, OptimizerConfig
+from optim import OptimizerConfig
+from optim.averages import Averages, AveragesConfig
 
 # ------------------------------------------------------------------------------------------------------------
-# Settings: those of the model are in model.py, those of the optimizers in optim/
+# Settings: those of the model are in model.py, those of the optimizers and of averages over steps in optim/
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, OptimizerConfig):
+class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     # The run
     name: str = "run"  # first part of the run directory's name
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
@@ -80,7 +80,12 @@ class Config(ModelConfig, OptimizerConfig):
     cooldown_frac: Annotated[float, ">= 0", "<= 1"] = 0.7  # last part of the schedule, in which the rate falls
     cooldown_power: Annotated[float, "> 0"] = 2.0  # exponent of the power shape
     min_lr_frac: Annotated[float, ">= 0", "<= 1"] = 0.0  # what the rate falls to, as a share of its full value
+    adamw_cooldown: Literal["linear", "cosine", "sqrt", "power"] | None = None  # of all but matrices; none: as theirs
+    adamw_cooldown_frac: Annotated[float | None, ">= 0", "<= 1"] = None  # of all but matrices; none: cooldown_frac
+    adamw_min_lr_frac: Annotated[float | None, ">= 0", "<= 1"] = None  # of all but matrices; none: min_lr_frac
+    decay_schedule: Literal["constant", "rate"] = "constant"  # rate: weight decay itself goes as the learning rate
     momentum_warmup_steps: Annotated[int, ">= 0"] = 0  # steps over which momentum rises from 0.85
+    momentum_cooldown_steps: Annotated[int, ">= 0"] = 0  # last steps, over which it falls back to that
     grad_clip: Annotated[float, ">= 0"] = 0.0  # largest norm of all gradients together; 0: no clipping
     # Target, validation, log, checkpoints
     target_loss: Annotated[float, ">= 0"] = 0.0  # nats per token; 0: none
@@ -98,6 +103,7 @@ class Config(ModelConfig, OptimizerConfig):
         """Raises ValueError for a value that breaks its rule, and for settings that do not go together."""
         check_settings(self)
         super().__post_init__()
+        self.check_averages(self.train_steps)
         check_name(self.name)
         if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
             optim.find_rule(self.matrix_optimizer)
@@ -115,6 +121,8 @@ class Config(ModelConfig, OptimizerConfig):
         if self.tie_head_steps and self.embed_lr != self.head_lr:
             rates = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}"
             raise ValueError(f"tie_head_steps needs one rate for both, not {rates}; set --embed_lr={self.head_lr}")
+        if self.tie_head_steps and self.embed_betas != self.head_betas:
+            raise ValueError("tie_head_steps needs the same betas for both; set embed_betas and head_betas alike")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -148,8 +156,11 @@ COOLDOWNS: dict[str, Callable[[float, Config], float]] = {  # of x, which falls 
 class StepPlan:
     """Everything that changes over a run, as it is in one step."""
 
-    lr_factor: float  # on every learning rate
+    lr_factor: float  # on the learning rate of matrices
+    adamw_lr_factor: float  # on those of embedding, head and scalars
     momentum: float
+    lookahead: tuple[float, float]  # mean steps by which matrices, and all else, go ahead before the step
+    is_averaged: bool  # whether the weights after the step count in the average that is evaluated
     window: int | None  # keys that a query sees; None: all
     first_token: int  # place in the training stream where the step's batch begins
     batch_tokens: int
@@ -157,12 +168,29 @@ class StepPlan:
     is_tied: bool  # whether embedding and head are one matrix
 
 
+def lr_shares(config: Config, step: int) -> tuple[float, float]:
+    """Shares of the full learning rates: of matrices, and of embedding, head and scalars."""
+
+    def share(shape: str, frac: float, least: float) -> float:
+        left = 1 - step / config.train_steps
+        cooled = COOLDOWNS[shape](left / frac, config) if left < frac else 1.0
+        return min((step + 1) / max(1, config.warmup_steps), least + (1 - least) * cooled)
+
+    frac = config.cooldown_frac if config.adamw_cooldown_frac is None else config.adamw_cooldown_frac
+    least = config.min_lr_frac if config.adamw_min_lr_frac is None else config.adamw_min_lr_frac
+    of_matrices = share(config.cooldown, config.cooldown_frac, config.min_lr_frac)
+    return of_matrices, share(config.adamw_cooldown or config.cooldown, frac, least)
+
+
 def plan_step(config: Config, step: int) -> StepPlan:
     """The plan of a step, from 0. That of step train_steps is what holds after the last one."""
-    left = 1 - step / config.train_steps
-    shape = COOLDOWNS[config.cooldown](left / config.cooldown_frac, config) if left < config.cooldown_frac else 1.0
-    lr_factor = min((step + 1) / max(1, config.warmup_steps), config.min_lr_frac + (1 - config.min_lr_frac) * shape)
+    lr_factor, adamw_lr_factor = lr_shares(config, step)
+    is_ahead = config.lookahead_start <= step < (config.lookahead_end or config.train_steps)
+    ahead = config.lookahead if is_ahead else 0.0
+    matrices_before, others_before = lr_shares(config, step - 1)  # the mean is of the steps so far
     warm = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
+    if config.momentum_cooldown_steps:
+        warm = min(warm, (config.train_steps - step) / config.momentum_cooldown_steps)
     window = config.window
     if config.window_start:  # grows in proportion to the step, in multiples of window_start
         grown = config.window_start + (window - config.window_start) * step / config.train_steps
@@ -170,6 +198,9 @@ def plan_step(config: Config, step: int) -> StepPlan:
     small = config.batch_tokens - config.batch_tokens // 2
     return StepPlan(
         lr_factor=lr_factor,
+        adamw_lr_factor=adamw_lr_factor,
+        lookahead=(ahead * matrices_before, ahead * others_before),
+        is_averaged=config.average_steps > 0 and config.average_start <= step + 1,
         momentum=config.momentum - (1 - warm) * max(0.0, config.momentum - 0.85),
         window=window or None,
         first_token=step * config.batch_tokens - min(step, config.small_batch_steps) * (config.batch_tokens // 2),
@@ -193,6 +224,7 @@ class Run:
     model: GPT
     compiled: Callable[..., Tensor]  # the model, through torch.compile if asked for
     optimizers: list[torch.optim.Optimizer]
+    averages: Averages
     loader: TokenLoader
     val_stream: TokenStream
     data: dict[str, str]  # fingerprints of train_files and val_files
@@ -208,7 +240,10 @@ class Run:
         """Put everything that changes over a run to what it is in a step."""
         self.plan = plan
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * plan.lr_factor
+            factor = plan.lr_factor if group["name"] == "matrix" else plan.adamw_lr_factor
+            group["lr"] = group["initial_lr"] * factor
+            if self.config.decay_schedule == "rate":  # a step's decay then goes as the square of the factor
+                group["weight_decay"] = group["initial_weight_decay"] * factor
             if "momentum" in group:
                 group["momentum"] = plan.momentum
         if isinstance(self.window, Tensor) and plan.window:
@@ -223,7 +258,7 @@ class Run:
 
 def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
-    clock, first_plan = Clock(machine.device), plan_step(config, 0)
+    clock, first = Clock(machine.device), plan_step(config, 0)
     loader = TokenLoader(
         TokenStream(find_shards(config.train_files), config.vocab_size), config.micro_batch_tokens, machine.rank,
         machine.world_size, machine.device,
@@ -235,7 +270,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         except ValueError as error:
             when = f"small_batch_steps = {config.small_batch_steps}, short_row_steps = {config.short_row_steps}"
             raise ValueError(f"{when}: in some steps {error}") from None
-    loader.batch(0, first_plan.batch_tokens, first_plan.row_tokens)
+    loader.batch(0, first.batch_tokens, first.row_tokens)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
     data = dict(
@@ -251,10 +286,12 @@ def set_up(config: Config, machine: Machine) -> Run:
         for p in model.parameters():
             dist.broadcast(p.data, src=0)
     optimizers = optim.build_optimizers(model, config)
+    averages = Averages(model, optimizers, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
-    run = Run(config, machine, clock, model, compiled, optimizers, loader, val_stream, data, start, first_plan)
+    run = Run(config, machine, clock, model, compiled, optimizers, averages, loader, val_stream, data, start, first)
     if start.path:
         run.resumed = load_start(start, model, optimizers, machine)
+        averages.resume(run.resumed, plan_step(config, run.resumed["step"] - 1).is_averaged)
     if config.window and machine.device.type == "cuda":
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
@@ -272,15 +309,18 @@ def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss in nats over the validation tokens, the same for any number of ranks."""
+    """Mean loss in nats over the validation tokens, of the average of weights if there is one; the same for any number
+    of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
-    for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
-        total += run.compiled(inputs_BT, targets_BT, run.window)
+    with run.averages.tail.in_place():
+        for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
+            total += run.compiled(inputs_BT, targets_BT, run.window)
     return run.machine.sum(total).item() / run.config.val_tokens
 
 
 def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     """One update from this rank's [micro-batches, rows, tokens]; returns its summed loss in nats, on the device."""
+    run.averages.lookahead.shift(*run.plan.lookahead)
     # Forward and backward: gradients of the mean loss over this rank's tokens
     total = torch.zeros((), device=run.machine.device)
     for left, inputs_BT, targets_BT in zip(range(len(inputs))[::-1], inputs, targets, strict=True):
@@ -298,6 +338,9 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    run.averages.lookahead.note_step()
+    if run.plan.is_averaged:
+        run.averages.tail.update()
     return total
 
 
@@ -305,9 +348,9 @@ def warm_up(run: Run) -> None:
     """Compile and load every kernel on dummy tokens of every shape; then model, optimizers and RNG are as before."""
     config, device = run.config, run.machine.device
     windows_count = config.compile and device.type != "cuda"  # they are a part of what is compiled
-    with unchanged(run.model, run.optimizers, device):
+    with unchanged(run.model, [*run.optimizers, run.averages], device):
         for plan in plans_to_warm_up(config, run.resumed["step"] if run.resumed else 0, windows_count):
-            run.follow(dataclasses.replace(plan, lr_factor=0.0))  # the dummy tokens must not make weights overflow
+            run.follow(dataclasses.replace(plan, lr_factor=0.0, adamw_lr_factor=0.0))  # dummy tokens move no weight
             dummies = [torch.randint_like(tokens[:1], config.vocab_size) for tokens in run.batch()]
             for _ in range(2):
                 train_step(run, *dummies)
@@ -387,7 +430,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
             checkpoints.save(
                 step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
                 config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=summary["lineage"],
-                neurons=run.neurons and run.neurons.state,
+                neurons=run.neurons and run.neurons.state, **run.averages.state_dict(),
             )  # fmt: skip
         if is_last:
             break
@@ -419,50 +462,6 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
         checkpoints.settle()
 
 
-def write_loss(run: Run, log: RunLog, kind: str, step: int, tokens: int, loss: float, **values: float) -> None:
-    """Write a loss, with what has gathered in run.extra, to log and metrics; `kind` is val or train. Raises
-    FloatingPointError for a loss, or a gradient since the last call, that is not finite."""
-    if isinstance(run.optimizers[0], MatrixOptimizer):
-        run.optimizers[0].raise_if_not_finite()
-    if not math.isfinite(loss):
-        what = dict(val="validation", train="training")[kind]
-        raise FloatingPointError(f"the {what} loss is {loss}; lower the learning rates")
-    found = {name: torch.as_tensor(value).item() for name, value in run.extra.items()}
-    extra = {name: value if math.isfinite(value) else None for name, value in found.items()}  # for JSON
-    seconds = run.clock.seconds["train"]
-    run.extra.clear()
-    run.summary["extra"] = run.summary.get("extra", {}) | extra
-    further: dict[str, Any] = values | ({"extra": extra} if extra else {})
-    log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **further)
-    log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
-
-
-def finish(run: Run, log: RunLog, summary: dict[str, Any]) -> None:
-    """Complete and write the summary; end the terminal's output with what people look for, and a sample."""
-    run.clock.switch("summary")
-    config, machine, seconds = run.config, run.machine, run.clock.seconds
-    tokens = plan_step(config, summary["steps"]).first_token
-    tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
-    peak = machine.peak_flops if machine.dtype == torch.bfloat16 else None
-    if config.window_start or config.short_row_steps:  # FLOPs per token that change over the run
-        peak = None
-    mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
-    summary.update(
-        train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
-        peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
-        neurons=run.neurons and run.neurons.state["last"], **log.facts,
-    )  # fmt: skip
-    log.summary(summary)
-    log.closing(summary)
-    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (outcome.FINISHED, outcome.STOPPED):
-        with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
-            try:
-                console.accept_stops()
-                log.line(f"sample       {sample_text(run.model, config.tokenizer, config.seed)}")
-            finally:
-                console.ignore_stops()
-
-
 def main(argv: list[str]) -> int:
     console.prepare()
     try:
@@ -486,7 +485,8 @@ def main(argv: list[str]) -> int:
     run.loader.close()
     log.bar.close()
     try:
-        finish(run, log, summary)
+        tokens = plan_step(config, summary["steps"]).first_token
+        outcome.finish(run, log, summary, tokens, lambda: sample_text(run.model, config.tokenizer, config.seed))
     except OSError as error:  # a full disk
         summary.update(status=outcome.FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
     status = outcome.exit_status(summary, config.require_target)

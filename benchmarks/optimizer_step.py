@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import optim
 from data.files import user_path
 from harness.machine import find_machine
 from harness.results import command, report
@@ -25,16 +26,19 @@ from optim import build_optimizers
 from optim.bank import matrices
 from train_gpt import Config, load_config
 
+SLOW = ("riemannian_aurora", "soap", "soap_muon")  # of the 124M model: minutes for a step on a CPU
 RULES: dict[str, list[str]] = {
     "adamw": ["--matrix_optimizer=adamw"],
     "torch.optim.Muon": [],
-    **{rule: [f"--matrix_optimizer={rule}"] for rule in ("muon", "normuon", "unormuon")},
+    **{rule: [f"--matrix_optimizer={rule}"] for rule in optim.RULES if rule not in ("aurora", *SLOW)},
+    "muon hyperball": ["--matrix_optimizer=muon", "--hyperball=true"],
+    "muon floor by row": ["--matrix_optimizer=muon", "--update_floor=0.35", "--floor_by_row=true"],
     "aurora warm": ["--matrix_optimizer=aurora", "--aurora_variant=warm"],
     "aurora release": ["--matrix_optimizer=aurora"],
     "aurora paper": ["--matrix_optimizer=aurora", "--aurora_variant=paper"],
-    "riemannian_aurora": ["--matrix_optimizer=riemannian_aurora"],
+    **{rule: [f"--matrix_optimizer={rule}"] for rule in SLOW},
 }
-DEFAULT_RULES = tuple(RULES)[:-1]
+DEFAULT_RULES = tuple(RULES)[: -len(SLOW)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
 def main(args: Args) -> None:
     device = find_machine(args.device, "auto").device
     arguments = [str(user_path(args.recipe)), f"--device={device.type}"]
+    arguments += ["--init_out=0.02", "--init_down=0.02"]  # some rules keep norms and take no zeros
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:

@@ -12,13 +12,14 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from data.files import whole_file
 from harness.machine import Machine
+from optim.averages import averaged
 
 State = dict[str, Any]
 DAMAGE = (
@@ -179,16 +180,30 @@ def load_checkpoint(
     return state
 
 
+def evaluated_weights(state: State) -> dict[str, Tensor]:
+    """The weights of a checkpoint whose loss its run has validated, as the model's state dict: averaged ones where it
+    has an average. To go on training takes state["model"]."""
+    weights, share = state["model"], state.get("config", {}).get("average_share")
+    return weights | {name: averaged(weights[name], mean, share) for name, mean in state.get("average", {}).items()}
+
+
+class Stateful(Protocol):
+    """An optimizer, or what else has a state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
 @contextlib.contextmanager
-def unchanged(model: nn.Module, optimizers: list[torch.optim.Optimizer], device: torch.device) -> Iterator[None]:
-    """A block that leaves no trace in model, optimizers and random state."""
+def unchanged(model: nn.Module, others: Sequence[Stateful], device: torch.device) -> Iterator[None]:
+    """A block that leaves no trace in model, optimizers and what else is trained, and random state."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+    states = [copy.deepcopy(each.state_dict()) for each in others]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
     model.load_state_dict(weights)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    for each, before in zip(others, states, strict=True):
+        each.load_state_dict(before)
 
 
 def to_host(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """How a run ends: the status and reason in its summary, and the process's exit status."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from data import console
 from data.shards import DataError
 from harness.checkpoint import CheckpointWriter
-from harness.machine import lost_rank, print_error
+from harness.machine import lost_rank, peak_memory_mib, print_error
+from harness.runlog import RunLog
 
 FINISHED, STOPPED, DIVERGED = "finished", "stopped at target", "diverged"
 INTERRUPTED, FAILED, LOST = "interrupted", "failed", "lost"  # lost: another rank was
@@ -72,6 +73,35 @@ def exit_status(summary: dict[str, Any], require_target: bool) -> int:
     if EXIT_STATUS[status] == 0 and require_target and summary["steps_to_target"] is None:
         return TARGET_MISSED
     return EXIT_STATUS[status]
+
+
+def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: Callable[[], str]) -> None:
+    """Complete and write the summary; end the terminal's output with what people look for, and a sample.
+
+    run: the trainer's Run; tokens: how many it has trained on; sample: makes a text with the model it has trained.
+    """
+    run.clock.switch("summary")
+    config, machine, seconds = run.config, run.machine, run.clock.seconds
+    tokens_per_s = tokens / seconds["train"] if seconds["train"] else 0.0
+    peak = machine.peak_flops if machine.dtype == torch.bfloat16 else None
+    if config.window_start or config.short_row_steps:  # FLOPs per token that change over the run
+        peak = None
+    mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
+    summary.update(
+        train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
+        peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
+        neurons=run.neurons and run.neurons.state["last"], **log.facts,
+    )  # fmt: skip
+    log.summary(summary)
+    log.closing(summary)
+    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (FINISHED, STOPPED):
+        with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
+            try:
+                console.accept_stops()
+                with run.averages.tail.in_place():
+                    log.line(f"sample       {sample()}")
+            finally:
+                console.ignore_stops()
 
 
 def is_complete(summary: dict[str, Any]) -> bool:

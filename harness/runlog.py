@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import secrets
@@ -14,12 +15,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from data.files import try_lock, user_path, wait_for_lock, write_json
 from data.processes import is_alive, pid_scope, start_ticks
-from harness.log_format import RULER, ending, is_before_step, join_sources
+from harness.log_format import RULER, ending, is_before_step, join_sources, step_line
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
+from optim import MatrixOptimizer
 
 LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
 
@@ -171,6 +174,24 @@ class RunLog:
         self.line("---")
         for word, text in (ending(summary, self.target) | {"directory": str(self.directory)}).items():
             self.line(f"{word:<12} {text}")
+
+
+def write_loss(run: Any, log: RunLog, kind: str, step: int, tokens: int, loss: float, **values: float) -> None:
+    """Write a loss, with what has gathered in run.extra, to log and metrics; `run` is the trainer's Run, `kind` val or
+    train. Raises FloatingPointError for a loss, or a gradient since the last call, that is not finite."""
+    if isinstance(run.optimizers[0], MatrixOptimizer):
+        run.optimizers[0].raise_if_not_finite()
+    if not math.isfinite(loss):
+        what = dict(val="validation", train="training")[kind]
+        raise FloatingPointError(f"the {what} loss is {loss}; lower the learning rates")
+    found = {name: torch.as_tensor(value).item() for name, value in run.extra.items()}
+    extra = {name: value if math.isfinite(value) else None for name, value in found.items()}  # for JSON
+    seconds = run.clock.seconds["train"]
+    run.extra.clear()
+    run.summary["extra"] = run.summary.get("extra", {}) | extra
+    further: dict[str, Any] = values | ({"extra": extra} if extra else {})
+    log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **further)
+    log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
 
 
 def _has_terminal() -> bool:

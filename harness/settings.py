@@ -219,14 +219,14 @@ def _typed(value: Any, rule: Rule) -> Any:
 
 def _broken_rule(value: Any, rule: Rule) -> str:
     """What a value has to be and is not; empty if all is well."""
+    if value is None and rule.is_optional:
+        return ""
     values = value if isinstance(value, tuple) and rule.is_tuple else (value,)
     if isinstance(value, tuple) and rule.is_appended:
         values = tuple(each for group in value for each in group)
     elif rule.is_tuple and len(values) != rule.count < float("inf"):
         return f"{rule.count:g} values"
     for each in values:
-        if each is None and rule.is_optional:
-            continue
         if type(each) is not rule.kind and (rule.kind, type(each)) != (float, int):
             return KINDS[rule.kind]
         if rule.choices and each not in rule.choices:

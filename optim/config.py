@@ -10,6 +10,7 @@ import torch
 
 from optim.adamh import AdamH
 from optim.adamuon import AdaMuon
+from optim.adamw import CautiousAdamW
 from optim.aurora import Aurora
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
@@ -48,7 +49,8 @@ RULES: dict[str, type[MatrixOptimizer]] = {
 
 def adamw(groups: Groups, config: "OptimizerConfig") -> torch.optim.Optimizer:
     fused = groups[0]["params"][0][1].device.type != "meta"
-    return replicate(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=fused))
+    kind = CautiousAdamW if config.adamw_cautious else torch.optim.AdamW
+    return replicate(kind(groups, betas=config.adam_betas, eps=config.adam_eps, fused=fused))
 
 
 TORCH_OPTIMIZERS: dict[str, Callable[[Groups, "OptimizerConfig"], torch.optim.Optimizer]] = {
@@ -142,6 +144,10 @@ class OptimizerConfig:
     embed_lr: Annotated[float, ">= 0"] = 0.3  # AdamW, token embedding
     head_lr: Annotated[float, ">= 0"] = 0.004  # AdamW, output head
     scalar_lr: Annotated[float, ">= 0"] = 0.015  # AdamW, whatever is not a matrix
-    adam_betas: Annotated[tuple[float, float], ">= 0", "< 1"] = (0.8, 0.95)  # AdamW, everywhere
+    adam_betas: Annotated[tuple[float, float], ">= 0", "< 1"] = (0.8, 0.95)  # AdamW, where nothing else is said
+    embed_betas: Annotated[tuple[float, float] | None, ">= 0", "< 1"] = None  # of the embedding; none: adam_betas
+    head_betas: Annotated[tuple[float, float] | None, ">= 0", "< 1"] = None  # of the head; none: adam_betas
+    scalar_betas: Annotated[tuple[float, float] | None, ">= 0", "< 1"] = None  # of the rest; none: adam_betas
     adam_eps: Annotated[float, "> 0"] = 1e-10  # AdamW, everywhere
     weight_decay: Annotated[float, ">= 0"] = 0.0  # AdamW, embedding, head and scalars
+    adamw_cautious: bool = False  # AdamW, everywhere: decay only where it does not work against the update

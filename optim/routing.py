@@ -48,7 +48,8 @@ def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: boo
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """[the matrix optimizer, AdamW]; every group carries `name` and `initial_lr`, which schedules multiply.
+    """[the matrix optimizer, AdamW]; every group carries `name`, and `initial_lr` and `initial_weight_decay`, which
+    schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
     module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
@@ -71,11 +72,17 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
             "train it with torch.optim.AdamW alone"
         )
 
-    def group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
-        return dict(params=routes[name], name=name, lr=lr, initial_lr=lr, weight_decay=weight_decay)
+    def group(name: str, lr: float, weight_decay: float, **options: Any) -> dict[str, Any]:
+        initial = dict(initial_lr=lr, initial_weight_decay=weight_decay)
+        return dict(params=routes[name], name=name, lr=lr, weight_decay=weight_decay, **initial, **options)
 
     rates = {"embed": config.embed_lr, "head": config.head_lr, "scalar": config.scalar_lr}
-    rest = [group(name, lr, config.weight_decay) for name, lr in rates.items() if routes[name]]
+    betas = {"embed": config.embed_betas, "head": config.head_betas, "scalar": config.scalar_betas}
+    rest = [
+        group(name, lr, config.weight_decay, betas=betas[name] or config.adam_betas)
+        for name, lr in rates.items()
+        if routes[name]
+    ]
     matrix_optimizer = make([group("matrix", config.matrix_lr, config.matrix_weight_decay)], config)
     if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
         matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda

@@ -33,8 +33,7 @@ class Float64(TorchFunctionMode):
         if func is Tensor.bfloat16:  # of float32 a copy, which may then be written to
             return args[0].to(torch.float64, copy=True)
         func = Tensor.double if func is Tensor.float else func
-        args, kwargs = [_widened(value) for value in args], {k: _widened(v) for k, v in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
 
 
 def _widened(value: Any) -> Any:

@@ -28,6 +28,10 @@ EVERYTHING = [
     *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--unet_skips=true",
     "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
     "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96",
+    "--weight_decay=0.1", "--matrix_weight_decay=0.1", "--decay_schedule=rate", "--adamw_cautious", "--cautious",
+    "--adamw_cooldown=cosine", "--adamw_cooldown_frac=0.3", "--momentum_warmup_steps=8", "--momentum_cooldown_steps=12",
+    "--lookahead=0.3", "--lookahead_decay=0.9", "--lookahead_start=5", "--lookahead_end=25",
+    "--average_steps=6", "--average_start=15", "--average_share=0.6",
 ]  # fmt: skip
 
 
@@ -228,14 +232,18 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
         assert trainer("--checkpoint_every=20").returncode == 130
     checkpoint = only(tmp_path / "runs") / "checkpoint_000020.pt"
     state = torch.load(checkpoint, weights_only=True)
-    for key in ("z_loss", "mask_padding", "fused"):
+    for key in ("z_loss", "mask_padding", "fused", "decay_schedule"):
         del state["config"][key]
+    for group in (group for saved in state["optimizers"] for group in saved["param_groups"]):
+        del group["initial_weight_decay"]
     torch.save(state, checkpoint)
     refused = trainer(f"--resume={checkpoint}", "--mask_padding=true")
     assert refused.returncode == 2
     assert "mask_padding is False there and True here" in refused.stderr
     anew = trainer("--resume=auto", "--z_loss=0.1", f"--run_dir={tmp_path / 'runs'}", "--train_steps=2")
     assert "no checkpoint of an unfinished run with these settings" in anew.stdout
+    tied = trainer(f"--resume={checkpoint}", "--decay_schedule=rate", f"--run_dir={tmp_path / 'rate'}")
+    assert tied.returncode == 0, tied.stderr
     goes_on = trainer("--resume=auto", *PLAIN)
     assert "resumed from" in goes_on.stdout
 
@@ -321,6 +329,7 @@ def test_without_it_nothing_is_profiled(trainer: Trainer, tmp_path: Path) -> Non
         (["--value_embeds=2"], ["value_embeds = 2 must be at most half of num_layers = 2"]),
         (["--short_row_steps=5", "--seq_len=3", "--micro_batch_tokens=192"], ["seq_len = 3 is odd"]),
         (["--tie_head_steps=5"], ["embed_lr = 0.3, head_lr = 0.004", "--embed_lr=0.004"]),
+        (["--tie_head_steps=5", "--embed_lr=0.004", "--head_betas=0.5,0.9"], ["the same betas for both"]),
         (["--fused=head", "--softcap=50"], ["fused = 'head' needs softcap <= 40", "50"]),
         (["--small_batch_steps=5", "--seq_len=64"], ["small_batch_steps = 5", "in some steps batch_tokens: found 96"]),
     ],

@@ -47,6 +47,80 @@ def test_each_cooldown_follows_its_formula_down_to_the_floor(shape: str, least: 
     assert all(later <= before for before, later in pairwise(found))
 
 
+def test_adamw_groups_have_a_cooldown_of_their_own() -> None:
+    """Each of its settings alone, and all; what is left out is as for the matrices."""
+    matrices = dict(cooldown="linear", cooldown_frac=0.6, min_lr_frac=0.1)
+    for own in (
+        {},
+        {"cooldown": "cosine"},
+        {"cooldown_frac": 0.0},
+        {"cooldown_frac": 0.2, "min_lr_frac": 0.0},
+        {"cooldown": "power", "cooldown_frac": 1.0, "min_lr_frac": 0.3},
+    ):
+        config = Config(
+            train_steps=50,
+            warmup_steps=5,
+            cooldown_power=3.0,
+            **matrices,
+            **{f"adamw_{k}": v for k, v in own.items()},  # type: ignore[arg-type]
+        )
+        for step in range(51):
+            plan = plan_step(config, step)
+            for found, asked in ((plan.lr_factor, matrices), (plan.adamw_lr_factor, matrices | own)):
+                start = 50 * (1 - asked["cooldown_frac"])  # type: ignore[operator]
+                done = max(0.0, (step - start) / (50 - start)) if start < 50 else 0.0
+                least: float = asked["min_lr_frac"]  # type: ignore[assignment]
+                full = least + (1 - least) * SHAPES[asked["cooldown"]](done)  # type: ignore[index]
+                assert found == pytest.approx(min(full, (step + 1) / 5), abs=1e-12)
+
+
+def test_the_power_cooldown_is_powercool() -> None:
+    """lr = min(lr0, c (T_end - t)^1.2), flat until 2386 steps before the end, or 1413 for AdamW's groups."""
+    config = Config(
+        train_steps=2900,
+        cooldown="power",
+        cooldown_power=1.2,
+        cooldown_frac=2386 / 2900,
+        adamw_cooldown_frac=1413 / 2900,
+    )
+    for step in range(2901):
+        plan = plan_step(config, step)
+        for found, length in ((plan.lr_factor, 2386), (plan.adamw_lr_factor, 1413)):
+            lr0, c = 0.0375, 0.0375 / length**1.2
+            assert 0.0375 * found == pytest.approx(min(lr0, c * (2900 - step) ** 1.2), rel=1e-9, abs=1e-12)
+
+
+def test_every_group_follows_its_own_factor_and_so_does_its_decay_if_asked(tiny_recipe: Path) -> None:
+    settings = ["--matrix_lr=0.1", "--embed_lr=0.2", "--head_lr=0.4", "--matrix_weight_decay=2", "--weight_decay=3"]
+    shapes = ["--cooldown_frac=0.5", "--adamw_cooldown=power", "--adamw_cooldown_frac=1", "--adamw_min_lr_frac=0.5"]
+    for rule in ("muon", "adamw"):
+        for decay in ("constant", "rate"):
+            run = tiny_run(tiny_recipe, *settings, *shapes, f"--decay_schedule={decay}", f"--matrix_optimizer={rule}")
+            run.loader.close()
+            for step in (0, 30, 10):
+                run.follow(plan_step(run.config, step))
+                matrix, rest = {0: (1, 1), 30: (0.5, 0.5 + 0.5 / 16), 10: (1, 0.5 + 0.5 * 9 / 16)}[step]
+                decays = (matrix, rest) if decay == "rate" else (1, 1)
+                found = {
+                    group["name"]: (group["lr"], group["weight_decay"])
+                    for optimizer in run.optimizers
+                    for group in optimizer.param_groups
+                }
+                assert found == {
+                    "matrix": pytest.approx((0.1 * matrix, 2 * decays[0])),
+                    "embed": pytest.approx((0.2 * rest, 3 * decays[1])),
+                    "head": pytest.approx((0.4 * rest, 3 * decays[1])),
+                }
+
+
+def test_momentum_falls_back_to_085() -> None:
+    config = Config(train_steps=8, momentum_warmup_steps=2, momentum_cooldown_steps=4)
+    found = [plan_step(config, step).momentum for step in range(9)]
+    assert found == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.95, 0.925, 0.9, 0.875, 0.85])
+    both = Config(train_steps=4, momentum_warmup_steps=4, momentum_cooldown_steps=4)  # the lower of the two
+    assert [plan_step(both, step).momentum for step in range(5)] == pytest.approx([0.85, 0.875, 0.9, 0.875, 0.85])
+
+
 def test_momentum_rises_from_085() -> None:
     def momenta(config: Config) -> list[float]:
         return [plan_step(config, step).momentum for step in range(6)]

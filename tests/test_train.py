@@ -302,7 +302,7 @@ def test_what_the_parent_ignores_ends_nothing(
         (CheckpointWriter, "settle", False, "interrupted"),
         (CheckpointWriter, "_write_file", False, "interrupted"),  # in its thread, while the run waits for it
         (train_gpt, "train", True, "interrupted"),
-        (train_gpt, "finish", False, "finished"),
+        (train_gpt.outcome, "finish", False, "finished"),
         (RunLog, "summary", False, "finished"),
         (RunLog, "closing", True, "finished"),
         (sample, "generate", False, "finished"),

@@ -59,6 +59,7 @@ def test_spellings_of_a_switch(arguments: list[str], value: bool) -> None:
         (["seed=1"], ["config seed=1 cannot be read", "try --seed=1"]),
         (["sotu_base"], ["try configs/sotu_base.toml"]),
         (["--adam_betas=0.9,1.5"], ["adam_betas = '0.9,1.5' must be < 1; 0.8,0.95 works"]),
+        (["--head_betas=0.9"], ["head_betas = '0.9' must be 2 values"]),
         (["--matrix_optimizer=adam"], ["matrix_optimizer = 'adam' is unknown", "module:Class"]),
         (["a.toml", "b.toml"], ["a.toml and b.toml are both taken for config files"]),
         (["--seed"], ["--seed has no value; write --seed=VALUE"]),
@@ -129,6 +130,8 @@ def test_a_value_is_that_value_however_it_is_written(tmp_path: Path) -> None:
         assert load_config(words).train_steps == 1000
     for words in (["--adam_betas=0.5,0.6"], ["--adam_betas", "0.5,0.6"], ["--adam_betas", "0.5", "0.6"]):
         assert load_config([*words, "--compile"]).adam_betas == (0.5, 0.6)
+    assert load_config(["--head_betas=0.5,0.6"]).head_betas == (0.5, 0.6)
+    assert load_config([]).head_betas is None
     assert load_config(["--fused", "norm", "mlp", toml(tmp_path, "seed = 3")]).fused == ("norm", "mlp")
     assert load_config([toml(tmp_path, 'fused = "norm"\ntrain_steps = 1e3')]).fused == ("norm",)
 

@@ -91,7 +91,7 @@ def release(M: Matrix, memory: Memory) -> Matrix:
 
 @balanced_sides
 def paper(M: Matrix, memory: Memory) -> Matrix:
-    (m, n), D = M.shape, 1.0
+    (m, n), D = M.shape, np.ones(len(M))
     U = exact_polar(M / row_norms(M)[:, None])
     for _ in range(2):
         D = D * (row_norms(U) / math.sqrt(n / m)) ** 0.5

@@ -36,7 +36,8 @@ def config(**changes: Any) -> SimpleNamespace:
         momentum=0.95,
         polar_method="auto", polar_steps=0, kernels="auto", comm_dtype="float32", aurora_variant="release",
         aurora_iterations=2, aurora_beta=0.5, aurora_sides="both", embed_lr=0.3, head_lr=0.004, scalar_lr=0.015,
-        adam_betas=(0.8, 0.95), adam_eps=1e-10, weight_decay=0.01,
+        adam_betas=(0.8, 0.95), embed_betas=None, head_betas=None, scalar_betas=None, adam_eps=1e-10, weight_decay=0.01,
+        adamw_cautious=False,
     )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})
 

@@ -13,6 +13,7 @@ from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
 from optim.normuon import NorMuon, UNorMuon
 from optim.options import Option
+from optim.polar import METHODS
 from optim.replicated import replicate
 from optim.riemannian_aurora import RiemannianAurora
 
@@ -27,6 +28,8 @@ RULES: dict[str, type[MatrixOptimizer]] = {
     "normuon": NorMuon,
     "unormuon": UNorMuon,
 }
+
+POLAR_METHOD = Option("auto", "how polar factors are computed", choices=("auto", *METHODS))
 
 
 def adamw(groups: Groups, config: "OptimizerConfig") -> torch.optim.Optimizer:
@@ -114,7 +117,7 @@ class OptimizerConfig:
     matrix_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"  # of muon's and relatives' updates
     cautious: bool = False  # muon and relatives: that decay only where it does not work against the update
     momentum: Annotated[float, ">= 0", "< 1"] = 0.95  # of all but adamw
-    polar_method: Literal["auto", "polar_express", "quintic", "simple_quintic", "svd"] = "auto"  # auto: the rule's own
+    polar_method: Annotated[str, POLAR_METHOD] = "auto"  # see optim/polar.py; auto: the rule's own
     polar_steps: Annotated[int, ">= 0"] = 0  # Newton-Schulz steps; 0: the method's own number
     kernels: Literal["auto", "triton", "torch"] = "auto"  # of muon and relatives; auto: Triton on a GPU
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # of muon's and relatives' gradients between ranks

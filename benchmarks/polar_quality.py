@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.polar_speed import dense_polar
+from benchmarks.polar_speed import dense_polar, normalized
 from harness.results import command, report
 from harness.tables import Row
 from kernels import Backend, backend
-from optim.polar import COEFFICIENTS, METHODS, SAFETY, polar
+from optim.polar import COEFFICIENTS, METHODS, polar
 
 SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant")
 SHAPES = ("768x768", "2048x768", "768x2048", "3072x768", "1023x511", "257x101")
@@ -50,7 +50,8 @@ class Quality(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A matrix X [1, m, n], its exact polar factor and what `method` would give without rounding, both float64."""
+    """A matrix X [1, m, n], and of what the steps of `method` take (X, but for "aol") the exact polar factor and the
+    method's without rounding, both float64 [m, n]."""
 
     X: Tensor
     factor: Tensor
@@ -69,12 +70,16 @@ def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> P
         }[spectrum]
         X = (W * S) @ Vh
     X = X.float()
-    W, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    W, s, Vh = torch.linalg.svd(normalized(X.double(), method), full_matrices=False)
     rank = math.ceil(k / 4) if spectrum == "rank-deficient" else k
-    s = S / (SAFETY[method] * S.norm())
+    return Problem(X[None], W[:, :rank] @ Vh[:rank], (W * composed(method, s)) @ Vh)
+
+
+def composed(method: str, s: Tensor) -> Tensor:
+    """What the steps of `method` make of singular values."""
     for a, b, c in COEFFICIENTS[method]:
         s = a * s + b * s**3 + c * s**5
-    return Problem(X[None], W[:, :rank] @ Vh[:rank], (W * s) @ Vh)
+    return s
 
 
 def quality(U: Tensor, problem: Problem) -> Quality:

@@ -48,11 +48,20 @@ class Args:
     passes: int = 15  # turns of each variant; the table has medians
 
 
+def normalized(X: Tensor, method: str) -> Tensor:
+    """X as the steps of `method` take it: divided by its norm, or for AOL the shorter side scaled (a square's rows)."""
+    if (safety := SAFETY[method]) is not None:
+        return X / (safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True))
+    if X.size(-2) > X.size(-1):
+        return normalized(X.mT, method).mT
+    return X * (X @ X.mT).abs().sum(dim=-1, keepdim=True).rsqrt()
+
+
 def dense_polar(X: Tensor, dtype: torch.dtype, method: str = "polar_express") -> Tensor:
     """The direct form as one would write it, batched: the baseline of every ratio."""
     wide = X.size(-2) < X.size(-1)
-    X = (X.mT if wide else X).to(dtype)
-    X = X / (SAFETY[method] * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True))
+    X = normalized(X.to(dtype), method)
+    X = X.mT if wide else X
     for a, b, c in COEFFICIENTS[method]:
         R = X.mT @ X
         X = torch.baddbmm(X, X, torch.baddbmm(R, R, R, beta=b, alpha=c), beta=a)

@@ -39,7 +39,7 @@ def results(pattern: str) -> list[dict[str, Any]]:
 def polar_section() -> str:
     """Milliseconds by matrices and variant, a table for each device; of ours as a CUDA graph where there is one."""
     parts = []
-    for result in results("polar_[!qrt]*"):
+    for result in results("polar_[!mqrt]*"):
         settings, lines = result["settings"], dict[str, Row]()
         for row in result["rows"]:
             line = lines.setdefault(row["case"], dict(case=row["case"]))
@@ -73,6 +73,27 @@ def quality_section() -> str:
     return "".join(parts)
 
 
+def methods_section() -> str:
+    """Cost and range of every polar method; then its errors, by arithmetic and spectrum."""
+    parts = []
+    for result in results("polar_methods_*"):
+        rows = result["rows"]
+        for row in rows:
+            for name in ("", "weak_"):
+                row[f"{name}range"] = f"{row[f'{name}low']:.3f} to {row[f'{name}high']:.3f}"
+            row["slope"] = f"{row['slope']:,.0f}"
+        parts.append(markdown(rows, METHODS))
+        lines: dict[tuple[str, str], Row] = {}
+        for row in result["settings"]["errors"]:
+            place = {key: row[key] for key in ("method", "arithmetic")}
+            line = lines.setdefault((row["method"], row["arithmetic"]), place)
+            line[row["spectrum"]] = f"{row['orthogonality']:.4f} / {row['direction']:.5f}"
+        said = f"Orthogonality / direction, the larger of {' and '.join(result['settings']['shapes'])}"
+        columns = {key: key for key in max(lines.values(), key=len)}
+        parts.append(f"{said} ({result['device']}):\n\n" + markdown(list(lines.values()), columns))
+    return "\n".join(parts)
+
+
 def train_step_section() -> str:
     """Where a training step's time goes, by variant and matrix optimizer, a table for each device and label."""
     parts = []
@@ -102,6 +123,11 @@ def by_device(pattern: str, turns: str, columns: dict[str, str]) -> str:
     )
 
 
+METHODS = {
+    "method": "method", "steps": "steps", "products": "products", "flops_768x768": "FLOPs, 768x768",
+    "flops_2048x768": "2048x768", "range": "range from 0.01", "weak_range": "from 0.001", "slope": "slope at 0",
+    "keeps_sign": "keeps the sign",
+}  # fmt: skip
 OPTIMIZER_STEP = {
     "rule": "rule", "matrices_ms": "matrices (ms)", "step_ms": "whole step (ms)",
     "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
@@ -173,6 +199,7 @@ def neurons_section() -> str:
 SECTIONS = {
     "polar": polar_section,
     "polar_quality": quality_section,
+    "polar_methods": methods_section,
     "train_step": train_step_section,
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,

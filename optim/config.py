@@ -20,6 +20,7 @@ from optim.muon_squared import MuonSquared
 from optim.muown import Muown
 from optim.normuon import NorMuon, UNorMuon
 from optim.options import Option
+from optim.polar import METHODS
 from optim.polar_grad import PolarGrad
 from optim.replicated import replicate
 from optim.riemannian_aurora import RiemannianAurora
@@ -45,6 +46,8 @@ RULES: dict[str, type[MatrixOptimizer]] = {
     "adamuon": AdaMuon,
     "polar_grad": PolarGrad,
 }
+
+POLAR_METHOD = Option("auto", "how polar factors are computed", choices=("auto", *METHODS))
 
 
 def adamw(groups: Groups, config: "OptimizerConfig") -> torch.optim.Optimizer:
@@ -137,7 +140,7 @@ class OptimizerConfig:
     floor_by_row: bool = False  # muon and relatives: that floor under each row of an update instead of the whole
     radial_brake: Annotated[float, ">= 0", "<= 1"] = 1.0  # muon and relatives: share kept of what lengthens a weight
     momentum: Annotated[float, ">= 0", "< 1"] = 0.95  # of all but adamw
-    polar_method: Literal["auto", "polar_express", "quintic", "simple_quintic", "svd"] = "auto"  # auto: the rule's own
+    polar_method: Annotated[str, POLAR_METHOD] = "auto"  # see optim/polar.py; auto: the rule's own
     polar_steps: Annotated[int, ">= 0"] = 0  # Newton-Schulz steps; 0: the method's own number
     kernels: Literal["auto", "triton", "torch"] = "auto"  # of muon and relatives; auto: Triton on a GPU
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # of muon's and relatives' gradients between ranks

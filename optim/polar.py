@@ -13,11 +13,24 @@ factors P = a I + b R + c R^2 are multiplied up, Q <- Q P, and R follows by R <-
 X <- X Q once. R is noise where X has no weight, and the steps amplify it, so in short formats the Gram form restarts:
 it applies Q and takes a new R. Direct is a restart after every step, and a run of steps between restarts is here a
 segment. A segment of L steps costs 4 m n^2 + (4 L - 3) 2 n^3 FLOPs, of which kernels that know about symmetry do
-3 m n^2 + (4 L - 3) n^3.
+3 m n^2 + (4 L - 3) n^3; every step with c = 0 saves one of the n^3 products.
 
-Coefficients: `quintic` from Keller Jordan, "Muon: an optimizer for hidden layers" (2024): fast, ends within about
-[0.7, 1.2]. `polar_express` from Amsel et al., arXiv 2505.16932: the best polynomial for each step in turn.
-`simple_quintic`: the slow textbook iteration, quadratically convergent at 1. `svd`: float64, the oracle for tests.
+Methods, of X divided by its Frobenius norm if nothing else is said; docs/optimizers.md has their costs and ranges:
+
+quintic         Keller Jordan, "Muon: an optimizer for hidden layers" (2024): fast, ends within about [0.7, 1.2]
+polar_express   Amsel et al., arXiv 2505.16932: the best polynomial for each step in turn
+simple_quintic  the slow textbook iteration, quadratically convergent at 1
+cans            arXiv 2506.10935: Chebyshev-optimal steps
+deepseek_v4     DeepSeek-V4's: eight steps of `quintic`, which bring all to about 1, then two of `simple_quintic`
+cubic5          arXiv 2606.00371: five cubic steps made as one, 10 products instead of 15, for singular values down to
+                7e-3; later steps repeat the fifth, which neither helps nor harms
+aol             Turbo-Muon, arXiv 2512.04632: columns scaled by AOL instead of the norm, then four steps. X diag(r) has
+                another polar factor than X: U is as orthogonal, it spans the same columns, but is not nearest to X
+svd             float64, the oracle for tests
+
+Coefficients of cans, deepseek_v4 and cubic5 are those of NVIDIA's Emerging-Optimizers. Three sets of aol are public.
+Taken: the later one of the authors, which is positive on (0, 1] and beyond. Their first one (4.6051, ...) comes as near
+to 1, but theirs replaced it. Emerging-Optimizers' (4.0098, ...) turns the sign of singular values above 0.884.
 """
 
 from collections.abc import Callable
@@ -41,18 +54,46 @@ COEFFICIENTS: dict[str, list[Coefficients]] = {
     ],
     "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
     "simple_quintic": [(2.0, -1.5, 0.5)] * 12,
+    "cans": [
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ],
+    "deepseek_v4": [(3.4445, -4.7750, 2.0315)] * 8 + [(2.0, -1.5, 0.5)] * 2,
+    "cubic5": [
+        (3.3656576, -3.3420992, 0.0),
+        (2.5744352, -1.4957376, 0.0),
+        (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0),
+        (2.2230472, -0.9630650, 0.0),
+    ],
+    "aol": [
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
 }
 METHODS = (*COEFFICIENTS, "svd")
 FORMS = ("auto", "direct", "gram")
-# Polar Express is tuned for spectral norms up to 1/1.02, which leaves room for rounding in half precision.
-SAFETY = {"polar_express": 1.02, "quintic": 1.0, "simple_quintic": 1.0}
+# Factors on the Frobenius norm; None: AOL takes its place. Polar Express is tuned for spectral norms up to 1/1.02,
+# which leaves room for rounding in half precision. The sources of cans and cubic5 have no such factor, but for a
+# singular value 0.5% above 1 the first diverges and the second turns the sign.
+SAFETY: dict[str, float | None] = {
+    "polar_express": 1.02, "quintic": 1.0, "simple_quintic": 1.0, "cans": 1.02, "deepseek_v4": 1.0, "cubic5": 1.02,
+    "aol": None,
+}  # fmt: skip
 # Longest segments that lose nothing against the direct form in bfloat16 on any spectrum of
 # benchmarks/polar_quality.py. In bfloat16 itself every restart saved costs accuracy.
-LONGEST_SEGMENT = {
-    torch.float16: {"polar_express": 3, "quintic": 3, "simple_quintic": 5},
-    torch.bfloat16: {"polar_express": 1, "quintic": 1, "simple_quintic": 1},
-    torch.float32: {"polar_express": 6, "quintic": 6, "simple_quintic": 6},
-}
+LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
+    torch.float16: {
+        "polar_express": 3, "quintic": 3, "simple_quintic": 5, "cans": 3, "deepseek_v4": 1, "cubic5": 5, "aol": 3
+    },
+    torch.bfloat16: dict.fromkeys(COEFFICIENTS, 1),
+    torch.float32: dict.fromkeys(COEFFICIENTS, 6) | {"cans": 4},
+}  # fmt: skip
 PIECE_BYTES = 16 * 2**20  # half of the largest block that glibc keeps
 Segments = list[list[Coefficients]]
 
@@ -75,11 +116,11 @@ def polar(
 ) -> Tensor:
     """Polar factor of each matrix of X [..., m, n], in X's shape and in `dtype` (float64 for "svd").
 
-    `steps` defaults to the method's own number (polar_express 5, quintic 5, simple_quintic 12); further steps
-    repeat the last coefficients. `dtype` is bfloat16, float16 or float32; on CUDA bfloat16 is computed in float16,
-    which is as fast and rounds eight times finer, and entries are scaled to stay inside its range. `kernels` is
-    "auto", "triton" or "torch", `form` "auto" (the cheaper one), "direct" or "gram" (in bfloat16 storage direct all the
-    same, see LONGEST_SEGMENT). Works for any scale from 1e-30 to 1e30; a zero matrix stays zero. Not differentiable.
+    `steps` defaults to the method's own number, the length of its COEFFICIENTS; further steps repeat the last. `dtype`
+    is bfloat16, float16 or float32; on CUDA bfloat16 is computed in float16, which is as fast and rounds eight times
+    finer, and entries are scaled to stay inside its range. `kernels` is "auto", "triton" or "torch", `form` "auto" (the
+    cheaper one), "direct" or "gram" (in bfloat16 storage direct all the same, see LONGEST_SEGMENT). Works for any scale
+    from 1e-30 to 1e30; a zero matrix stays zero. Not differentiable.
     Raises ValueError for other arguments.
     """
     check_polar_arguments(method, steps)
@@ -93,11 +134,7 @@ def polar(
     tall = X if X.size(-2) > X.size(-1) else X.mT  # X X^T of a square row-major X is quicker than X^T X on CPUs
     m, n = tall.shape[-2:]
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
-    batch, norm = tall.flatten(0, -3) if tall.ndim > 2 else tall.unsqueeze(0), None
-    if storage == torch.float16:  # rows of a small norm would leave its range beside large ones
-        batch, norm = ops.normalize_rows(batch, storage)
-    else:
-        batch = _normalize(batch, SAFETY[method]).to(storage)
+    batch, norm = _normalize(ops, tall.flatten(0, -3) if tall.ndim > 2 else tall.unsqueeze(0), SAFETY[method], storage)
     U, _ = newton_schulz(ops, batch, norm, plan, SAFETY[method], dtype)
     U = U.reshape(tall.shape)
     return U if tall is X else U.mT
@@ -110,11 +147,12 @@ def row_scaled_polar(
 
     `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
     rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
-    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M.
+    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M. But with
+    "aol" it is, as its columns are scaled by what d makes of them.
     """
     ops = backend(kernels, M.device)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    is_folded = ops.symmetric or storage == torch.float16
+    is_folded = (ops.symmetric or storage == torch.float16) and method != "aol"
     rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
 
     def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
@@ -124,6 +162,9 @@ def row_scaled_polar(
         plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
         if is_folded:
             return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+        if method == "aol":
+            X, norm_of_rows = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
+            return newton_schulz(ops, X, norm_of_rows, plan, None, dtype, outputs)
         r, s = frobenius_scales(d, SAFETY[method])
         scaled = (rows * (r * s.sqrt().unsqueeze(-1)).unsqueeze(-1)).to(storage)  # rounded once, in one pass
         return newton_schulz(ops, scaled, None, plan, SAFETY[method], dtype, outputs)
@@ -208,15 +249,15 @@ def plan_segments(
 def flops(segments: Segments, m: int, n: int, symmetric: bool) -> float:
     """Floating-point operations of a polar factor of one m x n matrix, m >= n."""
     half = 0.5 if symmetric else 1.0
-    products = sum(4 * len(segment) - 3 for segment in segments)
+    products = sum(4 * len(segment) - 3 - sum(c == 0 for _, _, c in segment) for segment in segments)
     return len(segments) * (half + 1) * 2 * m * n**2 + products * half * 2 * n**3
 
 
 def newton_schulz(
-    ops: Backend, X: Tensor, row_scale: Tensor | None, segments: Segments, safety: float, dtype: torch.dtype,
+    ops: Backend, X: Tensor, row_scale: Tensor | None, segments: Segments, safety: float | None, dtype: torch.dtype,
     outputs: str = "matrix",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Newton-Schulz on diag(row_scale) X, normalised by `safety` times its Frobenius norm; the product is not stored.
+    """Newton-Schulz on diag(row_scale) X, normalised as in `frobenius_scales`; the product is not stored.
 
     X [B, m, n], m >= n, in the dtype to compute in, with rows of norm 1 (or 0); row_scale float32 [B, m], not
     negative. Without row_scale X is taken as it is, with a spectral norm of at most 1.
@@ -238,10 +279,13 @@ def newton_schulz(
     return ops.apply_symmetric(X, S, alpha, None if row_scale is None else full_scale, dtype, outputs=outputs)
 
 
-def frobenius_scales(row_scale: Tensor, safety: float) -> tuple[Tensor, Tensor]:
+def frobenius_scales(row_scale: Tensor, safety: float | None) -> tuple[Tensor, Tensor]:
     """(r, s) from scales [B, m] of rows of norm 1: r is proportional to them and at most 1, as `gram` asks, and
-    sqrt(s) r * rows has 1 / safety as its Frobenius norm; s is [B]."""
-    row_scale = row_scale / row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
+    sqrt(s) r * rows has 1 / safety as its Frobenius norm, or without `safety` the rows their scales; s is [B]."""
+    largest = row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
+    row_scale = row_scale / largest
+    if safety is None:
+        return row_scale, largest.squeeze(-1).square()
     return row_scale, 1 / (safety**2 * row_scale.square().sum(dim=-1).clamp_min(TINY))
 
 
@@ -260,7 +304,10 @@ def _segment_factor(
         R = ops.gram(X, row_scale, gram_scale)
     S, alpha = R, 1.0
     for i, (a, b, c) in enumerate(segment):
-        Z = ops.symmetric_product(R, R, c, b, unrounded_A=unrounded)
+        if c == 0:
+            Z = (b * (R if unrounded is None else unrounded)).to(R.dtype)
+        else:
+            Z = ops.symmetric_product(R, R, c, b, unrounded_A=unrounded)
         S = Z if i == 0 else ops.symmetric_product(S, Z, 1, a, alpha)
         alpha *= a
         if i + 1 < len(segment):
@@ -269,8 +316,30 @@ def _segment_factor(
     return S, alpha
 
 
-def _normalize(X: Tensor, safety: float) -> Tensor:
-    """X [B, m, n] divided by `safety` times its Frobenius norm, in float32."""
-    X = X.float()
-    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range
-    return X.div_((safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY))
+def _normalize(ops: Backend, X: Tensor, safety: float | None, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """X [B, m, n] as `newton_schulz` takes it: (Y, scales) with Y in `storage`, and scales of its rows, float32 [B, m],
+    in float16 alone, where rows of a small norm would leave its range beside large ones.
+
+    X is divided by `safety` times its Frobenius norm; without `safety` its columns are scaled by AOL.
+    """
+    if safety is None:
+        X = scale_columns(ops, X, storage)
+    if storage == torch.float16:
+        return ops.normalize_rows(X, storage)
+    if safety is not None:
+        X = X.float()
+        X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range
+        X = X.div_((safety * torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)).clamp_min(TINY))
+    return X.to(storage), None
+
+
+def scale_columns(ops: Backend, X: Tensor, storage: torch.dtype) -> Tensor:
+    """AOL: X diag(r), float32, for X [B, m, n] and r_j = (sum_i |X^T X|_ij)^(-1/2). Its spectral norm is at most 1.
+
+    With Y the columns at norm 1 and c their norms that is Y_j (c_j / sum_i c_i |Y^T Y|_ij)^(1/2): the products are of
+    numbers up to 1, which float16 holds whatever the columns' norms are.
+    """
+    Y, norm = ops.normalize_rows(X.mT, torch.float32)
+    norm = norm / norm.amax(dim=-1, keepdim=True).clamp_min(TINY)
+    total = ops.gram(Y.mT.to(storage), dtype=torch.float32).abs() @ norm.unsqueeze(-1)
+    return Y.mT * (norm / total.squeeze(-1).clamp_min(TINY)).sqrt().unsqueeze(-2)

@@ -9,7 +9,7 @@ Every arm gets the same search for its learning rate on seed 100, which is not r
 apart, then one more at a time beyond the best while that is at an end, up to MOST_TRIED; the lowest final validation
 loss wins. Then all seeds at that rate. Differences from the first arm are of runs with the same seed, with a 95%
 interval by Student's t; steps of all arms are timed first, taking turns in this process. --tuning_steps shortens the
-search, for all arms alike; a rate that wins in a short run may be too high for a long one.
+search, for all arms alike; a rate that wins in a short run may be too high for a long one. --rate leaves it out.
 
 OUT/tuning and OUT/runs are sweeps: the same command goes on where it stopped. OUT/result.json keeps what the tables
 need. A diverged run is a result.
@@ -72,6 +72,7 @@ class Options:
     arms: tuple[str, ...] = ()  # some of them; empty: all; differences are from the first one
     seeds: tuple[int, ...] = (0, 1, 2)  # reported ones
     steps: Annotated[int, ">= 0"] = 0  # of the schedule; 0: the recipe's
+    rate: Annotated[float, ">= 0"] = 0.0  # learning rate of all arms, without a search; 0: search
     tuning_steps: Annotated[int, ">= 0"] = 0  # of the schedule while rates are searched; 0: as steps
     set: tuple[tuple[str, ...], ...] = ()  # key=value ...: settings of every run
     jobs: Annotated[int, ">= 1"] = 1  # runs at once
@@ -133,7 +134,7 @@ def tune(options: Options) -> dict[str, dict[float, float | None]]:
     """{arm: {rate: loss}} on the seed for tuning."""
     tried: dict[str, dict[float, float | None]] = {arm: {} for arm in options.arms}
     wanted = [(arm, unit(options, arm) * factor) for arm in options.arms for factor in RATES]
-    while wanted:
+    while wanted and not options.rate:
         cells = [cell(options, arm, rate) for arm, rate in wanted]
         fixed = fixed_settings(options, options.tuning_steps)
         results = arms.sweep(options.recipe, cells, [TUNING_SEED], Path(options.out) / "tuning", options.jobs, fixed)
@@ -175,15 +176,17 @@ def experiment(options: Options) -> dict[str, Any]:
     if not costs.keys() >= set(options.arms):  # else an earlier start's, whose runs go on
         with arms.cpu_threads(max(1, torch.get_num_threads() // options.jobs)):
             costs = measured(options)
-    steps = len(RATES) * options.tuning_steps + len(options.seeds) * options.steps
+    tuning_runs = 0 if options.rate else len(RATES)
+    steps = tuning_runs * options.tuning_steps + len(options.seeds) * options.steps
     total_s = sum(costs[arm]["step_s"] for arm in options.arms) * steps / options.jobs
-    num_runs = len(options.arms) * (len(RATES) + len(options.seeds))
-    arms.confirm([f"{num_runs} runs or more, as rates at an end are followed: about {arms.duration(total_s)} of "
-                  f"training, {options.jobs} at a time"], options.yes)  # fmt: skip
+    num_runs = len(options.arms) * (tuning_runs + len(options.seeds))
+    more = "" if options.rate else " or more, as rates at an end are followed"
+    arms.confirm([f"{num_runs} runs{more}: about {arms.duration(total_s)} of training, {options.jobs} at a time"],
+                 options.yes)  # fmt: skip
     Path(options.out).mkdir(parents=True, exist_ok=True)
     write_json(timing, costs, indent=1)
     tried = tune(options)
-    rates = {arm: best_rate(losses) for arm, losses in tried.items()}
+    rates = {arm: options.rate or best_rate(losses) for arm, losses in tried.items()}
     cells = [cell(options, arm, rate) for arm, rate in rates.items()]
     fixed = fixed_settings(options, options.steps)
     results = arms.sweep(options.recipe, cells, options.seeds, Path(options.out) / "runs", options.jobs, fixed)

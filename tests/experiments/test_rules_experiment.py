@@ -93,6 +93,12 @@ def test_every_arm_is_searched_alike_and_runs_at_its_best_rate(
     assert "tall" in capsys.readouterr().out
 
 
+def test_a_rate_that_is_given_is_not_searched(fake: Sweeps, tmp_path: Path) -> None:
+    words = ["--question", "sides", "--arms", "tall", "--seeds", "3", "--steps", "60", "--rate", "0.03", "--yes"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert [(name, [cell["matrix_lr"] for cell in cells]) for name, cells, *_ in fake] == [("runs", ["0.03"])]
+
+
 def test_the_table_gives_paired_differences_from_the_first_arm_and_marks_ends() -> None:
     def arm(name: str, losses: list[float | None], tried: list[float]) -> dict[str, Any]:
         of_rates = [[rate, 1.0] for rate in tried]

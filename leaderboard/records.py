@@ -96,7 +96,8 @@ def describe(
 
 
 def shared_config(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.config.items() if key not in OF_ONE_RUN}
+    """The settings that a record's runs share. None, which TOML lacks, is the default where a setting may be none."""
+    return {key: value for key, value in run.config.items() if key not in OF_ONE_RUN and value is not None}
 
 
 def config_toml(run: Run) -> str:

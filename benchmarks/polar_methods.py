@@ -35,7 +35,7 @@ SIZES = ((768, 768), (2048, 768))
 
 @dataclass(frozen=True)
 class Args:
-    shapes: tuple[str, ...] = ("768x768", "2048x768")  # of the errors
+    shapes: tuple[str, ...] = ("192x192", "512x192")  # of the errors
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -89,7 +89,7 @@ SAFETY: dict[str, float | None] = {
 # benchmarks/polar_quality.py. In bfloat16 itself every restart saved costs accuracy.
 LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
     torch.float16: {
-        "polar_express": 3, "quintic": 3, "simple_quintic": 5, "cans": 3, "deepseek_v4": 1, "cubic5": 5, "aol": 3
+        "polar_express": 3, "quintic": 3, "simple_quintic": 5, "cans": 1, "deepseek_v4": 1, "cubic5": 5, "aol": 3
     },
     torch.bfloat16: dict.fromkeys(COEFFICIENTS, 1),
     torch.float32: dict.fromkeys(COEFFICIENTS, 6) | {"cans": 4},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import model
 import train_gpt
 from leaderboard.runs import read_run
 from leaderboard.verify_run import of_files
-from tests.conftest import Trainer
+from tests.conftest import ROOT, Trainer
 from tests.test_train import metrics, only_run, summary
 
 RULE = '''
@@ -91,6 +92,25 @@ def test_clipping_limits_the_norm_of_all_gradients_and_tells_it(trainer: Trainer
     free, clipped = ([row["grad_norm"] for row in found.values()] for found in norms)
     assert min(free) > 0.1  # before clipping, in both
     assert clipped != free
+
+
+def test_the_documents_rule_from_outside_that_takes_gradients_and_weights_trains(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on from a checkpoint as if it had not stopped: its state is in there."""
+    text = (ROOT / "docs/forking.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "steady.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    noise = ["--init_out=0.1", "--init_down=0.1"]
+    words = ["--matrix_optimizer=steady:SteadyMuon", "--steadymuon_agreement=1", "--train_steps=10", *noise]
+    result = trainer(*words, "--checkpoint_every=5", f"--run_dir={tmp_path / 'whole'}")
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = (tmp_path / "whole").glob("*/*5.pt")
+    result = trainer(*words, f"--resume={checkpoint}", f"--run_dir={tmp_path / 'rest'}")
+    assert result.returncode == 0, result.stderr
+    whole, rest = (summary(next((tmp_path / folder).iterdir()))["val_loss"] for folder in ("whole", "rest"))
+    assert whole == rest < 3.9  # ln 48, of a model that knows nothing, is 3.87
 
 
 def test_a_rule_from_outside_has_settings_and_its_source_in_the_log(

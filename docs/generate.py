@@ -18,7 +18,7 @@ from scipy import stats
 
 from data import console
 from data.files import whole_file
-from experiments import neuron_report, options
+from experiments import neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from experiments.grokking.survival import holm
 from harness.machine import ROOT
@@ -196,6 +196,13 @@ def neurons_section() -> str:
     return markdown(rows, dict(zip(shown, shown, strict=True)))
 
 
+def rules_section(question: str) -> str:
+    """An experiment of experiments/rules.py: final losses of its arms, and differences from the first one."""
+    result = kept(f"rules_{question}")
+    rows = rules.summary(result)
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({result['device']}, {result['steps']} steps)\n"
+
+
 SECTIONS = {
     "polar": polar_section,
     "polar_quality": quality_section,
@@ -204,6 +211,8 @@ SECTIONS = {
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
+    "polar_loss": lambda: rules_section("polar"),
+    "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),
     "grokking": lambda: grokking_section("grokking"),
     "grokking_scale": lambda: grokking_section("grokking_scale"),

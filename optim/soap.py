@@ -64,7 +64,8 @@ class Soap(MatrixOptimizer):
         G = G * by_matrix(with_bases > 0, G)  # older gradients have no part in the squares, and would be far above them
         divided = over_root(left.mT @ batch.momentum(G) @ right, square)
         with_bases = with_bases.clamp_min(1)
-        correction = (1 - group["beta2"] ** with_bases).sqrt() / (1 - group["momentum"] ** with_bases)
+        ahead = with_bases + group["nesterov"]
+        correction = (1 - group["beta2"] ** with_bases).sqrt() / (1 - group["momentum"] ** ahead)
         return left @ divided @ right.mT * by_matrix(correction, square)
 
     def turn_bases(self, batch: MatrixBatch) -> None:

@@ -2,8 +2,9 @@
 
     V <- beta2 * V + (1 - beta2) * G^2        U = (B / (1 - momentum^t)) / sqrt(V / (1 - beta2^t))
 
-with the momentum B as Adam's first moment (no Nesterov step), t the matrix's own steps, and the move of
-`hyperball` in apply_update.py. Source: arXiv 2606.16899. Weights that start at zero are refused.
+with the momentum B as Adam's first moment (with `nesterov` M in its place, and t + 1 in its correction), t the matrix's
+own steps, and the move of `hyperball` in apply_update.py. Source: arXiv 2606.16899. Weights that start at zero are
+refused.
 """
 
 from dataclasses import replace
@@ -30,5 +31,6 @@ class AdamH(MatrixOptimizer):
     def direction(self, batch: MatrixBatch) -> Tensor:
         G, group, steps = bounded(batch.gradient), batch.group, batch.per_matrix("steps").add_(1)
         square = batch.per_matrix("square", *G.shape[1:]).lerp_(G.square(), 1 - group["beta2"])
-        correction = (1 - group["beta2"] ** steps).sqrt() / (1 - group["momentum"] ** steps)
+        ahead = steps + group["nesterov"]
+        correction = (1 - group["beta2"] ** steps).sqrt() / (1 - group["momentum"] ** ahead)
         return over_root(batch.momentum(), square) * by_matrix(correction, square)

@@ -16,7 +16,7 @@ _plain_step = inspect.unwrap(torch.optim.AdamW.step)  # hooks have been called a
 
 class CautiousAdamW(torch.optim.AdamW):
     """Takes torch's own step, fused or not, without decay, after it has decayed the weights. State dicts are torch's.
-    Not for `maximize`."""
+    Not for `maximize`, nor for a GradScaler: a step that it skips would decay weights all the same."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -72,6 +72,7 @@ def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, 
     if constrains(group):
         W, U = (torch.stack(each).flatten(2) for each in (weights, updates))
         moved = constrained_step(W, U, group, rate(group, is_finite))
+        moved = moved if is_finite is None else torch.where(is_finite, moved, W)  # to the bit, however short W is
         torch._foreach_copy_(weights, [w.view(weights[0].shape) for w in moved.unbind(0)])
         return
     if group["weight_decay"]:
@@ -89,7 +90,8 @@ def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, 
 
 
 def constrained_step(W: Tensor, U: Tensor, group: dict[str, Any], lr: Any) -> Tensor:
-    """The weights W [B, m, n] after a step by U [B, m, n] under the group's constraints; W itself where lr is 0."""
+    """The weights W [B, m, n] after a step by U [B, m, n] under the group's constraints; where lr is 0 W itself,
+    but that `radial_brake` keeps norms at SMALLEST or more."""
     norm = matrix_norm(W)
     if group["hyperball"]:
         U = U * (norm / matrix_norm(U).clamp_min(1e-10))

@@ -9,8 +9,9 @@ and a step is, M being the momentum of dv and s the update's scale,
     v <- v - lr * s * polar(M)        g <- g - lr * Adam(dg)        W_i <- g_i v_i / |v_i|
 
 v starts as W. Its norm can but grow, roughly, since dv is orthogonal to it; the angle by which a row turns shrinks with
-it. g is what |W_i| is when the step begins, with a sign of its own, so that weight decay acts on it. A row of zeros
-starts as if its norm were INITIAL_NORM. The authors' scale s is match_rms_adamw.
+it. g is what |W_i| is when the step begins, with a sign of its own, so that weight decay acts on it. A row of zeros has
+g = k = INITIAL_NORM in its first step and this k in its second one too: what a step alone has made of v may be no
+longer than rounding, or zero, and would blow up dv. The authors' scale s is match_rms_adamw.
 
 Source: arXiv 2605.10797. Record runs of the optimizer track lead k along a schedule of its own instead; the form here
 is the plain one.
@@ -61,6 +62,6 @@ class Muown(MatrixOptimizer):
         before = torch.where(norm > 0, k, 0)
         length = (before.square() + lr * scale * growth).clamp_min(0).sqrt().clamp_min(SHORTEST)
         gain = g - lr * adam
-        batch.state.update(gain=gain, length=length)
+        batch.state.update(gain=gain, length=torch.where(norm > 0, length, k))
         along = adam / scale + gain * growth / (before + length) / length
         return along.unsqueeze(-1) * u + (gain / length).unsqueeze(-1) * P

@@ -8,14 +8,14 @@ For gradients G with momentum M (B for SOAP), squares entry by entry:
     SOAP        V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2      U = Q_L (Q_L^T B Q_R / sqrt(V)) Q_R^T
     SOAP-Muon   V <- beta2 V + (1 - beta2) (Q_L^T M Q_R)^2      U = polar(Q_L (Q_L^T M Q_R / sqrt(V)) Q_R^T)
 
-SOAP (arXiv 2409.11321) is Adam in that basis, with Adam's corrections of B and V; with `hyperball` it is SOAP-H of the
-optimizer track. SOAP-Muon is that track's, without its gate on the attention's output projection: before each QR it
-sorts the columns of Q by diag(Q^T L Q), and V with them.
+SOAP (arXiv 2409.11321) is Adam in that basis, with Adam's corrections of B and V, which both begin with the first
+gradient after the bases; with `hyperball` it is SOAP-H of the optimizer track. SOAP-Muon is that track's, without its
+gate on the attention's output projection: before each QR it sorts the columns of Q by diag(Q^T L Q), and V with them.
 
 L of a tall matrix is singular until it has seen m / n gradients, and eigenvectors of a null space are whatever rounding
-makes them. So the bases are taken when both factors can have full rank, after ceil(max(m, n) / min(m, n)) steps (the
-first one of a square matrix). Until then SOAP does not move, as its authors' code in the first step, and SOAP-Muon is
-Muon.
+makes them. So the bases are taken when both factors can have full rank, after ceil(max(m, n) / min(m, n)) gradients
+other than zero (the first one of a square matrix); all gradients are zero at the start of a model whose head is. Until
+then SOAP's direction is zero, as in its authors' code in the first step, and SOAP-Muon is Muon.
 
 Cost: two QR decompositions, m^3 and n^3, and eight products with the bases in a step. State beside momentum: one number
 per weight, 2 (m^2 + n^2) and one per matrix.
@@ -49,7 +49,8 @@ class Soap(MatrixOptimizer):
         G = bounded(batch.gradient)
         left, right = (batch.per_matrix(name, size, size) for name, size in zip(BASES, G.shape[1:], strict=True))
         square = batch.per_matrix("square", *G.shape[1:])
-        batch.per_matrix("steps").add_(1)
+        steps = batch.per_matrix("steps")
+        steps.add_((steps >= steps_to_full_rank(batch)) | G.flatten(1).any(dim=-1))
         products = G @ G.mT, G.mT @ G  # now: momentum overwrites gradients
         U = self.rotated_direction(batch, G, left, right, square)
         for name, product in zip(FACTORS, products, strict=True):
@@ -58,11 +59,13 @@ class Soap(MatrixOptimizer):
         return U
 
     def rotated_direction(self, batch: MatrixBatch, G: Tensor, left: Tensor, right: Tensor, square: Tensor) -> Tensor:
-        group, steps = batch.group, batch.state["steps"]
+        group, with_bases = batch.group, batch.state["steps"] - steps_to_full_rank(batch)
         square.lerp_((left.mT @ G @ right).square(), 1 - group["beta2"])
-        divided = over_root(left.mT @ batch.momentum() @ right, square)  # zeros without bases
-        with_bases = (steps - steps_to_full_rank(batch)).clamp_min(1)
-        correction = (1 - group["beta2"] ** with_bases).sqrt() / (1 - group["momentum"] ** steps)
+        G = G * by_matrix(with_bases > 0, G)  # older gradients have no part in the squares, and would be far above them
+        divided = over_root(left.mT @ batch.momentum(G) @ right, square)
+        with_bases = with_bases.clamp_min(1)
+        ahead = with_bases + group["nesterov"]
+        correction = (1 - group["beta2"] ** with_bases).sqrt() / (1 - group["momentum"] ** ahead)
         return left @ divided @ right.mT * by_matrix(correction, square)
 
     def turn_bases(self, batch: MatrixBatch) -> None:

@@ -203,14 +203,14 @@ def soap(W: Matrix, G: Matrix, memory: Memory, is_muon: bool) -> Matrix:
     """L and R with all that follows from them, and the bases as the last step left them."""
     t = memory["t"] = memory.get("t", 0) + 1
     start = math.ceil(max(W.shape) / min(W.shape))
-    M = momentum(G, memory, nesterov=is_muon)
-    U = M if is_muon else 0 * M
+    M = momentum(G, memory, nesterov=is_muon) if is_muon or t > start else 0 * G
+    U = M
     if t > start:
         QL, QR = memory["QL"], memory["QR"]
         V = running("V", (QL.T @ (M if is_muon else G) @ QR) ** 2, 0.9, memory)
         rotated = (QL.T @ M @ QR) / np.sqrt(V)
         if not is_muon:
-            rotated = rotated / (1 - 0.95**t) * math.sqrt(1 - 0.9 ** (t - start))
+            rotated = rotated / (1 - 0.95 ** (t - start)) * math.sqrt(1 - 0.9 ** (t - start))
         U = QL @ rotated @ QR.T
     for name, product in {"L": G @ G.T, "R": G.T @ G}.items():
         factor = running(name, product, 0.9, memory)

@@ -3,6 +3,7 @@ transcriptions of their definitions, a line at a time."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,50 @@ def test_rows_of_zeros_start_as_if_they_had_a_norm() -> None:
     norms = weight.detach().norm(dim=1)
     assert norms[0] == 0
     torch.testing.assert_close(norms[1:], torch.full((3,), 0.33**0.5), rtol=0, atol=0.011)  # a step of Adam's on it
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-6, 0.02], ids=str)
+def test_a_first_step_that_leaves_rows_at_zero_does_not_blow_up_the_next(lr: float) -> None:
+    """A rate of zero, a small one of a warm-up, or the zero gradient of a model whose head is zero."""
+    weight, expected = (nn.Parameter(torch.zeros(6, 8)) for _ in range(2))
+    optimizers = Muown([weight], lr=lr), Muown([expected], lr=0.02)
+    for step in range(5):
+        gradient = randn(6, 8, seed=step)
+        for p, optimizer in zip((weight, expected), optimizers, strict=True):
+            p.grad = 0 * gradient if step == 0 and lr == 0.02 and p is weight else gradient.clone()
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.02
+    mean, usual = (o.state[p]["momentum_buffer"].norm() for p, o in zip((weight, expected), optimizers, strict=True))
+    torch.testing.assert_close(mean, usual, rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("rule", [Soap, SoapMuon])
+@pytest.mark.parametrize("shape", [(12, 3), (3, 12), (6, 6)], ids=["tall", "wide", "square"])
+def test_zero_gradients_at_the_start_count_for_no_rank(rule: Callable[..., MatrixOptimizer], shape: Any) -> None:
+    """Else eigenvectors would be taken of factors that are still singular."""
+    runs = [nn.Parameter(randn(*shape)) for _ in range(2)]
+    for zeros, weight in enumerate(runs):
+        optimizer = rule([weight], lr=0.02)
+        for step in range(-2 * zeros, 8):
+            weight.grad = randn(*shape, seed=step) if step >= 0 else torch.zeros(shape)
+            optimizer.step()
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("make", [Soap, partial(AdamH, hyperball=False)])
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64), (20, 20)], ids=["tall", "wide", "square"])
+def test_a_first_step_is_as_long_as_adams(
+    make: Callable[..., MatrixOptimizer], shape: tuple[int, int], nesterov: bool
+) -> None:
+    """Entries of 1; SOAP's means have no gradients from before the bases."""
+    weight = nn.Parameter(torch.zeros(shape))
+    optimizer, step = make([weight], lr=1.0, scale="none", nesterov=nesterov), 0
+    while not weight.any():
+        weight.grad, step = randn(*shape, seed=step), step + 1
+        optimizer.step()
+    assert step == (max(shape) // min(shape) + 1 if make is Soap else 1)
+    torch.testing.assert_close(weight.detach().square().mean().sqrt(), torch.tensor(1.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("rule", [MuonSquared, AdamH, Muown, Soap, SoapMuon])
@@ -152,6 +197,22 @@ def test_a_step_that_is_skipped_or_empty_leaves_weights_to_the_bit(dtype: torch.
         weight.grad = torch.zeros_like(weight)
         optimizer.step()
         assert torch.equal(weight.detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_skipped_step_leaves_the_shortest_weights_to_the_bit(dtype: torch.dtype) -> None:
+    """The brake gives weights that start at zero a norm of 1e-8, and would set it anew."""
+    weights = [nn.Parameter(torch.zeros(9, 4, dtype=dtype)) for _ in range(20)]
+    optimizer = Muon(weights, lr=0.02, radial_brake=0.5, defer_check=True)
+    for size in (1.0, math.nan):
+        masters = [optimizer.state[w].get("master_weight", w).detach().clone() for w in weights]
+        for i, weight in enumerate(weights):
+            weight.grad = (size * randn(9, 4, seed=i)).to(dtype)
+        optimizer.step()
+    assert all(
+        torch.equal(optimizer.state[w].get("master_weight", w), before)
+        for w, before in zip(weights, masters, strict=True)
+    )
 
 
 def test_the_hyperball_keeps_norms_through_many_steps_at_any_rate() -> None:

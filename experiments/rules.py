@@ -6,7 +6,7 @@
     ./run.sh rules --table experiments/results/rules.json       (run nothing)
 
 Every arm gets the same search for its learning rate on seed 100, which is not reported: three rates, a factor of two
-apart, then one more at a time beyond the best while that is at an end, up to MOST_TRIED; the lowest final validation
+apart, then one more at a time beyond the best while that is at an end, up to seven; the lowest final validation
 loss wins. Then all seeds at that rate. Differences from the first arm are of runs with the same seed, with a 95%
 interval by Student's t; steps of all arms are timed first, taking turns in this process. --tuning_steps shortens the
 search, for all arms alike; a rate that wins in a short run may be too high for a long one. --rate leaves it out.

@@ -199,7 +199,7 @@ def _refusal(key: str, value: Any, rule: str, works: Any, source: str = "command
     is_typed = source == "command line"
     given = _shown(value) if is_typed and isinstance(value, list) else value
     example = _shown(works) if is_typed else json.dumps(works)
-    instead = "" if works in ("", (), value, None) else f"; {example} works"
+    instead = "; leaving it out works" if works is None else "" if works in ("", (), value) else f"; {example} works"
     return f"{key} = {given!r} must be {rule}{instead}"
 
 

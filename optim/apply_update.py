@@ -36,13 +36,17 @@ WEIGHT_OPTIONS = {
 SMALLEST = 1e-8  # norm of a weight or of an update that is still told from zero
 
 
-def check_weight_options(who: str, group: dict[str, Any]) -> None:
-    """ValueError for options that contradict each other."""
-    others = {"weight_decay": 0.0, "update_floor": 0.0, "radial_brake": 1.0}
-    for name, off in others.items():
-        if group["hyperball"] and group[name] != off:
+def check_weight_options(who: str, group: dict[str, Any], decay: str = "weight_decay") -> None:
+    """ValueError for options that contradict each other; `decay` is what the user knows weight_decay by."""
+    others = {
+        "weight_decay": (decay, 0.0),
+        "update_floor": ("update_floor", 0.0),
+        "radial_brake": ("radial_brake", 1.0),
+    }
+    for key, (name, off) in others.items():
+        if group["hyperball"] and group[key] != off:
             raise ValueError(
-                f"{who}: hyperball keeps norms, and {name} = {group[name]} changes them; set {name} = {off}"
+                f"{who}: hyperball keeps norms, and {name} = {group[key]} changes them; set {name} = {off}"
             )
     if group["floor_by_row"] and not group["update_floor"]:
         raise ValueError(f"{who}: floor_by_row is without a floor; set update_floor, 0.35 is usual")

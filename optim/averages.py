@@ -26,7 +26,7 @@ class AveragesConfig:
 
     # Means over steps
     lookahead: Annotated[float, ">= 0"] = 0.0  # mean steps by which weights go ahead before a step, at the full rate
-    lookahead_decay: Annotated[float, ">= 0", "< 1"] = 0.99  # of the mean of steps
+    lookahead_decay: Annotated[float, ">= 0", "< 1"] = 0.99  # share of the mean step that a step keeps
     lookahead_start: Annotated[int, ">= 0"] = 0  # first step before which weights go ahead
     lookahead_end: Annotated[int, ">= 0"] = 0  # first step before which they no longer do; 0: none
     average_steps: Annotated[int, ">= 0"] = 0  # length of the average of weights that is evaluated; 0: no average
@@ -97,7 +97,7 @@ class TailAverage:
 
         E <- E + (W - E) / steps
 
-    after each step but the first that is told: there E starts as the weights. Evaluated is (1 - share) W + share E.
+    at every `update` but the first, at which E starts as the weights. Evaluated is (1 - share) W + share E.
     Memory: a copy of the weights in float32 or wider, in checkpoints too, and another one while E is in place.
     """
 

@@ -73,6 +73,10 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
     path, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(path)
+    except SyntaxError as error:
+        raise ValueError(
+            f"matrix_optimizer = {name!r}: {path!r} is not valid Python ({error}); mend it there"
+        ) from error
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"matrix_optimizer = {name!r}: {path!r} cannot be imported ({error}); name a module as `import` "
@@ -80,6 +84,11 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
         ) from error
     rule, known = getattr(module, class_name, None), vars(module).items()
     if is_rule(rule):
+        if all(getattr(rule, method) is getattr(MatrixOptimizer, method) for method in ("orthogonalize", "direction")):
+            raise ValueError(
+                f"matrix_optimizer = {name!r}: {class_name} has no method that makes an update; "
+                "define orthogonalize(self, update, state, group) or direction(self, batch)"
+            )
         return rule
     own = [key for key, value in known if is_rule(value) and value.__module__ == path]
     problem = f"has no {class_name}" if rule is None else f"has {class_name}, which is no subclass of MatrixOptimizer"

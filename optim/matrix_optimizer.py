@@ -8,8 +8,8 @@ For each matrix with gradient G (m rows are outputs, n columns inputs), momentum
     W <- (1 - lr * weight_decay) * W - lr * scale(m, n) * U
 
 Momentum and scale "spectral", sqrt(max(1, m / n)), are Muon's (Keller Jordan et al., 2024); "match_rms_adamw",
-0.2 sqrt(max(m, n)), lets AdamW's learning rates be used (Liu et al., arXiv 2502.16982); "aspect" is
-sqrt(m / n), "none" is 1.
+0.2 sqrt(max(m, n)), lets AdamW's learning rates be used (Liu et al., arXiv 2502.16982); "aspect" is sqrt(m / n),
+"none" 1.
 
 A new update rule is a subclass with one method:
 
@@ -70,7 +70,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         "momentum": Option(0.95, "share of the momentum that a step keeps", (">= 0", "< 1")),
         "nesterov": Option(True, "orthogonalise what momentum will be after one more step with this gradient"),
         "weight_decay": Option(0.0, "decoupled: a step multiplies weights by 1 - lr * this", (">= 0",)),
-        "scale": Option("spectral", "of the update by its shape, see optim/apply_update.py", choices=tuple(SCALES)),
+        "scale": Option("spectral", "of the update: spectral, match_rms_adamw, aspect or none", choices=tuple(SCALES)),
         "polar_method": Option("polar_express", "how polar factors are computed, see optim/polar.py", choices=METHODS),
         "polar_steps": Option(None, "Newton-Schulz steps; None: the method's own number", (">= 1",), kind=int),
         "cautious": Option(False, "decay only where it does not work against the update (arXiv 2510.12402)"),
@@ -88,6 +88,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls._declared = vars(cls).get("options", {})
+        for name, option in cls._declared.items():
+            if not isinstance(option, Option):
+                raise TypeError(f"{cls.__name__}: the option {name} is {option!r}; write Option({option!r}, 'meaning')")
         cls.options = {}
         for base in reversed(cls.__mro__):
             cls.options.update(vars(base).get("_declared", {}))
@@ -371,6 +374,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
         with torch.autocast(batch.gradient.device.type, enabled=False):  # the caller's would recast the products
             direction = self.direction(batch)
+        if direction.shape != batch.gradient.shape:  # a transposed one would be read in the wrong order
+            raise ValueError(
+                f"{type(self).__name__}: the update of matrices {tuple(batch.gradient.shape)} has shape "
+                f"{tuple(direction.shape)}; return one of the same shape"
+            )
         if active is not None:
             for name in state.keys() - OWN_STATE:
                 value = state[name]

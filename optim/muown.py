@@ -36,8 +36,8 @@ class Muown(MatrixOptimizer):
     """Weight-normalised Muon. State beside momentum: four numbers per row, one per matrix."""
 
     options: ClassVar = {
-        "beta1": Option(0.9, "share of the norms' gradient that a step keeps", (">= 0", "< 1")),
-        "beta2": Option(0.95, "share of its square that a step keeps", (">= 0", "< 1")),
+        "beta1": Option(0.9, "share of the norms' mean gradient that a step keeps", (">= 0", "< 1")),
+        "beta2": Option(0.95, "share of the mean square of the norms' gradient that a step keeps", (">= 0", "< 1")),
     }
 
     def direction(self, batch: MatrixBatch) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kernels import backend
-from optim.apply_update import WEIGHT_OPTIONS
+from optim.apply_update import WEIGHT_OPTIONS, check_weight_options
 from optim.config import TORCH_OPTIMIZERS, Groups, OptimizerConfig, adamw, find_rule, rule_settings
 from optim.matrix_optimizer import MatrixOptimizer
 
@@ -27,7 +27,20 @@ def rule_optimizer(rule: type[MatrixOptimizer], groups: Groups, config: Optimize
         options["polar_steps"] = config.polar_steps
     for setting, (name, option) in rule_settings(rule).items():
         options[name] = getattr(config, setting, option.default)
+    defaults = {name: option.default for name, option in rule.options.items()}
+    for group in groups:  # the rule checks this too, in words of its own options
+        check_weight_options(rule.__name__, defaults | options | group, decay="matrix_weight_decay")
     return rule(groups, kernels=config.kernels, comm_dtype=COMM_DTYPES[config.comm_dtype], **options)
+
+
+def refuse_weight_options(config: OptimizerConfig) -> None:
+    """ValueError for a constraint on weights beside an optimizer of torch, which would train without it."""
+    for name, option in WEIGHT_OPTIONS.items():
+        if (value := getattr(config, name, option.default)) != option.default:
+            raise ValueError(
+                f"matrix_optimizer = {config.matrix_optimizer!r} is torch's own, which knows no {name} = {value}; set "
+                f"{name} = {option.default}, or matrix_optimizer to a rule such as 'muon'"
+            )
 
 
 def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: bool = False) -> set[nn.Parameter]:
@@ -57,6 +70,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     an unknown `matrix_optimizer`, a model without matrices and whatever the optimizers refuse.
     """
     make = TORCH_OPTIMIZERS.get(config.matrix_optimizer) or partial(rule_optimizer, find_rule(config.matrix_optimizer))
+    if config.matrix_optimizer in TORCH_OPTIMIZERS:
+        refuse_weight_options(config)
     if config.comm_dtype not in COMM_DTYPES:
         raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
     tables = [module for module in model.modules() if isinstance(module, TABLES)]

@@ -34,6 +34,9 @@ from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
 from optim.second_moment import bounded, over_root
 
+FACTORS = "left_factor", "right_factor"
+BASES = "left_basis", "right_basis"
+
 
 class Soap(MatrixOptimizer):
     """Adam in the eigenbases of the gradients."""
@@ -59,6 +62,7 @@ class Soap(MatrixOptimizer):
         return U
 
     def rotated_direction(self, batch: MatrixBatch, G: Tensor, left: Tensor, right: Tensor, square: Tensor) -> Tensor:
+        """U [B, m, n] in the bases from before this step, `left` and `right`; `square`, V, is changed in place."""
         group, with_bases = batch.group, batch.state["steps"] - steps_to_full_rank(batch)
         square.lerp_((left.mT @ G @ right).square(), 1 - group["beta2"])
         G = G * by_matrix(with_bases > 0, G)  # older gradients have no part in the squares, and would be far above them
@@ -101,10 +105,6 @@ class SoapMuon(Soap):
         divided = left @ over_root(rotated, square) @ right.mT
         has_bases = by_matrix(batch.state["steps"] > steps_to_full_rank(batch), M)
         return self.polar(torch.where(has_bases, divided, M), batch.group)
-
-
-FACTORS = "left_factor", "right_factor"
-BASES = "left_basis", "right_basis"
 
 
 def steps_to_full_rank(batch: MatrixBatch) -> int:

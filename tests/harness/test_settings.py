@@ -60,6 +60,7 @@ def test_spellings_of_a_switch(arguments: list[str], value: bool) -> None:
         (["sotu_base"], ["try configs/sotu_base.toml"]),
         (["--adam_betas=0.9,1.5"], ["adam_betas = '0.9,1.5' must be < 1; 0.8,0.95 works"]),
         (["--head_betas=0.9"], ["head_betas = '0.9' must be 2 values"]),
+        (["--adamw_cooldown_frac=2"], ["adamw_cooldown_frac = 2 must be <= 1; leaving it out works"]),
         (["--matrix_optimizer=adam"], ["matrix_optimizer = 'adam' is unknown", "module:Class"]),
         (["a.toml", "b.toml"], ["a.toml and b.toml are both taken for config files"]),
         (["--seed"], ["--seed has no value; write --seed=VALUE"]),
@@ -169,7 +170,7 @@ def test_an_option_may_be_none_until_it_is_given() -> None:
 
     assert parse_settings(Options, []).cap is None
     assert parse_settings(Options, ["--cap=3"]).cap == 3
-    with pytest.raises(ValueError, match=r"cap = 0 must be > 0$"):
+    with pytest.raises(ValueError, match=r"cap = 0 must be > 0; leaving it out works$"):
         parse_settings(Options, ["--cap=0"])
 
 

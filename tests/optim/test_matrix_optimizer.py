@@ -383,3 +383,14 @@ def test_kernels_are_the_machine_s_own_and_no_part_of_a_checkpoint(monkeypatch: 
     optimizer = Muon([nn.Parameter(torch.zeros(4, 4))], kernels="torch")
     optimizer.load_state_dict(saved)
     assert optimizer.kernels == copy.deepcopy(optimizer).kernels == "torch"
+
+
+def test_an_update_of_another_shape_is_refused() -> None:
+    class Turned(MatrixOptimizer):
+        def orthogonalize(self, update: torch.Tensor, state: Any, group: Any) -> torch.Tensor:
+            return update.mT
+
+    weight = nn.Parameter(torch.ones(3, 2))
+    weight.grad = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"Turned: the update of matrices \(1, 3, 2\) has shape \(1, 2, 3\)"):
+        Turned([weight]).step()

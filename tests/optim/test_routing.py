@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, get_args, get_type_hints
 
@@ -160,6 +161,10 @@ class Spread(Aurora):  # as someone's own file would have it
     }
 
 
+class Idle(MatrixOptimizer):
+    """Has no method."""
+
+
 class Lopsided(MatrixOptimizer):
     options: ClassVar = {"beta": Option(0.1, "is not Aurora's", (">= 0",))}
 
@@ -244,13 +249,55 @@ def test_a_rule_from_outside_is_named_by_its_module_and_has_settings_of_its_own(
         ("optim.normuon:NorMoun", ["optim.normuon has no NorMoun", "choose one of NorMuon, UNorMuon"]),
         ("optim.bank:Bank", ["optim.bank has Bank, which is no subclass", "class SignMuon"]),
         ("optim:MatrixOptimizer", ["no subclass of MatrixOptimizer"]),
+        (f"{__name__}:Idle", ["Idle has no method", "orthogonalize(self, update, state, group)"]),
     ],
-    ids=["unknown", "module", "empty", "relative", "class", "other class", "base class"],
+    ids=["unknown", "module", "empty", "relative", "class", "other class", "base class", "no method"],
 )
 def test_a_rule_that_is_not_there_is_refused_with_what_is(name: str, words: list[str]) -> None:
     with pytest.raises(ValueError) as refusal:
         built(config(matrix_optimizer=name))
     assert all(word in str(refusal.value) for word in [f"matrix_optimizer = {name!r}", *words]), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def (:", ["is not valid Python", "line 1"]),
+        (
+            "import optim\nclass A(optim.MatrixOptimizer):\n    options = {'b': 2.0}",
+            ["A: the option b", "Option(2.0, "],
+        ),
+    ],
+    ids=["syntax", "option"],
+)
+def test_a_mistake_in_the_file_of_a_rule_is_told_in_one_line(
+    source: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mistaken_rule.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError) as refusal:
+        find_rule("mistaken_rule:A")
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            dict(matrix_optimizer="muon", hyperball=True, matrix_weight_decay=0.1),
+            ["matrix_weight_decay = 0.1", "set matrix_weight_decay = 0.0"],
+        ),
+        (dict(matrix_optimizer="adamw", hyperball=True), ["'adamw'", "hyperball = True", "set hyperball = False"]),
+        (dict(matrix_optimizer="sgd", update_floor=0.35), ["update_floor = 0.35", "set update_floor = 0.0", "'muon'"]),
+    ],
+    ids=["decay", "adamw", "sgd"],
+)
+def test_constraints_that_cannot_hold_are_refused_in_words_of_the_settings(
+    settings: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        built(config(**settings))
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 def test_help_explains_every_setting_of_the_optimizers() -> None:

@@ -3,7 +3,7 @@
     ./run.sh rules                                              every rule in RULES on the embedded sample
     ./run.sh rules --question polar --jobs 2 --yes              Muon with each set of coefficients
     ./run.sh rules --question sides --seeds 0 1 2 3 4           Aurora on tall, wide or all matrices
-    ./run.sh rules --table experiments/results/rules.json       (run nothing)
+    ./run.sh rules --table experiments/results/rules_polar.json (run nothing)
 
 Every arm gets the same search for its learning rate on seed 100, which is not reported: three rates, a factor of two
 apart, then one more at a time beyond the best while that is at an end, up to seven; the lowest final validation

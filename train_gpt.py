@@ -35,6 +35,7 @@ from data.shards import find_shards, head_fingerprint, refuse_overlap, set_finge
 from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
+from harness.fsdp import place
 from harness.machine import Clock, Machine, find_machine, prepare_compiler
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
@@ -61,6 +62,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     run_dir: str = "runs"  # where run directories are made
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where hardware has it
+    fsdp: bool = False  # shard weights, gradients and state over the ranks (torch's FSDP2), a block at a time
     compile: bool = False  # torch.compile the model; what it makes stays in .cache/inductor
     profile: bool = False  # trace a step and log its ten largest costs
     # Data
@@ -105,6 +107,8 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
         super().__post_init__()
         self.check_averages(self.train_steps)
         check_name(self.name)
+        if self.fsdp and self.neuron_stats:
+            raise ValueError(f"neuron_stats = {self.neuron_stats} needs whole weights; set it to 0, or fsdp = false")
         if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
             optim.find_rule(self.matrix_optimizer)
         if self.tokenizer != "none" and self.vocab_size != vocab_size(self.tokenizer):
@@ -282,9 +286,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     torch.manual_seed(config.seed)
     with machine.device:
         model = GPT(model_config(config), machine.dtype, end_of_text(config.tokenizer) if config.doc_mask else None)
-    if machine.world_size > 1:
-        for p in model.parameters():
-            dist.broadcast(p.data, src=0)
+    place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
     averages = Averages(model, optimizers, config)
     compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.files import whole_file
 from harness.machine import Machine
 from optim.averages import averaged
+from optim.shards import gathered, local, shard_like
 
 State = dict[str, Any]
 DAMAGE = (
@@ -53,17 +54,19 @@ class CheckpointWriter:
 
         Raises FloatingPointError, and writes nothing, if a weight is not finite.
         """
-        for name, p in model.named_parameters():
-            if not p.isfinite().all():
-                raise FloatingPointError(f"{name} holds NaN or infinity, so no checkpoint was written")
-        states = [optimizer.state_dict() for optimizer in optimizers]  # on every rank: it may gather its shards
+        bad = next((name for name, p in model.named_parameters() if not local(p).isfinite().all()), None)
+        if bad := self.machine.share(bad):
+            raise FloatingPointError(f"{bad} holds NaN or infinity, so no checkpoint was written")
+        is_writer = self.machine.rank == 0
+        states = [optimizer.state_dict() for optimizer in optimizers]  # on every rank: they gather what is in shards
+        weights, extra = (gathered(each, is_kept=is_writer) for each in (dict(model.state_dict()), extra))
         self.settle()
         self._path = self.directory / f"checkpoint_{step:06d}.pt"
-        if self.machine.rank == 0:
+        if is_writer:
             # torch's generators; every rank draws the same numbers, so the first rank's are everyone's
             gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
             rng = dict(cpu=torch.get_rng_state(), cuda=gpu)
-            state = dict(step=step, model=model.state_dict(), optimizers=states, rng=rng, **extra)
+            state = dict(step=step, model=weights, optimizers=states, rng=rng, **extra)
             self._write = self._thread.submit(self._write_file, self._path, to_host(state) if self.in_thread else state)
         if not self.in_thread:
             self.settle()
@@ -165,7 +168,8 @@ def load_checkpoint(
     asked = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     try:
         state = read_checkpoint(path, mapped=device.type == "cuda")  # elsewhere optimizers may keep these very tensors
-        model.load_state_dict(state.pop("model"))
+        own = model.state_dict()
+        model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in state.pop("model").items()})
         for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"]["cpu"])

@@ -10,6 +10,7 @@ import torch
 from data import console
 from data.shards import DataError
 from harness.checkpoint import CheckpointWriter
+from harness.fsdp import at_hand
 from harness.machine import lost_rank, peak_memory_mib, print_error
 from harness.runlog import RunLog
 
@@ -94,11 +95,11 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
     )  # fmt: skip
     log.summary(summary)
     log.closing(summary)
-    if machine.rank == 0 and config.tokenizer != "none" and summary["status"] in (FINISHED, STOPPED):
+    if (machine.rank == 0 or config.fsdp) and config.tokenizer != "none" and summary["status"] in (FINISHED, STOPPED):
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             try:
                 console.accept_stops()
-                with run.averages.tail.in_place():
+                with run.averages.tail.in_place(), at_hand(run.model):
                     log.line(f"sample       {sample()}")
             finally:
                 console.ignore_stops()

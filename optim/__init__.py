@@ -36,6 +36,7 @@ from optim.polar_grad import PolarGrad
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
+from optim.shards import is_sharded, local
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
@@ -55,7 +56,8 @@ def start_reduction(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 
 def finish_reduction(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Have every optimizer hold mean gradients over the ranks, which its next step uses: a matrix optimizer float32
-    ones of its own, the others p.grad, averaged in place. Every rank has to call it; a second call does nothing."""
+    ones of its own, the others p.grad, averaged in place where it is not sharded. Every rank has to call it; a second
+    call does nothing."""
     for optimizer in optimizers:
         if isinstance(optimizer, MatrixOptimizer):
             optimizer.finish_reduction()
@@ -79,10 +81,11 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
         if isinstance(optimizer, MatrixOptimizer):
             own += optimizer.finish_reduction()
         else:
-            shared += gradients_of(optimizer)
+            for gradient in gradients_of(optimizer):
+                (own if is_sharded(gradient) else shared).append(local(gradient))
     device = optimizers[0].param_groups[0]["params"][0].device
     square = sum_of_squares(own, device)
-    group = process_group_of(optimizers)
+    group = next((each.owners() for each in optimizers if isinstance(each, MatrixOptimizer)), None)
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(square, group=group)
     norm = (square + sum_of_squares(shared, device)).sqrt()
@@ -101,5 +104,6 @@ def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def process_group_of(optimizers: Iterable[torch.optim.Optimizer]) -> dist.ProcessGroup | None:
-    """The ranks that share a matrix optimizer's work, and so all optimizers beside it; None: all ranks."""
-    return next((each.process_group for each in optimizers if isinstance(each, MatrixOptimizer)), None)
+    """The ranks that train one model together, as a matrix optimizer among `optimizers` has it; None: all ranks."""
+    matrix_optimizer = next((each for each in optimizers if isinstance(each, MatrixOptimizer)), None)
+    return matrix_optimizer.replicas() if matrix_optimizer else None

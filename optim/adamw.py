@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from optim.shards import local
+
 _plain_step = inspect.unwrap(torch.optim.AdamW.step)  # hooks have been called around the step that calls it
 
 
@@ -42,6 +44,7 @@ class CautiousAdamW(torch.optim.AdamW):
             return
         gradients = [p.grad for p in weights]
         moments = [self.state[p].get("exp_avg", p.grad) for p in weights]  # before the first step only the sign counts
+        weights, gradients, moments = (list(map(local, each)) for each in (weights, gradients, moments))
         decays = torch._foreach_lerp(moments, gradients, 1 - group["betas"][0])
         torch._foreach_sign_(decays)  # of the update; its product with a small weight could round to zero
         torch._foreach_mul_(decays, weights)

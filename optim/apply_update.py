@@ -62,10 +62,10 @@ def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
     return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
 
 
-def scaled(direction: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
-    """lr * scale * direction [..., m, n], float32, zero after a bad gradient; without lr where the step is constrained,
-    which is then applied with the weights at hand."""
-    scale: Any = SCALES[group["scale"]](*direction.shape[-2:])
+def scaled(direction: Tensor, m: int, n: int, group: dict[str, Any], is_finite: Tensor | None) -> Tensor:
+    """lr * scale * direction of m x n matrices, whole or in parts, float32, zero after a bad gradient; without lr where
+    the step is constrained, which is then applied with the weights at hand."""
+    scale: Any = SCALES[group["scale"]](m, n)
     return direction.float() * (scale if constrains(group) else rate(group, is_finite) * scale)
 
 

@@ -8,7 +8,8 @@
     with averages.tail.in_place(): ...     the loss of the averaged weights
 
 They are of all parameters, the token embedding's too, which published runs leave out of the average. Every rank holds
-whole weights and so the whole of both: nothing is sent, and results are the same on any number of ranks.
+whole weights and so the whole of both, or shards of all three: nothing is sent, and results are the same on any number
+of ranks.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+
+from optim.shards import local, shard_like
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,19 @@ class Lookahead:
     def shift(self, of_matrices: float, of_others: float) -> None:
         """Let weights go ahead by these shares of their mean step."""
         for name, weights in self.weights.items():
-            torch._foreach_copy_(self._before[name], weights)
+            here = list(map(local, weights))
+            torch._foreach_copy_(list(map(local, self._before[name])), here)
             if share := of_matrices if name == "matrix" else of_others:
-                torch._foreach_add_(weights, self.mean_step[name], alpha=share)
+                torch._foreach_add_(here, list(map(local, self.mean_step[name])), alpha=share)
 
     @torch.no_grad()
     def note_step(self) -> None:
         """Take the way that the weights have come since `shift` began into the mean."""
         for name, weights in self.weights.items():
-            torch._foreach_sub_(self._before[name], weights)
-            torch._foreach_mul_(self.mean_step[name], self.decay)
-            torch._foreach_add_(self.mean_step[name], self._before[name], alpha=self.decay - 1)
+            before, mean_step = (list(map(local, each)) for each in (self._before[name], self.mean_step[name]))
+            torch._foreach_sub_(before, list(map(local, weights)))
+            torch._foreach_mul_(mean_step, self.decay)
+            torch._foreach_add_(mean_step, before, alpha=self.decay - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: list(steps) for name, steps in self.mean_step.items()}
@@ -89,7 +94,7 @@ class Lookahead:
         """A state without some groups leaves theirs as it is."""
         for name in self.mean_step.keys() & state_dict.keys():
             for mean, saved in zip(self.mean_step[name], state_dict[name], strict=True):
-                mean.copy_(saved)
+                mean.copy_(shard_like(saved, mean))
 
 
 class TailAverage:
@@ -111,8 +116,8 @@ class TailAverage:
             widths = {name: torch.promote_types(p.dtype, torch.float32) for name, p in self.weights.items()}
             self.mean = {name: p.to(widths[name], copy=True) for name, p in self.weights.items()}
             return
-        weights = [self.weights[name].to(mean.dtype) for name, mean in self.mean.items()]
-        torch._foreach_lerp_(list(self.mean.values()), weights, 1 / self.steps)
+        weights = [local(self.weights[name]).to(mean.dtype) for name, mean in self.mean.items()]
+        torch._foreach_lerp_(list(map(local, self.mean.values())), weights, 1 / self.steps)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -132,7 +137,8 @@ class TailAverage:
         return dict(self.mean)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.mean = {name: saved.to(self.weights[name].device, copy=True) for name, saved in state_dict.items()}
+        shards = {name: shard_like(saved, self.weights[name]) for name, saved in state_dict.items()}
+        self.mean = {name: saved.to(self.weights[name].device, copy=True) for name, saved in shards.items()}
 
 
 class Averages:

@@ -60,6 +60,10 @@ class Bank:
     `state` holds this rank's slots: tensors [P, ...], zeros in slots that are padding or not yet used.
     """
 
+    is_sharded = (
+        False  # whether ranks have shards of the parameters, and gradients are means over the ranks as they come
+    )
+
     def __init__(
         self,
         params: list[Tensor],
@@ -99,6 +103,10 @@ class Bank:
     def needs_master(self) -> bool:
         """Whether weights are so short that small updates would round away: they follow a float32 master then."""
         return self.dtype.itemsize < 4
+
+    def is_moved_by_owner(self, group: dict[str, Any]) -> bool:
+        """Whether a matrix's owner makes its new weights, and gives away these in place of the update."""
+        return self.needs_master
 
     def rows(self, tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
         """One tensor (or None) for each parameter -> one view for each matrix of the bank, [m, n] or [m, ...]."""
@@ -162,8 +170,8 @@ class Bank:
 
     def active_slots(self) -> list[int]:
         """The own slots whose matrices have a gradient."""
-        own = self.rows(p.grad for p in self.params)[self.rank :: self.num_ranks]
-        return [slot for slot, g in enumerate(own) if g is not None]
+        own = self.param_of[self.rank :: self.num_ranks]
+        return [slot for slot, index in enumerate(own) if self.params[index].grad is not None]
 
     @property
     def num_own(self) -> int:
@@ -183,33 +191,36 @@ class Bank:
 
     # Results out
 
-    def own_weights(self) -> Tensor:
-        """A copy of the weights (masters, if there are) of the matrices this rank owns, float32 [num_own, m, n]."""
+    def own_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A copy of the weights (masters, if there are) of the matrices this rank owns, [num_own, m, n]."""
         if self.needs_master:
             return self.own_masters()[: self.num_own].clone()
-        return self._copied_weights(self.num_own)
+        return self._copied_weights(self.num_own, dtype)
 
     def own_masters(self) -> Tensor:
         """The float32 master copy of this rank's weights [P, m, n], made from the weights the first time."""
         if "master_weight" not in self.state:
-            self.state["master_weight"] = self._copied_weights(self.num_slots)
+            self.state["master_weight"] = self._copied_weights(self.num_slots, torch.float32)
         return self.state["master_weight"]
 
-    def _copied_weights(self, num_slots: int) -> Tensor:
-        copy = torch.zeros(num_slots, self.m, self.n, dtype=torch.float32, device=self.device)
+    def _copied_weights(self, num_slots: int, dtype: torch.dtype) -> Tensor:
+        copy = torch.zeros(num_slots, self.m, self.n, dtype=dtype, device=self.device)
         for slot, weight in enumerate(self.rows(self.params)[self.rank :: self.num_ranks]):
             assert weight is not None
             copy[slot].view(weight.shape).copy_(weight)
         return copy
 
-    def start_gather(self, own: Tensor) -> None:
-        """Give this rank's results [num_own, m, n] to all: halves as they are, longer ones in `comm_dtype`."""
+    def dtype_sent(self, dtype: torch.dtype, is_exact: bool) -> torch.dtype:
+        """In what results travel: halves as they are, longer ones in `comm_dtype` unless every bit counts."""
+        return dtype if is_exact or dtype.itemsize < 4 else self.comm_dtype
+
+    def start_gather(self, own: Tensor, is_exact: bool = False) -> None:
+        """Give this rank's results [num_own, m, n] to all; new weights have to come out exact."""
         own = own.contiguous()  # a wide one may be a transposed view, which weights would be slow to take in
         if self.num_ranks == 1:
             self._gathered = own, None
             return
-        dtype = own.dtype if own.dtype.itemsize < 4 else self.comm_dtype
-        sent = own.new_zeros(self.num_slots, self.m, self.n, dtype=dtype)
+        sent = own.new_zeros(self.num_slots, self.m, self.n, dtype=self.dtype_sent(own.dtype, is_exact))
         sent[: len(own)] = own
         everything = sent.new_empty(self.num_ranks * self.num_slots, self.m, self.n)
         work = _all_gather(everything, sent, group=self.process_group, async_op=True)
@@ -282,6 +293,7 @@ class Bank:
         """Whether the master weights in `whole` round to the weights there are: others were put in their place since,
         or the format has changed."""
         pairs = [(whole.get(p, {}).get("master_weight"), p) for p in self.params]
-        return self.needs_master and all(
-            master is not None and torch.equal(master.to(p.dtype).reshape(p.shape), p.detach()) for master, p in pairs
-        )
+        return self.needs_master and all(master is not None and self._rounds_to(master, p) for master, p in pairs)
+
+    def _rounds_to(self, master: Tensor, p: Tensor) -> bool:
+        return torch.equal(master.to(p.device, p.dtype).reshape(p.shape), p.detach())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -15,6 +16,7 @@ from kernels import backend
 from optim.apply_update import check_weight_options
 from optim.bank import layout, matrices
 from optim.options import check_options
+from optim.shards import cut_dim, is_sharded, local, numbers_of, shard_group
 
 if TYPE_CHECKING:
     from optim.matrix_optimizer import MatrixOptimizer
@@ -37,12 +39,14 @@ def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
                 f"{who}: hyperball keeps norms, and {name} has a matrix of zeros, which would stay zero; start it from "
                 "random numbers (in a recipe init_out = 0.02, init_down = 0.02), or give it a group without hyperball"
             )
+    check_placement(optimizer)
     for device in {p.device for p in group["params"]}:
         backend(optimizer.kernels, device)
 
 
-def _has_zero_matrix(p: Tensor, group: Mapping[str, Any]) -> bool:
-    norms = torch._foreach_norm(matrices(p.detach(), group["row_blocks"], group["flatten"]))
+def _has_zero_matrix(p: Any, group: Mapping[str, Any]) -> bool:
+    whole = p.detach().full_tensor() if is_sharded(p) else p.detach()
+    norms = torch._foreach_norm(matrices(whole, group["row_blocks"], group["flatten"]))
     return not torch.stack(norms).all()
 
 
@@ -51,8 +55,6 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
     problem = ""
     if is_lazy(p):
         problem = "has no shape yet; run a batch through the model before making the optimizer"
-    elif hasattr(p, "device_mesh"):
-        problem = "is a DTensor; give whole parameters, whose updates are shared out among ranks"
     elif p.layout != torch.strided:
         problem = f"is stored as {p.layout}; only dense matrices (torch.strided) can be updated"
     elif p.ndim < 2:
@@ -65,6 +67,8 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
         problem = f"has shape {tuple(p.shape)} and so no elements; leave it out"
     elif any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         problem = "is expanded, so that elements share memory; give it its own with clone()"
+    elif is_sharded(p):
+        problem = _problem_of_shards(p)
     if problem:
         raise ValueError(f"{who}: {name} {problem}")
     _, rows, _ = layout(p, 1, flatten)
@@ -72,6 +76,37 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
         raise ValueError(
             f"{who}: row_blocks = {row_blocks} must divide the {rows} rows of {name}; 1 keeps matrices whole"
         )
+
+
+def _problem_of_shards(p: Any) -> str:
+    """What keeps a DTensor from being moved by the owners of its matrices; empty if nothing does."""
+    if cut_dim(p) is None:
+        placements = ", ".join(map(str, p.placements))
+        return (
+            f"is a DTensor placed as ({placements}); cut it along dimension 0 over one dimension of its mesh, and "
+            "replicate it over the others, as torch.distributed.fsdp.fully_shard does"
+        )
+    held, group = local(p), shard_group(p)
+    numbers = numbers_of(p, dist.get_rank(group), dist.get_world_size(group))
+    if held.numel() != len(numbers) or not held.is_contiguous():
+        return f"has a shard of shape {tuple(held.shape)} that is not the contiguous part that fully_shard would make"
+    return ""
+
+
+def check_placement(optimizer: "MatrixOptimizer") -> None:
+    """ValueError unless all parameters are whole, or all are sharded over the same ranks."""
+    names = [name for index in range(len(optimizer.param_groups)) for name in optimizer._names(index)]
+    params: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
+    places = [(p.device_mesh, cut_dim(p)) if is_sharded(p) else "whole" for p in params]
+    other = next((name for name, place in zip(names, places, strict=True) if place != places[0]), "")
+    who = type(optimizer).__name__
+    if other:
+        raise ValueError(
+            f"{who}: {other} and {names[0]} are not sharded alike (one is whole, or they are on different meshes); "
+            "give each kind an optimizer of its own"
+        )
+    if params and is_sharded(params[0]) and optimizer.process_group is not None:
+        raise ValueError(f"{who}: process_group is for whole parameters, and {names[0]} is sharded; leave it out")
 
 
 def warn_of_stacks(who: str, names: list[str], group: Mapping[str, Any]) -> None:

@@ -40,6 +40,8 @@ from optim.gradient_check import GradientCheck
 from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
 from optim.reductions import Reductions
+from optim.sharded_bank import ShardedBank
+from optim.shards import is_sharded, shard_group
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -141,6 +143,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
         dtype = fast_half_dtype(update.device.type)
         return dict(method=group["polar_method"], steps=group["polar_steps"], dtype=dtype, kernels=self.kernels)
 
+    def owners(self) -> dist.ProcessGroup | None:
+        """The ranks that share the work: those with the parameters' shards, or `process_group`; None: all ranks."""
+        p = self._any_param()
+        return shard_group(p) if is_sharded(p) else self.process_group
+
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks whose gradients are averaged: the same, and for shards that have copies all ranks."""
+        p = self._any_param()
+        return shard_group(p) if is_sharded(p) and p.device_mesh.ndim == 1 else self.process_group
+
+    def _any_param(self) -> Any:
+        return next((p for group in self.param_groups for p in group["params"]), None)
+
     # Param groups and the banks made from them
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -168,9 +183,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 kinds[layout(p, group["row_blocks"], group["flatten"])[1:], p.dtype, p.device].append(i)
             names = self._names(index)
             for places in kinds.values():
-                bank = Bank(
+                bank = (ShardedBank if is_sharded(group["params"][places[0]]) else Bank)(
                     [group["params"][i] for i in places], [names[i] for i in places], group["row_blocks"],
-                    self.comm_dtype, self.process_group, rank, num_ranks, group["flatten"],
+                    self.comm_dtype, self.owners(), rank, num_ranks, group["flatten"],
                 )  # fmt: skip
                 result.append((bank, group))
         return result
@@ -180,7 +195,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if not self._banks:
             rank, num_ranks = 0, 1
             if dist.is_initialized():
-                rank, num_ranks = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+                rank, num_ranks = dist.get_rank(self.owners()), dist.get_world_size(self.owners())
             self._banks = self.plan_banks(rank, num_ranks)
             params = [p for group in self.param_groups for p in group["params"]]
             banks = [bank for bank, _ in self._banks]
@@ -243,14 +258,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         def take(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             taken.update(fitted_state_dict(self, state_dict))
-            return taken
+            return {**taken, "state": {}}  # the tensors follow below, in float32
 
         def keep_float32(optimizer: torch.optim.Optimizer) -> None:
             saved = [i for group in taken["param_groups"] for i in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
             for i, p in zip(saved, params, strict=True):
+                device = torch.device("cpu") if is_sharded(p) else p.device  # there may be no room for it whole
                 for name, value in taken["state"].get(i, {}).items():
-                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+                    self.state[p][name] = value.to(device, torch.float32, copy=True)
 
         with (
             self.register_load_state_dict_pre_hook(take),
@@ -288,7 +304,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         changes p.grad between that and the step comes too late. Without ranks it does nothing.
         """
         self._reduced = None
-        if all(bank.num_ranks == 1 for bank, _ in self._make_banks()):
+        if all(bank.num_ranks == 1 or bank.is_sharded for bank, _ in self._make_banks()):
             return
         reference = weakref.ref(self)  # a parameter does not keep its optimizers alive
 
@@ -360,11 +376,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 bank.state[name] = value.new_zeros(bank.num_slots, *value.shape[1:])
             if value is not views.get(name):  # new, or put in place of the old
                 bank.state[name][: bank.num_own] = value
-        if bank.needs_master:
-            master, updates = bank.own_masters(), scaled(direction, group, is_finite)
-            apply_update([master[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
-            direction = master[: bank.num_own].to(bank.dtype)
-        bank.start_gather(direction)
+        is_moved = bank.is_moved_by_owner(group)
+        if is_moved:
+            exact = torch.promote_types(bank.dtype, torch.float32)
+            weights = bank.own_masters() if bank.needs_master else bank.own_weights(exact)
+            updates = scaled(direction, bank.m, bank.n, group, is_finite)
+            apply_update([weights[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
+            direction = weights[: bank.num_own].to(bank.dtype)
+        bank.start_gather(direction, is_exact=is_moved)
 
     def _direction(self, batch: MatrixBatch) -> Tensor:
         """The direction to move in, [B, m, n]; the batch's state changes for the matrices alone that move."""
@@ -387,13 +406,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return direction
 
     def _finish_update(self, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> None:
-        results = bank.gathered()
-        if not bank.needs_master:
-            results = scaled(results, group, is_finite)
+        results, is_moved = bank.gathered(), bank.is_moved_by_owner(group)
+        if not is_moved:
+            results = scaled(results, bank.m, bank.n, group, is_finite)
         weights, updates = bank.active_pairs(results)
         if not weights:
             return
-        if bank.needs_master:
+        if is_moved:
             torch._foreach_copy_(weights, updates)
         else:
             apply_update(weights, updates, group, is_finite)

@@ -1,0 +1,49 @@
+"""Weights on the ranks: whole on each, or in shards by torch's fully_shard, a block at a time.
+
+In shards a rank holds 1/R of weights, gradients and optimizer state. A block's weights are gathered before its forward
+and its backward pass, in the dtype they are multiplied in, and dropped after it; gradients are averaged in float32.
+Embedding, head and scalars are gathered together, in float32. A forward pass is a collective then: every rank has to
+take it.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from harness.machine import Machine
+
+
+def place(model: nn.Module, blocks: Iterable[nn.Module], machine: Machine, is_sharded: bool) -> None:
+    """Give every rank the first one's weights, whole or in shards. Whole they have to fit a rank's memory once, before
+    there are gradients and state."""
+    if machine.world_size == 1:
+        return
+    for p in model.parameters():
+        dist.broadcast(p.data, src=0)
+    if not is_sharded:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(machine.device.type, (machine.world_size,))
+    halves = MixedPrecisionPolicy(machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=halves)
+    # dropped after a forward pass too, or validation would leave behind averaged weights for the next step
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+@contextlib.contextmanager
+def at_hand(model: nn.Module) -> Iterator[None]:
+    """A block in which the parts of a sharded model around its blocks can be called one by one, by all ranks alike."""
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    model.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.reshard()  # type: ignore[operator]

@@ -1,0 +1,181 @@
+"""Banks of matrices that lie in shards on the ranks, as torch's fully_shard leaves them: cut along dimension 0.
+
+Row by row, the numbers of a parameter are one sequence. A matrix is a range of it, a rank's shard is another, and where
+the two overlap is what the rank has of that matrix: some rows, a whole matrix of a stack, or nothing. So matrices have
+owners as in bank.py, and the ranks exchange overlaps alone:
+
+    mean gradients, in shards  --all-to-all--> gradient [P, m, n] of the rank's own
+    state [P, ...], update rule -------------> direction [P, m, n]
+    direction                  --all-to-all--> the updates of every rank's shards
+
+Where R divides B, a rank sends B m n (R - 1) / R^2 numbers each way: for its shard, 1 / R of all numbers, the part that
+others own. What depends on more of a weight than one number (a norm that is kept, a floor under the update) is done by
+the matrix's owner, which asks for the weights and returns them: an all-to-all more.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.apply_update import constrains
+from optim.bank import Bank
+from optim.shards import local, numbers_of
+
+
+class Piece(NamedTuple):
+    """Part of a tensor's numbers: `which` says of which, a parameter's shard or a slot's matrix."""
+
+    which: int
+    start: int
+    stop: int
+
+
+class Exchange(NamedTuple):
+    """Pieces under way: what arrives, in which pieces, and what it is sent from."""
+
+    received: Tensor
+    pieces: list[Piece]
+    work: dist.Work | None
+    sent: Tensor
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What has arrived, piece by piece."""
+        if self.work is not None:
+            self.work.wait()
+        return self.received.split([piece.stop - piece.start for piece in self.pieces])
+
+
+class ShardedBank(Bank):
+    """A bank whose parameters are DTensors, placed as `cut_dim` says over the ranks of `process_group`."""
+
+    is_sharded = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._to_owner: list[list[Piece]] = [[] for _ in range(self.num_ranks)]  # of this rank's shards
+        self._from_rank: list[list[Piece]] = [[] for _ in range(self.num_ranks)]  # of this rank's matrices
+        number = 0
+        for index, (p, size) in enumerate(zip(self.params, self.sizes, strict=True)):
+            shards = [numbers_of(p, rank, self.num_ranks) for rank in range(self.num_ranks)]
+            for place in range(size):
+                first = place * self.m * self.n
+                slot, owner = divmod(number, self.num_ranks)
+                for rank, shard in enumerate(shards):
+                    start, stop = max(first, shard.start), min(first + self.m * self.n, shard.stop)
+                    if start < stop and owner == self.rank:
+                        self._from_rank[rank].append(Piece(slot, start - first, stop - first))
+                    if start < stop and rank == self.rank:
+                        self._to_owner[owner].append(Piece(index, start - shard.start, stop - shard.start))
+                number += 1
+        self._arriving: Exchange | None = None
+        self._returning: Exchange | None = None
+
+    def _cut_into_buckets(self) -> list[range]:
+        return [range(self.num_slots)]
+
+    def is_moved_by_owner(self, group: dict[str, Any]) -> bool:
+        return self.needs_master or constrains(group)
+
+    def _exchange(
+        self,
+        tensors: Sequence[Tensor | None],
+        pieces: list[list[Piece]],
+        arriving: list[list[Piece]],
+        dtype: torch.dtype,
+    ) -> Exchange:
+        """Send `pieces`, a list for each rank, of tensors of one dimension (None: zeros)."""
+        counts, expected = (
+            [sum(piece.stop - piece.start for piece in of_rank) for of_rank in each] for each in (pieces, arriving)
+        )
+        sent = torch.zeros(sum(counts), dtype=dtype, device=self.device)
+        flat = [piece for of_rank in pieces for piece in of_rank]
+        places = sent.split([piece.stop - piece.start for piece in flat])
+        present = [(to, tensors[piece.which], piece) for to, piece in zip(places, flat, strict=True)]
+        copied = [(to, value[piece.start : piece.stop]) for to, value, piece in present if value is not None]
+        if copied:
+            torch._foreach_copy_([to for to, _ in copied], [value for _, value in copied])
+        received = sent.new_empty(sum(expected))
+        work = dist.all_to_all_single(received, sent, expected, counts, group=self.process_group, async_op=True)
+        return Exchange(received, [piece for of_rank in arriving for piece in of_rank], work, sent)
+
+    def _start_to_owners(self, shards: Sequence[Tensor | None], dtype: torch.dtype) -> Exchange:
+        flat = [None if shard is None else shard.reshape(-1) for shard in shards]
+        return self._exchange(flat, self._to_owner, self._from_rank, dtype)
+
+    def _at_owner(self, exchange: Exchange) -> Tensor:
+        """The matrices that this rank owns, float32 or wider [P, m, n]; zeros as padding."""
+        dtype = torch.promote_types(exchange.received.dtype, torch.float32)
+        own = torch.zeros(self.num_slots, self.m * self.n, dtype=dtype, device=self.device)
+        parts = exchange.wait()
+        if parts:
+            torch._foreach_copy_([own[slot, start:stop] for slot, start, stop in exchange.pieces], parts)
+        return own.view(self.num_slots, self.m, self.n)
+
+    # Gradients in
+
+    def start_reduction(self, slots: range) -> None:
+        """Send the gradients, means over the ranks already, to their owners."""
+        self.refuse_unusable()
+        pairs: list[tuple[Any, Any]] = [(p, p.grad) for p in self.params]
+        alike = [g if g is None else g.redistribute(placements=p.placements) for p, g in pairs]
+        self._arriving = self._start_to_owners([local(gradient) for gradient in alike], self.comm_dtype)
+
+    def own_gradient(self) -> Tensor:
+        assert self._arriving is not None
+        gradient = self._at_owner(self._arriving)
+        self.forget_reduction()
+        return gradient.float()
+
+    def forget_reduction(self) -> None:
+        self._arriving = None
+
+    # Results out
+
+    def _copied_weights(self, num_slots: int, dtype: torch.dtype) -> Tensor:
+        shards = [local(p.detach()) for p in self.params]
+        return self._at_owner(self._start_to_owners(shards, dtype))[:num_slots]
+
+    def start_gather(self, own: Tensor, is_exact: bool = False) -> None:
+        rows = list(own.flatten(1).unbind(0))
+        self._returning = self._exchange(rows, self._from_rank, self._to_owner, self.dtype_sent(own.dtype, is_exact))
+
+    def gathered(self) -> Tensor:
+        assert self._returning is not None
+        self._returning.wait()
+        return self._returning.received
+
+    def active_pairs(self, everything: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(parts of this rank's shards, their results) of all matrices that have a gradient."""
+        assert self._returning is not None
+        pieces, self._returning = self._returning.pieces, None
+        flat = [local(p.detach()).view(-1) if p.grad is not None else None for p in self.params]
+        parts = everything.split([piece.stop - piece.start for piece in pieces])
+        pairs = [
+            (weight[start:stop], part)
+            for (index, start, stop), part in zip(pieces, parts, strict=True)
+            if (weight := flat[index]) is not None
+        ]
+        return [weight for weight, _ in pairs], [part for _, part in pairs]
+
+    # State, whole and in parts
+
+    def _gather_state(self, own: Tensor) -> Tensor:
+        """Whole state is in main memory: on a GPU there may be no room for it."""
+        whole = super()._gather_state(own)
+        return whole if self.num_ranks == 1 else whole.cpu()
+
+    def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        fits = super()._is_master_of_these(whole)
+        if self.needs_master:  # for shards of other ranks, too
+            misses = torch.tensor(float(not fits), device=self.device)
+            dist.all_reduce(misses, group=self.process_group)
+            fits = not misses
+        return fits
+
+    def _rounds_to(self, master: Tensor, p: Tensor) -> bool:
+        numbers = numbers_of(p, self.rank, self.num_ranks)
+        part = master.reshape(-1)[numbers.start : numbers.stop]
+        return torch.equal(part.to(p.device, p.dtype), local(p.detach()).view(-1))

@@ -1,10 +1,11 @@
 """Print where every parameter of a recipe goes: its optimizer, its bank, the ranks that own it, the state it costs.
 
-    python -m benchmarks.optimizer_plan configs/fineweb_124m_aurora.toml --ranks=8 [--key=value ...]
+    python -m benchmarks.optimizer_plan configs/fineweb_124m_aurora.toml --ranks=8 [--fsdp] [--key=value ...]
 
 Nothing is allocated: the model is built without memory, and state is counted from what the update rules make of
 tensors without memory. A bank is all matrices of one shape; a parameter that is a stack of matrices has an owner for
-each. Parameters outside banks are kept whole by every rank.
+each. Parameters outside banks are kept whole by every rank, or with fsdp in shards like all weights and gradients; the
+bytes are then those of the first rank, which has the longest shards.
 """
 
 import itertools
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from data import console
+from harness.fsdp import cut_dim
 from harness.settings import parse_settings
 from harness.tables import align
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
+from optim.shards import numbers_of
 from train_gpt import load_config
 
 
@@ -41,9 +44,14 @@ def replicated_state_bytes(optimizer: torch.optim.Optimizer) -> dict[Tensor, int
     return {p: nbytes(state.values()) for p, state in optimizer.state.items()}
 
 
-def routing(optimizers: list[torch.optim.Optimizer], ranks: int) -> tuple[list[list[str]], int]:
+def share(p: Tensor, ranks: int, fsdp: bool) -> float:
+    """The part of a parameter that one rank keeps."""
+    return sum(map(len, numbers_of(p.shape, cut_dim(p, ranks), 0, ranks))) / p.numel() if fsdp else 1.0
+
+
+def routing(optimizers: list[torch.optim.Optimizer], ranks: int, fsdp: bool) -> tuple[list[list[str]], float]:
     """(a line of cells for each parameter, bytes of state on one rank)."""
-    lines, per_rank = [], 0
+    lines, per_rank = [], 0.0
     for optimizer in optimizers:
         rule = type(optimizer).__name__
         if isinstance(optimizer, MatrixOptimizer):
@@ -61,7 +69,7 @@ def routing(optimizers: list[torch.optim.Optimizer], ranks: int) -> tuple[list[l
         for group in optimizer.param_groups:
             for param, p in zip(group["param_names"], group["params"], strict=True):
                 lines.append([param, "x".join(map(str, p.shape)), rule, "-", "all", f"{state[p]:,}"])
-                per_rank += state[p]
+                per_rank += state[p] * share(p, ranks, fsdp)
     return lines, per_rank
 
 
@@ -76,10 +84,10 @@ def _main(argv: list[str]) -> None:
     with torch.device("meta"):
         model = GPT(config)
     optimizers = build_optimizers(model, config)
-    lines, per_rank = routing(optimizers, ranks)
+    lines, per_rank = routing(optimizers, ranks, config.fsdp)
     print(align([["parameter", "shape", "optimizer", "bank", "owner", "state bytes"], *lines]))
-    total = sum(p.nbytes for p in model.parameters())
-    print(f"{model.num_params():,} parameters, {total / 2**20:,.1f} MiB on every rank; gradients as much again")
+    weights = sum(p.nbytes * share(p, ranks, config.fsdp) for p in model.parameters())
+    print(f"{model.num_params():,} parameters, {weights / 2**20:,.1f} MiB on every rank; gradients as much again")
     print(f"optimizer state: {per_rank / 2**20:,.1f} MiB on each of {ranks} ranks")
 
 

@@ -4,6 +4,9 @@ In shards a rank holds 1/R of weights, gradients and optimizer state. A block's 
 and its backward pass, in the dtype they are multiplied in, and dropped after it; gradients are averaged in float32.
 Embedding, head and scalars are gathered together, in float32. A forward pass is a collective then: every rank has to
 take it.
+
+Stacked weights are cut along their rows where the ranks divide these, and along the stack, whose few matrices not every
+rank would get one of, where not.
 """
 
 import contextlib
@@ -27,13 +30,20 @@ def place(model: nn.Module, blocks: Iterable[nn.Module], machine: Machine, is_sh
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
-    halves = MixedPrecisionPolicy(machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduce_dtype = torch.promote_types(machine.dtype, torch.float32)
+    halves = MixedPrecisionPolicy(machine.dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=halves)
+        fully_shard(block, mesh=mesh, mp_policy=halves, shard_placement_fn=lambda p: Shard(cut_dim(p, mesh.size())))
     # dropped after a forward pass too, or validation would leave behind averaged weights for the next step
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def cut_dim(p: torch.Tensor, ranks: int) -> int:
+    """The dimension along which a parameter is cut."""
+    return 1 if p.ndim == 3 and p.size(1) % ranks == 0 else 0  # fully_shard cuts dimensions but the first evenly alone
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from kernels import backend
 from optim.apply_update import check_weight_options
 from optim.bank import layout, matrices
 from optim.options import check_options
-from optim.shards import cut_dim, is_sharded, local, numbers_of, shard_group
+from optim.shards import cut_of, is_sharded, local, numbers_of, shard_group
 
 if TYPE_CHECKING:
     from optim.matrix_optimizer import MatrixOptimizer
@@ -68,7 +68,7 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
     elif any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         problem = "is expanded, so that elements share memory; give it its own with clone()"
     elif is_sharded(p):
-        problem = _problem_of_shards(p)
+        problem = _problem_of_shards(p, rows=0 if flatten else p.ndim - 2)
     if problem:
         raise ValueError(f"{who}: {name} {problem}")
     _, rows, _ = layout(p, 1, flatten)
@@ -78,17 +78,19 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
         )
 
 
-def _problem_of_shards(p: Any) -> str:
-    """What keeps a DTensor from being moved by the owners of its matrices; empty if nothing does."""
-    if cut_dim(p) is None:
+def _problem_of_shards(p: Any, rows: int) -> str:
+    """What keeps a DTensor, whose matrices' rows are dimension `rows`, from being moved by owners; empty if nothing
+    does."""
+    cut = cut_of(p)
+    if cut is None or cut.dim > rows:
         placements = ", ".join(map(str, p.placements))
         return (
-            f"is a DTensor placed as ({placements}); cut it along dimension 0 over one dimension of its mesh, and "
-            "replicate it over the others, as torch.distributed.fsdp.fully_shard does"
+            f"is a DTensor placed as ({placements}); cut it along dimension 0 (up to {rows} works) over one dimension "
+            "of its mesh and replicate it over the others, as torch.distributed.fsdp.fully_shard does"
         )
     held, group = local(p), shard_group(p)
-    numbers = numbers_of(p, dist.get_rank(group), dist.get_world_size(group))
-    if held.numel() != len(numbers) or not held.is_contiguous():
+    numbers = numbers_of(p.shape, cut.dim, dist.get_rank(group), dist.get_world_size(group))
+    if held.numel() != sum(map(len, numbers)) or not held.is_contiguous():
         return f"has a shard of shape {tuple(held.shape)} that is not the contiguous part that fully_shard would make"
     return ""
 
@@ -97,7 +99,7 @@ def check_placement(optimizer: "MatrixOptimizer") -> None:
     """ValueError unless all parameters are whole, or all are sharded over the same ranks."""
     names = [name for index in range(len(optimizer.param_groups)) for name in optimizer._names(index)]
     params: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
-    places = [(p.device_mesh, cut_dim(p)) if is_sharded(p) else "whole" for p in params]
+    places = [(p.device_mesh, shard_group(p)) if is_sharded(p) else "whole" for p in params]
     other = next((name for name, place in zip(names, places, strict=True) if place != places[0]), "")
     who = type(optimizer).__name__
     if other:

@@ -1,8 +1,9 @@
-"""Banks of matrices that lie in shards on the ranks, as torch's fully_shard leaves them: cut along dimension 0.
+"""Banks of matrices that lie in shards on the ranks, as torch's fully_shard leaves them: cut along their rows, or along
+a dimension before these (dimension 0 of a stack, say).
 
-Row by row, the numbers of a parameter are one sequence. A matrix is a range of it, a rank's shard is another, and where
-the two overlap is what the rank has of that matrix: some rows, a whole matrix of a stack, or nothing. So matrices have
-owners as in bank.py, and the ranks exchange overlaps alone:
+Row by row, the numbers of a parameter are one sequence. A matrix is a range of it, a rank's shard a few others, and
+where they overlap is what the rank has of that matrix: some rows, a whole matrix of a stack, or nothing. So matrices
+have owners as in bank.py, and the ranks exchange overlaps alone:
 
     mean gradients, in shards  --all-to-all--> gradient [P, m, n] of the rank's own
     state [P, ...], update rule -------------> direction [P, m, n]
@@ -13,6 +14,7 @@ others own. What depends on more of a weight than one number (a norm that is kep
 the matrix's owner, which asks for the weights and returns them: an all-to-all more.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from optim.apply_update import constrains
 from optim.bank import Bank
-from optim.shards import local, numbers_of
+from optim.shards import cut_of, local, numbers_of
 
 
 class Piece(NamedTuple):
@@ -49,7 +51,7 @@ class Exchange(NamedTuple):
 
 
 class ShardedBank(Bank):
-    """A bank whose parameters are DTensors, placed as `cut_dim` says over the ranks of `process_group`."""
+    """A bank whose parameters are DTensors, cut as `cut_of` says over the ranks of `process_group`."""
 
     is_sharded = True
 
@@ -57,21 +59,27 @@ class ShardedBank(Bank):
         super().__init__(*arguments)
         self._to_owner: list[list[Piece]] = [[] for _ in range(self.num_ranks)]  # of this rank's shards
         self._from_rank: list[list[Piece]] = [[] for _ in range(self.num_ranks)]  # of this rank's matrices
-        number = 0
+        first_matrix, each = 0, self.m * self.n
         for index, (p, size) in enumerate(zip(self.params, self.sizes, strict=True)):
-            shards = [numbers_of(p, rank, self.num_ranks) for rank in range(self.num_ranks)]
-            for place in range(size):
-                first = place * self.m * self.n
-                slot, owner = divmod(number, self.num_ranks)
-                for rank, shard in enumerate(shards):
-                    start, stop = max(first, shard.start), min(first + self.m * self.n, shard.stop)
-                    if start < stop and owner == self.rank:
-                        self._from_rank[rank].append(Piece(slot, start - first, stop - first))
-                    if start < stop and rank == self.rank:
-                        self._to_owner[owner].append(Piece(index, start - shard.start, stop - shard.start))
-                number += 1
+            for rank in range(self.num_ranks):
+                passed = 0  # numbers of the rank's shard
+                for held in self._numbers(p, rank):
+                    for place in range(held.start // each, math.ceil(held.stop / each)):  # the matrices they are of
+                        start, stop = max(held.start, place * each), min(held.stop, (place + 1) * each)
+                        slot, owner = divmod(first_matrix + place, self.num_ranks)
+                        if owner == self.rank:
+                            self._from_rank[rank].append(Piece(slot, start - place * each, stop - place * each))
+                        if rank == self.rank:
+                            self._to_owner[owner].append(Piece(index, passed, passed + stop - start))
+                        passed += stop - start
+            first_matrix += size
         self._arriving: Exchange | None = None
         self._returning: Exchange | None = None
+
+    def _numbers(self, p: Tensor, rank: int) -> list[range]:
+        cut = cut_of(p)
+        assert cut is not None
+        return numbers_of(p.shape, cut.dim, rank, self.num_ranks)
 
     def _cut_into_buckets(self) -> list[range]:
         return [range(self.num_slots)]
@@ -176,6 +184,6 @@ class ShardedBank(Bank):
         return fits
 
     def _rounds_to(self, master: Tensor, p: Tensor) -> bool:
-        numbers = numbers_of(p, self.rank, self.num_ranks)
-        part = master.reshape(-1)[numbers.start : numbers.stop]
-        return torch.equal(part.to(p.device, p.dtype), local(p.detach()).view(-1))
+        numbers, here = master.reshape(-1), local(p.detach()).view(-1)
+        parts = [numbers[held.start : held.stop] for held in self._numbers(p, self.rank)]
+        return torch.equal(torch.cat([numbers[:0], *parts]).to(p.device, p.dtype), here)

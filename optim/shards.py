@@ -1,7 +1,8 @@
 """Tensors in shards (DTensors), as torch's fully_shard makes them, and whole ones."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -42,24 +43,34 @@ def gathered(tree: Any, is_kept: bool = True) -> Any:
     return whole.cpu() if is_kept else None
 
 
-def cut_dim(p: Any) -> int | None:
-    """The dimension of a sharded parameter's mesh over which dimension 0 is cut; None if it is placed another way."""
+class Cut(NamedTuple):
+    """How a parameter is cut: dimension `dim` over dimension `mesh_dim` of its mesh, as torch.chunk does."""
+
+    mesh_dim: int
+    dim: int
+
+
+def cut_of(p: Any) -> Cut | None:
+    """How a sharded parameter is cut; None if not over one dimension of its mesh, with copies over the others."""
     from torch.distributed.tensor import Replicate, Shard
 
-    cut = [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
-    return cut[0] if len(cut) == 1 and p.placements[cut[0]] == Shard(0) else None
+    cuts = [Cut(i, place.dim) for i, place in enumerate(p.placements) if type(place) is Shard]
+    others = [place for place in p.placements if not isinstance(place, Replicate)]
+    return cuts[0] if len(cuts) == len(others) == 1 else None
 
 
 def shard_group(p: Any) -> dist.ProcessGroup:
     """The ranks that have the shards of a parameter; those with copies of them are in groups of their own."""
-    dim = cut_dim(p)
-    assert dim is not None
-    group: dist.ProcessGroup = p.device_mesh.get_group(dim)
+    cut = cut_of(p)
+    assert cut is not None
+    group: dist.ProcessGroup = p.device_mesh.get_group(cut.mesh_dim)
     return group
 
 
-def numbers_of(p: Tensor, rank: int, num_ranks: int) -> range:
-    """The numbers of the whole parameter that a rank holds: as torch.chunk cuts dimension 0."""
-    length, rest = math.ceil(p.size(0) / num_ranks), p.numel() // p.size(0)
-    start, stop = (min(place * length, p.size(0)) * rest for place in (rank, rank + 1))
-    return range(start, stop)
+def numbers_of(shape: Sequence[int], dim: int, rank: int, num_ranks: int) -> list[range]:
+    """The numbers of a parameter that a rank holds, in its order, where dimension `dim` is cut: a range for each index
+    of the dimensions before it."""
+    length, rest = math.ceil(shape[dim] / num_ranks), math.prod(shape[dim + 1 :])
+    start, stop = (min(place * length, shape[dim]) for place in (rank, rank + 1))
+    leads = range(math.prod(shape[:dim])) if start < stop else range(0)
+    return [range((lead * shape[dim] + start) * rest, (lead * shape[dim] + stop) * rest) for lead in leads]

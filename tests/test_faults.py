@@ -58,7 +58,8 @@ def test_a_run_killed_three_times_is_the_run_that_was_not_to_the_bit(
 
 
 @pytest.mark.slow
-def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", ["--fsdp=false", "--fsdp"])
+def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Path, fsdp: str) -> None:
     """Without torchrun, which stops the rank that is left, sometimes before it has noticed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -66,7 +67,7 @@ def test_a_rank_says_that_the_other_one_is_gone(tiny_recipe: Path, tmp_path: Pat
     variables = {**os.environ, **place, "FAULTS": "step:13", "TORCHELASTIC_RESTART_COUNT": "0"}
     variables["PYTHONPATH"] = PYTHONPATH
     command = [sys.executable, "tests/warm.py", "tests/faulty_trainer.py", str(tiny_recipe), "--micro_batch_tokens=32"]
-    command += ["--checkpoint_every=5", f"--run_dir={tmp_path}"]
+    command += ["--checkpoint_every=5", f"--run_dir={tmp_path}", fsdp]
     ranks = [
         subprocess.Popen(
             command,

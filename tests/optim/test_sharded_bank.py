@@ -15,12 +15,16 @@ from torch import nn
 
 from optim import MatrixOptimizer, Muon, clip_gradients
 from optim.shards import local, shard_like
-from tests.optim.test_sharding import RULES, SHAPES, flat, float64, make, make_params, randn
+from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
 STEPS = 20
-SHORT = {"riemannian_aurora", "soap", "soap_muon"}
-PLACES = ("2 ranks", "3 ranks", "4 ranks", "2 copies on 2 ranks")
+# What acts on weights, asks for them, or keeps state; every rule is in tests/test_fsdp.py.
+RULES = [
+    "muon", "muon, cautious", "muon, brake and floor", "muon, hyperball", "muown", "normuon, long", "aurora, warm",
+    "adamuon",
+]  # fmt: skip
+PLACES = ("2 ranks", "3 ranks", "4 ranks", "2 copies on 2 ranks", "3 ranks, rows")
 Params = dict[str, nn.Parameter]
 
 
@@ -44,10 +48,11 @@ def train(optimizer: MatrixOptimizer, params: Params, steps: range) -> None:
         optimizer.zero_grad()
 
 
-def sharded(params: Params, mesh: Any, cut: list[Any]) -> Params:
-    from torch.distributed.tensor import distribute_tensor
+def sharded(params: Params, mesh: Any, cut: Any) -> Params:
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    shards = {name: distribute_tensor(p.detach(), mesh, cut) for name, p in params.items()}
+    rows = {name: [Shard(p.ndim - 2)] if cut == "rows" else cut for name, p in params.items()}
+    shards = {name: distribute_tensor(p.detach(), mesh, rows[name]) for name, p in params.items()}
     return {name: nn.Parameter(shard, params[name].requires_grad) for name, shard in shards.items()}
 
 
@@ -58,7 +63,7 @@ def whole(params: Params) -> torch.Tensor:
 def alone(rule: str) -> dict[str, Any]:
     params = make_params()
     optimizer = make(rule, params)
-    train(optimizer, params, range(8 if rule in SHORT else STEPS))
+    train(optimizer, params, range(STEPS))
     return dict(params=flat(params), state=optimizer.state_dict()["state"])
 
 
@@ -70,10 +75,11 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     mock.patch("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float32).start()
-    meshes: dict[str, tuple[Any, list[Any]]] = {
+    meshes: dict[str, tuple[Any, Any]] = {
         f"{ranks} ranks": (DeviceMesh("cpu", list(range(ranks))), [Shard(0)]) for ranks in (2, 3, 4)
     }
     meshes["2 copies on 2 ranks"] = init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]
+    meshes["3 ranks, rows"] = meshes["3 ranks"][0], "rows"
     out: dict[str, Any] = {}
     for place, (mesh, cut) in meshes.items():
         if mesh.get_coordinate() is None:
@@ -82,7 +88,7 @@ def worker(rank: int, folder: str) -> None:
             with float64():
                 params = sharded(make_params(), mesh, cut)
                 optimizer = make(rule, params)
-                train(optimizer, params, range(8 if rule in SHORT else STEPS))
+                train(optimizer, params, range(STEPS))
                 numbers = [value.numel() for bank, _ in optimizer._banks for value in bank.state.values()]
                 state = optimizer.state_dict()["state"]
                 out[f"{rule}, {place}"] = dict(params=whole(params), state=state, state_numbers=sum(numbers))
@@ -94,12 +100,13 @@ def worker(rank: int, folder: str) -> None:
         with float64():
             out |= {f"{key}, {place}": value for key, value in resumed(mesh, cut).items()}
     out |= traffic(*meshes["4 ranks"])
+    out |= refused(*meshes["4 ranks"])
     torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def hostile(mesh: Any, cut: list[Any]) -> dict[str, Any]:
+def hostile(mesh: Any, cut: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for deferred in (False, True):
         params = sharded(make_params(), mesh, cut)
@@ -129,7 +136,7 @@ def hostile(mesh: Any, cut: list[Any]) -> dict[str, Any]:
     return out
 
 
-def resumed(mesh: Any, cut: list[Any]) -> dict[str, Any]:
+def resumed(mesh: Any, cut: Any) -> dict[str, Any]:
     """A state that shards saved goes on in whole parameters, and the other way round."""
     params = sharded(make_params(), mesh, cut)
     optimizer = make("aurora, warm", params)
@@ -151,7 +158,7 @@ def resumed(mesh: Any, cut: list[Any]) -> dict[str, Any]:
     return {"resumed": whole(params)}
 
 
-def traffic(mesh: Any, cut: list[Any]) -> dict[str, Any]:
+def traffic(mesh: Any, cut: Any) -> dict[str, Any]:
     """Numbers that this rank sends to others in a step of eight 6x4 matrices on four ranks, by all-to-all."""
     params = sharded({f"p{i}": nn.Parameter(randn(i, 8, 4).clone()) for i in range(8)}, mesh, cut)
     optimizer = Muon(params.items(), comm_dtype=torch.bfloat16)
@@ -166,6 +173,25 @@ def traffic(mesh: Any, cut: list[Any]) -> dict[str, Any]:
     with mock.patch("torch.distributed.all_to_all_single", count):
         optimizer.step()
     return {"sent": sent}
+
+
+def refused(mesh: Any, cut: Any) -> dict[str, Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    def message(*groups: Params, **options: Any) -> str:
+        with pytest.raises(ValueError) as error:
+            Muon([dict(params=list(group.items())) for group in groups], **options)
+        return str(error.value)
+
+    matrix = {"wide": nn.Parameter(torch.ones(8, 12))}
+    whole, shards = {"whole": nn.Parameter(torch.ones(8, 12))}, sharded(matrix, mesh, cut)
+    return {
+        "columns": message(sharded(matrix, mesh, [Shard(1)])),
+        "copies": message(sharded(matrix, mesh, [Replicate()])),
+        "mixed": message(shards, whole),
+        "group": message(shards, process_group=mesh.get_group()),
+        "zeros": message(sharded({"wide": nn.Parameter(torch.zeros(8, 12))}, mesh, cut), hyperball=True),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +213,23 @@ def of_one_process() -> dict[str, dict[str, Any]]:
 
 def at(results: list[dict[str, Any]], key: str) -> list[Any]:
     return [result[key] for result in results if key in result]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("columns", ["wide is a DTensor placed as (", "cut it along dimension 0", "fully_shard"]),
+        ("copies", ["wide is a DTensor placed as ("]),
+        ("mixed", ["whole and wide are not sharded alike", "an optimizer of its own"]),
+        ("group", ["process_group is for whole parameters, and wide is sharded", "leave it out"]),
+        ("zeros", ["wide has a matrix of zeros"]),
+    ],
+)
+def test_what_cannot_be_moved_in_shards_is_refused_by_name(
+    results: list[dict[str, Any]], case: str, words: list[str]
+) -> None:
+    assert all(word in result[case] for word in words for result in results)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def share(p: Tensor, ranks: int, fsdp: bool) -> float:
     return sum(map(len, numbers_of(p.shape, cut_dim(p, ranks), 0, ranks))) / p.numel() if fsdp else 1.0
 
 
-def routing(optimizers: list[torch.optim.Optimizer], ranks: int, fsdp: bool) -> tuple[list[list[str]], float]:
+def routing(optimizers: list[torch.optim.Optimizer], ranks: int, fsdp: bool = False) -> tuple[list[list[str]], float]:
     """(a line of cells for each parameter, bytes of state on one rank)."""
     lines, per_rank = [], 0.0
     for optimizer in optimizers:

@@ -54,6 +54,16 @@ def test_a_rank_s_share_shrinks_with_the_number_of_ranks(ranks: int) -> None:
     assert sorted({int(rank) for each in owners for rank in each}) == list(range(ranks))
 
 
+def test_in_shards_a_rank_keeps_its_share_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    """The 124M recipe on eight ranks: a norm's vector would be uneven, these matrices and tables are not."""
+    recipe = str(ROOT / "configs/classics_124m_adamw.toml")
+    assert optimizer_plan.main([recipe, "--device=cpu", "--ranks=8", "--fsdp"]) == 0
+    numbers = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    params, weights, state = int(numbers[0][0].replace(",", "")), float(numbers[0][2]), float(numbers[1][2])
+    assert weights == pytest.approx(4 * params / 8 / 2**20, abs=0.06)
+    assert state == pytest.approx(2 * weights, abs=0.12)
+
+
 def test_the_table_and_mistakes(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert optimizer_plan.main([str(tiny_recipe), "--ranks=3"]) == 0
     output = capsys.readouterr().out

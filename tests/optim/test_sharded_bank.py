@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from optim import MatrixOptimizer, Muon, clip_gradients
+from optim import MatrixOptimizer, Muon, bank, clip_gradients
 from optim.shards import local, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
@@ -89,7 +89,7 @@ def worker(rank: int, folder: str) -> None:
                 params = sharded(make_params(), mesh, cut)
                 optimizer = make(rule, params)
                 train(optimizer, params, range(STEPS))
-                numbers = [value.numel() for bank, _ in optimizer._banks for value in bank.state.values()]
+                numbers = [value.numel() for each, _ in optimizer._banks for value in each.state.values()]
                 state = optimizer.state_dict()["state"]
                 out[f"{rule}, {place}"] = dict(params=whole(params), state=state, state_numbers=sum(numbers))
         params = sharded(make_params(torch.bfloat16), mesh, cut)
@@ -159,19 +159,33 @@ def resumed(mesh: Any, cut: Any) -> dict[str, Any]:
 
 
 def traffic(mesh: Any, cut: Any) -> dict[str, Any]:
-    """Numbers that this rank sends to others in a step of eight 6x4 matrices on four ranks, by all-to-all."""
-    params = sharded({f"p{i}": nn.Parameter(randn(i, 8, 4).clone()) for i in range(8)}, mesh, cut)
-    optimizer = Muon(params.items(), comm_dtype=torch.bfloat16)
-    for p in params.values():
-        p.grad = shard_like(torch.ones(8, 4), p)
-    sent, real = [], dist.all_to_all_single
+    """Bytes that this rank sends to others in a step of eight 8x4 matrices on four ranks, in shards and whole."""
+    sent: dict[str, list[int]] = {"in shards": [], "whole": []}
+    all_to_all, reduce_scatter, all_gather = dist.all_to_all_single, bank._reduce_scatter, bank._all_gather
 
-    def count(received: Any, given: torch.Tensor, expected: list[int], counts: list[int], **how: Any) -> Any:
-        sent.append((sum(counts) - counts[dist.get_rank()]) * given.itemsize)
-        return real(received, given, expected, counts, **how)
+    def exchange(received: Any, given: torch.Tensor, expected: list[int], counts: list[int], **how: Any) -> Any:
+        sent["in shards"].append((sum(counts) - counts[dist.get_rank()]) * given.itemsize)
+        return all_to_all(received, given, expected, counts, **how)
 
-    with mock.patch("torch.distributed.all_to_all_single", count):
-        optimizer.step()
+    def scatter(received: torch.Tensor, given: torch.Tensor, **how: Any) -> Any:
+        sent["whole"].append(given.nbytes - received.nbytes)
+        return reduce_scatter(received, given, **how)
+
+    def gather(received: torch.Tensor, given: torch.Tensor, **how: Any) -> Any:
+        sent["whole"].append(given.nbytes * (WORLD - 1))
+        return all_gather(received, given, **how)
+
+    whole_params = {f"p{i}": nn.Parameter(randn(i, 8, 4).clone()) for i in range(8)}
+    for params in (sharded(whole_params, mesh, cut), whole_params):
+        optimizer = Muon(params.items(), comm_dtype=torch.bfloat16)
+        for p in params.values():
+            p.grad = shard_like(torch.ones(8, 4), p)
+        with (
+            mock.patch("torch.distributed.all_to_all_single", exchange),
+            mock.patch("optim.bank._reduce_scatter", scatter),
+            mock.patch("optim.bank._all_gather", gather),
+        ):
+            optimizer.step()
     return {"sent": sent}
 
 
@@ -261,8 +275,8 @@ def test_masters_of_shards_in_bfloat16(results: list[dict[str, Any]], place: str
 @pytest.mark.parametrize("place", PLACES)
 def test_an_owner_keeps_the_state_of_its_own_matrices_alone(results: list[dict[str, Any]], place: str) -> None:
     ranks = 2 if "copies" in place else int(place[0])
-    banks = make("muon", make_params()).plan_banks(0, ranks)
-    expected = sum(-(-bank.size // ranks) * bank.m * bank.n for bank, _ in banks)
+    planned = [each for each, _ in make("muon", make_params()).plan_banks(0, ranks)]
+    expected = sum(-(-each.size // ranks) * each.m * each.n for each in planned)
     assert {found["state_numbers"] for found in at(results, f"muon, {place}")} == {expected}
 
 
@@ -296,6 +310,7 @@ def test_state_goes_from_shards_to_whole_parameters_and_back(
 
 @pytest.mark.slow
 def test_what_a_rank_sends_is_what_the_formula_says(results: list[dict[str, Any]]) -> None:
-    """B m n (R - 1) / R^2 numbers each way, here of bfloat16."""
+    """Each way B m n (R - 1) / R^2 numbers in shards, and R times that whole; here of bfloat16."""
     each_way = 8 * 8 * 4 * 3 // 16 * 2
-    assert [result["sent"] for result in results] == [[each_way, each_way]] * WORLD
+    for result in results:
+        assert result["sent"] == {"in shards": [each_way] * 2, "whole": [WORLD * each_way] * 2}

@@ -55,7 +55,7 @@ def test_a_rank_s_share_shrinks_with_the_number_of_ranks(ranks: int) -> None:
 
 
 def test_in_shards_a_rank_keeps_its_share_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    """The 124M recipe on eight ranks: a norm's vector would be uneven, these matrices and tables are not."""
+    """The 124M recipe on eight ranks, which divide all of its dimensions."""
     recipe = str(ROOT / "configs/classics_124m_adamw.toml")
     assert optimizer_plan.main([recipe, "--device=cpu", "--ranks=8", "--fsdp"]) == 0
     numbers = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]

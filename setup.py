@@ -75,7 +75,7 @@ def modules() -> dict[Path, str]:
 class BuildPackage(build_py):  # type: ignore[misc]  # setuptools has no types
     def run(self) -> None:
         if self.editable_mode:
-            raise ValueError("pip install -e has nothing to edit in place: the modules are made; pip install . works")
+            sys.exit("error: there is nothing to edit in place, since the modules are made; use pip install without -e")
         sources = {path.relative_to(ROOT).as_posix(): source for path, source in modules().items()}
         sources |= {"__init__.py": INIT % self.distribution.get_version(), "py.typed": ""}
         for name, source in sources.items():

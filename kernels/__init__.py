@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Of the operators in torch.ops. A copy of this package under another name, as in the wheel, has operators of its own.
+NAMESPACE = f"aurora_{__name__.replace('.', '_')}"
 BACKENDS = ("auto", "triton", "torch")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # there is none for macOS
 

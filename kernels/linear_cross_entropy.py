@@ -92,7 +92,7 @@ def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, device: torch.devi
     return 1 << max(0, rows.bit_length() - 1)
 
 
-@torch.library.custom_op("aurora_kernels::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{kernels.NAMESPACE}::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int | None, z_loss: float,
     ignore_index: int, chunk_tokens: int | None, backend: str, x_gradient: bool, weight_gradient: bool,

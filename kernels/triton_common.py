@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
 
-from kernels import constant
+from kernels import NAMESPACE, constant
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 89, 90, 100)  # compute capabilities with tiles of their own; a device takes the next lower one's
 
-_library = Library("aurora_kernels", "DEF")
+_library = Library(NAMESPACE, "DEF")
 
 
 class Tile(NamedTuple):
@@ -51,7 +51,7 @@ def architecture(device: torch.device) -> int:
 def operator(
     fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function of tensors as torch.ops.aurora_kernels.<its name>, which torch.compile (fullgraph) takes
+    """Register a function of tensors as an operator of NAMESPACE with its name, which torch.compile (fullgraph) takes
     as one opaque node; `fake` makes its outputs without computing them, `mutates` names the arguments written to."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,8 +68,8 @@ def operator(
                 return function(X, *arguments)
 
         _library.impl(name, on_its_device, "CompositeExplicitAutograd")
-        register_fake(f"aurora_kernels::{name}", fake, lib=_library)
-        return getattr(torch.ops.aurora_kernels, name).default
+        register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register
 

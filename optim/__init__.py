@@ -1,6 +1,6 @@
 """Optimizers for hidden matrices, and the routing of a model's parameters to them.
 
-    from optim import Aurora, Muon, build_optimizers
+    from optim import Aurora, Muon, build_optimizers           (where the wheel is installed: from nanogpt_aurora)
 
 `build_optimizers(model, config)` gives every matrix inside the blocks to the matrix optimizer the config names, and
 embeddings, head, gains and scalars to AdamW with a learning rate each. A step of all of them, on any number of ranks:

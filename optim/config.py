@@ -80,7 +80,7 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
     except (ImportError, TypeError, ValueError) as error:
         raise ValueError(
             f"matrix_optimizer = {name!r}: {path!r} cannot be imported ({error}); name a module as `import` "
-            "does, in train_gpt.py's folder or one in PYTHONPATH"
+            "does, in the folder of the program that runs or one in PYTHONPATH"
         ) from error
     rule, known = getattr(module, class_name, None), vars(module).items()
     if is_rule(rule):
@@ -92,7 +92,7 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
         return rule
     own = [key for key, value in known if is_rule(value) and value.__module__ == path]
     problem = f"has no {class_name}" if rule is None else f"has {class_name}, which is no subclass of MatrixOptimizer"
-    works = f"choose one of {', '.join(own)}" if own else "define one with `class SignMuon(optim.MatrixOptimizer)`"
+    works = f"choose one of {', '.join(own)}" if own else "define one with `class SignMuon(MatrixOptimizer)`"
     raise ValueError(f"matrix_optimizer = {name!r}: {path} {problem}; {works}")
 
 

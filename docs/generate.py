@@ -133,6 +133,11 @@ OPTIMIZER_STEP = {
     "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
     "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
 }  # fmt: skip
+COMPILE_TIME = {
+    "compiled": "compiled", "graphs": "graphs", "first_s": "first pass (s)", "first_s_ratio": "of whole's",
+    "cached_s": "from the cache (s)", "cached_s_ratio": "of whole's", "pass_ms": "later passes (ms)",
+    "pass_ms_ratio": "of whole's", "loss_diff": "losses differ by",
+}  # fmt: skip
 CROSS_ENTROPY = {
     "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
     "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
@@ -208,6 +213,7 @@ SECTIONS = {
     "polar_quality": quality_section,
     "polar_methods": methods_section,
     "train_step": train_step_section,
+    "compile_time": lambda: by_device("compile_time_*", "passes", COMPILE_TIME),
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),

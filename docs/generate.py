@@ -123,6 +123,13 @@ def by_device(pattern: str, turns: str, columns: dict[str, str]) -> str:
     )
 
 
+def compile_section() -> str:
+    return "\n".join(
+        f"{result['device']}, `{' '.join(result['settings']['set'])}`:\n\n" + markdown(result["rows"], COMPILE_TIME)
+        for result in results("compile_time_*")
+    )
+
+
 METHODS = {
     "method": "method", "steps": "steps", "products": "products", "flops_768x768": "FLOPs, 768x768",
     "flops_2048x768": "2048x768", "range": "range from 0.01", "weak_range": "from 0.001", "slope": "slope at 0",
@@ -213,7 +220,7 @@ SECTIONS = {
     "polar_quality": quality_section,
     "polar_methods": methods_section,
     "train_step": train_step_section,
-    "compile_time": lambda: by_device("compile_time_*", "passes", COMPILE_TIME),
+    "compile_time": compile_section,
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),

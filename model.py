@@ -268,25 +268,32 @@ class GPT(nn.Module):
         assert embed is not None and head is not None
         head.copy_(embed.add_(head))
 
+    def enter(self, inputs_BT: Tensor, window: int | Tensor | None, kind: str) -> tuple[Attend, list[Tensor], Tensor]:
+        """What `hidden` hands to its blocks: how queries attend, the values by token [B, T, H, K] of the first and the
+        last blocks, and the normalised embedding [B, T, D]."""
+        c = self.config
+        window = (c.window or None) if window is None else window
+        attend = attention(kind or ("blocks" if "blocks" in self.parts else "auto"), inputs_BT, self.doc_token, window)
+        tables = [table(inputs_BT).to(self.dtype).unflatten(-1, (-1, c.head_dim)) for table in self.value_embeds]
+        values = [self.value_scale[i] * table for i, table in enumerate((*tables, *tables))]
+        return attend, values, self.norm(self.embed(inputs_BT).to(self.dtype))
+
     def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
         """Token ids (int32 or int64) to the normalised last hidden state [B, T, D].
 
         `window` and `kind` of attention stand in for the config's; see kernels/attention.py.
         """
         c, num_blocks = self.config, len(self.blocks)
-        window = (c.window or None) if window is None else window
-        attend = attention(kind or ("blocks" if "blocks" in self.parts else "auto"), inputs_BT, self.doc_token, window)
-        tables = [table(inputs_BT).to(self.dtype).unflatten(-1, (-1, c.head_dim)) for table in self.value_embeds]
-        values = [self.value_scale[i] * table for i, table in enumerate((*tables, *tables))]  # of the first, the last
-        embedded_BTD = x_BTD = self.norm(self.embed(inputs_BT).to(self.dtype))
+        attend, values, embedded_BTD = self.enter(inputs_BT, window, kind)
+        x_BTD, num_values = embedded_BTD, len(values) // 2
         outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if c.unet_skips and index >= num_blocks - num_blocks // 2:
                 x_BTD = x_BTD + self.skip_scale[num_blocks - 1 - index] * outputs[num_blocks - 1 - index]
             if c.embed_skip:
                 x_BTD = self.stream_scale[index] * x_BTD + self.embed_scale[index] * embedded_BTD
-            place = index if index < len(tables) else index - num_blocks  # from the end: -n to -1 have one, too
-            value_BTHK = values[place] if -len(tables) <= place < len(tables) else None
+            place = index if index < num_values else index - num_blocks  # from the end: -n to -1 have one, too
+            value_BTHK = values[place] if -num_values <= place < num_values else None
             x_BTD = block(x_BTD, self.rotary, attend, value_BTHK)
             outputs.append(x_BTD)
         return self.norm(x_BTD)
@@ -302,7 +309,11 @@ class GPT(nn.Module):
         A sum, not a mean: whoever knows the global token count divides, so that neither the number of ranks
         nor the micro-batch changes the loss.
         """
-        c, x_ND, targets_N = self.config, self.hidden(inputs_BT, window).flatten(0, 1), targets_BT.flatten()
+        return self.loss(self.hidden(inputs_BT, window), targets_BT)
+
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """That of the last hidden state, as `forward` gives it."""
+        c, x_ND, targets_N = self.config, hidden_BTD.flatten(0, 1), targets_BT.flatten()
         vocab_size = c.vocab_size if c.mask_padding else c.padded_vocab_size
         z_loss = c.z_loss if torch.is_grad_enabled() else 0.0  # validation is of the cross-entropy alone
         if "head" in self.parts:

@@ -35,8 +35,9 @@ from data.shards import find_shards, head_fingerprint, refuse_overlap, set_finge
 from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
-from harness.fsdp import place
-from harness.machine import Clock, Machine, find_machine, prepare_compiler
+from harness.compiling import compile_model
+from harness.fsdp import check_fsdp, place
+from harness.machine import Clock, Machine, find_machine
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
 from harness.resume import StartingPoint, find_start, load_start
@@ -64,6 +65,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where hardware has it
     fsdp: bool = False  # shard weights, gradients and state over the ranks (torch's FSDP2), a block at a time
     compile: bool = False  # torch.compile the model; what it makes stays in .cache/inductor
+    compile_blocks: bool = True  # block by block, so that reductions overlap with backward; false: as one graph
     profile: bool = False  # trace a step and log its ten largest costs
     # Data
     train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
@@ -107,8 +109,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
         super().__post_init__()
         self.check_averages(self.train_steps)
         check_name(self.name)
-        if self.fsdp and self.neuron_stats:
-            raise ValueError(f"neuron_stats = {self.neuron_stats} needs whole weights; set it to 0, or fsdp = false")
+        check_fsdp(self)
         if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
             optim.find_rule(self.matrix_optimizer)
         if self.tokenizer != "none" and self.vocab_size != vocab_size(self.tokenizer):
@@ -289,7 +290,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
     averages = Averages(model, optimizers, config)
-    compiled: Callable[..., Tensor] = torch.compile(model, dynamic=False) if config.compile else model
+    compiled: Callable[..., Tensor] = compile_model(model, config.compile_blocks) if config.compile else model
     run = Run(config, machine, clock, model, compiled, optimizers, averages, loader, val_stream, data, start, first)
     if start.path:
         run.resumed = load_start(start, model, optimizers, machine)
@@ -468,8 +469,6 @@ def main(argv: list[str]) -> int:
     console.prepare()
     try:
         config = load_config(argv)
-        if config.compile:
-            prepare_compiler()
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)

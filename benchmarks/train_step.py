@@ -39,7 +39,7 @@ from harness.outcome import FINISHED, raise_if_cut_short
 from harness.overrides import OWN, arguments, assignments
 from harness.results import command, report
 from harness.runlog import RunLog
-from harness.step_timer import PhaseTimer, compile_everything, take_turns
+from harness.step_timer import PhaseTimer, take_turns
 from harness.tables import Row
 from train_gpt import Run, load_config, set_up, train
 
@@ -159,7 +159,7 @@ def main(args: Args) -> None:
     if not args.matrix_optimizers or not args.variants:
         raise ValueError("there must be an optimizer and a variant; leave them out for the defaults")
     until = time.monotonic() + (args.max_seconds or math.inf)
-    with tempfile.TemporaryDirectory() as folder, compile_everything():
+    with tempfile.TemporaryDirectory() as folder:
         entries = make_entries(args, folder)
         take_turns(dict(enumerate(partial(take_turn, entry) for entry in entries)), args.rounds, 1, until=until)
         for entry in entries:

@@ -123,6 +123,13 @@ def by_device(pattern: str, turns: str, columns: dict[str, str]) -> str:
     )
 
 
+def compile_section() -> str:
+    return "\n".join(
+        f"{result['device']}, `{' '.join(result['settings']['set'])}`:\n\n" + markdown(result["rows"], COMPILE_TIME)
+        for result in results("compile_time_*")
+    )
+
+
 METHODS = {
     "method": "method", "steps": "steps", "products": "products", "flops_768x768": "FLOPs, 768x768",
     "flops_2048x768": "2048x768", "range": "range from 0.01", "weak_range": "from 0.001", "slope": "slope at 0",
@@ -132,6 +139,11 @@ OPTIMIZER_STEP = {
     "rule": "rule", "matrices_ms": "matrices (ms)", "step_ms": "whole step (ms)",
     "matrices_over_muon": "matrices, of Muon's", "matrices_over_torch.optim.Muon": "of torch.optim.Muon's",
     "step_over_adamw": "step, of AdamW's", "share_%": "% of a training step",
+}  # fmt: skip
+COMPILE_TIME = {
+    "compiled": "compiled", "graphs": "graphs", "first_s": "first pass (s)", "first_s_ratio": "of whole's",
+    "cached_s": "from the cache (s)", "cached_s_ratio": "of whole's", "pass_ms": "later passes (ms)",
+    "pass_ms_ratio": "of whole's", "loss_diff": "losses differ by",
 }  # fmt: skip
 CROSS_ENTROPY = {
     "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
@@ -208,6 +220,7 @@ SECTIONS = {
     "polar_quality": quality_section,
     "polar_methods": methods_section,
     "train_step": train_step_section,
+    "compile_time": compile_section,
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),

@@ -32,7 +32,7 @@ from harness.outcome import raise_if_cut_short
 from harness.overrides import OWN, arguments, assignments
 from harness.results import command, report
 from harness.runlog import RunLog
-from harness.step_timer import compile_everything, median_seconds
+from harness.step_timer import median_seconds
 from harness.tables import Row
 from optim import build_optimizers
 from train_gpt import Config, Run, evaluate, load_config, set_up, train, warm_up
@@ -166,10 +166,9 @@ def main(args: Args) -> None:
     starts = [[recipe, *words] for recipe in recipes]
     if args.matrix_optimizers:
         starts = [[*starts[0], f"--matrix_optimizer={name}"] for name in args.matrix_optimizers]
-    with compile_everything():
-        racers = [make_racer(load_config(start)) for start in starts]
-        gc.collect()
-        runs = race(racers, args.seconds - (time.monotonic() - started), folder)
+    racers = [make_racer(load_config(start)) for start in starts]
+    gc.collect()
+    runs = race(racers, args.seconds - (time.monotonic() - started), folder)
     finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]
     target = args.target_loss or math.ceil(1e3 * max(finals, default=0.0)) / 1e3
     for run in runs:

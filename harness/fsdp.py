@@ -11,12 +11,23 @@ rank would get one of, where not.
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from harness.machine import Machine
+
+
+def check_fsdp(config: Any) -> None:
+    """Raises ValueError for settings that do not go with `fsdp`."""
+    if config.fsdp and config.neuron_stats:
+        raise ValueError(f"neuron_stats = {config.neuron_stats} needs whole weights; set it to 0, or fsdp = false")
+    if config.fsdp and config.compile and not config.compile_blocks:
+        raise ValueError(
+            "compile_blocks = false makes one graph, in which no block is gathered for itself; leave it on"
+        )
 
 
 def place(model: nn.Module, blocks: Iterable[nn.Module], machine: Machine, is_sharded: bool) -> None:

@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -33,10 +32,6 @@ PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-
-
-# torch.compile gives up, quietly, after a few variants of one function, and runs the next as it is: not with these.
-NEVER_EAGER: dict[str, Any] = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
 
 
 @dataclass(frozen=True)
@@ -230,20 +225,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[self.phase] += now - self._start
         self.phase, self._start = phase, now
-
-
-def prepare_compiler() -> None:
-    """Have torch.compile keep what it makes where the next run finds it, and refuse to fall back to eager mode, which
-    it does quietly after some number of shapes and windows."""
-    chosen, folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), ROOT / ".cache/inductor"
-    default = f"{tempfile.gettempdir()}/torchinductor_"  # torch's, which it names when it is imported, begins so
-    if not chosen or chosen.startswith(default):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):  # else, in a checkout that is not ours to write, torch's default
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    for option, value in NEVER_EAGER.items():
-        setattr(torch._dynamo.config, option, value)
 
 
 def device_name(device: torch.device) -> str:

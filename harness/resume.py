@@ -22,7 +22,7 @@ from harness.runlog import WRITER, is_running, read_json
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
 FREE_TO_DIFFER = (
-    "run_dir resume device fsdp compile kernels fused micro_batch_tokens log_every "
+    "run_dir resume device fsdp compile compile_blocks kernels fused micro_batch_tokens log_every "
     "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description require_target "
     "train_files val_files"
 )

@@ -1,6 +1,5 @@
 """Times of work that is handed over: whole calls that take turns, and the phases inside a call."""
 
-import contextlib
 import math
 import os
 import statistics
@@ -11,8 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
-
-from harness.machine import NEVER_EAGER
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -90,8 +87,3 @@ class PhaseTimer:
         for phase, start, end in self._intervals:
             totals[phase] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
         return dict(totals)
-
-
-def compile_everything() -> contextlib.AbstractContextManager[None]:
-    """A block in which torch.compile never falls back to eager mode, see NEVER_EAGER."""
-    return torch._dynamo.config.patch(**NEVER_EAGER)

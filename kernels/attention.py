@@ -43,7 +43,7 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
         window = None if window is None else int(window)
         spans = _spans(inputs_BT.size(1), window)  # what is added to the scores of each, [B or 1, 1, queries, keys]
         biases = [torch.where(_mask(inputs_BT, docs_BT, window, *span), 0.0, -torch.inf) for span in spans]
-        return lambda q, k, v: _transposed(_Blocks.apply, q, k, v, window, *biases)
+        return lambda q, k, v: _transposed(_Blocks.apply, q, k, v, window, biases)
     if kind == "flex":
         # brings the compiler along: two seconds
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -126,7 +126,7 @@ class _Blocks(torch.autograd.Function):
     dP = dO V^T the scores' gradient is P (dP - rowsum(dO O))."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, *biases: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, biases: Sequence[Tensor]) -> Tensor:
         heads = q.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         out, probabilities = _forward(q, k, v, window, biases)
@@ -146,4 +146,4 @@ class _Blocks(torch.autograd.Function):
             d_q[:, queries] = d_scores @ k[:, keys]
             d_k[:, keys] += d_scores.mT @ q[:, queries]
         gradients = (d_q.mul_(ctx.scale), d_k.mul_(ctx.scale), d_v)
-        return *(x.unflatten(0, heads) for x in gradients), None, *([None] * len(probabilities))
+        return *(x.unflatten(0, heads) for x in gradients), None, None

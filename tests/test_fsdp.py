@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 import optim
 from harness.checkpoint import read_checkpoint
+from harness.compiling import compile_model
 from harness.fsdp import cut_dim, place
 from harness.machine import Machine
 from model import GPT, ModelConfig
@@ -21,21 +22,25 @@ from optim.shards import gathered, local, numbers_of
 from tests.conftest import Trainer, python, torchrun
 from tests.optim.test_sharding import float64
 from tests.test_train import metrics
+from train_gpt import load_config
 
 MODEL = ModelConfig(
     vocab_size=60, num_layers=2, num_heads=2, head_dim=4, model_dim=10, mlp_hidden=14, seq_len=8, value_embeds=1,
     embed_skip=True, init_out=0.02, init_down=0.02, init_head=0.02,
 )  # fmt: skip
-RULES = [*optim.RULES, "adamw"]
+RULES = [*optim.RULES, *optim.TORCH_OPTIMIZERS]
 STEPS, ROWS = 20, 12
 
 
-def train(rule: str, rank: int, ranks: int, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+def train(
+    rule: str, rank: int, ranks: int, dtype: torch.dtype, steps: int, is_compiled: bool = False
+) -> dict[str, Any]:
     """The weights after some steps on this rank's share of the rows, and how many numbers the rank held."""
     torch.manual_seed(0)
     model = GPT(MODEL, dtype)
     machine = Machine(rank, ranks, torch.device("cpu"), dtype, ())
     place(model, model.blocks, machine, is_sharded=True)
+    compiled = compile_model(model, by_block=True, backend="aot_eager") if is_compiled else model
     optimizers = optim.build_optimizers(model, OptimizerConfig(matrix_optimizer=rule, adam_eps=1e-3))
     generator = torch.Generator().manual_seed(1)
     gathered_as = set()
@@ -43,7 +48,7 @@ def train(rule: str, rank: int, ranks: int, dtype: torch.dtype, steps: int) -> d
     held: dict[str, int] = {}
     for _ in range(steps):
         tokens = torch.randint(60, (ROWS, 9), generator=generator)[rank * ROWS // ranks : (rank + 1) * ROWS // ranks]
-        loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
+        loss = compiled(tokens[:, :-1], tokens[:, 1:].contiguous())
         (loss / (ROWS // ranks * 8)).backward()
         params = list(model.parameters())
         held["gradients"] = sum(local(p.grad).numel() for p in params)
@@ -74,6 +79,8 @@ def trained(rank: int, ranks: int) -> dict[str, Any]:
             with float64():
                 out[rule] = train(rule, rank, ranks, torch.float64, STEPS)
         out["bfloat16"] = train("muon", rank, ranks, torch.bfloat16, 5)
+        for name, is_compiled in (("eager", False), ("compiled", True)):
+            out[name] = train("adamw", rank, ranks, torch.float32, 3, is_compiled)
     return out
 
 
@@ -127,6 +134,29 @@ def test_blocks_are_gathered_in_the_dtype_of_products(results: dict[int, Any], r
             assert found["weights"][name].dtype == torch.float32
             if name.startswith("blocks"):  # a scale that starts at zero is mostly rounding
                 assert (found["weights"][name] - weight).norm() < 0.05 * weight.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_blocks_may_be_compiled(results: dict[int, Any], ranks: int) -> None:
+    alone = results[1][0]["eager"]["weights"]
+    for found in (result["compiled"]["weights"] for result in results[ranks]):
+        assert found.keys() == alone.keys()
+        for name, weight in alone.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5 * float(weight.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["--neuron_stats=5"], ["neuron_stats = 5 needs whole weights", "fsdp = false"]),
+        (["--compile", "--compile_blocks=false"], ["compile_blocks = false", "leave it on"]),
+    ],
+)
+def test_settings_that_do_not_go_with_shards(tiny_recipe: Path, settings: list[str], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        load_config([str(tiny_recipe), "--fsdp", *settings])
+    assert all(word in str(refusal.value) for word in words)
 
 
 EVERYTHING = (

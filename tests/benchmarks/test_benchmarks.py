@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from benchmarks import loader_speed, neuron_stats_cost, optimizer_step, train_step
+from benchmarks import compile_time, loader_speed, neuron_stats_cost, optimizer_step, train_step
 from docs import generate
 from harness import results
 from harness.neuron_stats import NeuronStats
@@ -231,3 +231,28 @@ def test_neuron_statistics_are_timed_beside_their_step(
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert (row["look_ms"], row["step_ms"]) == pytest.approx((210, 50))
     assert row["cost_%"] == pytest.approx(100 * 210 / (50 * 50))
+
+
+def test_compile_time_is_compared_with_the_whole_models(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    """A pass takes 4 ms as one graph and 2 by block, whose first one takes 9 s; a wrong one is refused."""
+    factor = 1.0
+
+    def compile_model(model: Any, by_block: bool) -> Any:
+        if by_block:
+            clock.now += 9
+        return clock.during(2e-3 if by_block else 4e-3, lambda *arguments: factor * model(*arguments))
+
+    monkeypatch.setattr(compile_time, "compile_model", compile_model)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compile_time.main(compile_time.Args(str(tiny_recipe), rounds=2, passes=3))
+    (path,) = tmp_path.glob("compile_time_*.json")
+    whole, blocks = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (whole["compiled"], blocks["compiled"]) == ("whole", "blocks")
+    assert (whole["first_s"], whole["pass_ms"], whole["pass_ms_ratio"]) == pytest.approx((8e-3, 4, 1))
+    assert (blocks["cached_s"], blocks["pass_ms"], blocks["pass_ms_ratio"]) == pytest.approx((9.004, 2, 0.5))
+    factor = 1.01
+    with pytest.raises(ValueError, match=r"compiled whole, the loss differs by 0\.01"):
+        compile_time.main(compile_time.Args(str(tiny_recipe), rounds=1))

@@ -5,16 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from harness import machine
 from harness.machine import (
@@ -30,7 +26,6 @@ from harness.machine import (
     print_error,
     versions,
 )
-from tests.conftest import ROOT
 
 PLACE = dict(RANK="2", WORLD_SIZE="4", LOCAL_RANK="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
 
@@ -231,42 +226,6 @@ def test_training_step_after_step_never_waits_for_the_device(monkeypatch: pytest
     clock.switch("validation")
     clock.switch("train")
     assert waits == ["setup", "train", "validation"]
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("", ".cache/inductor"),
-        (f"{tempfile.gettempdir()}/torchinductor_me", ".cache/inductor"),
-        ("/mine", "/mine"),
-        (f"{tempfile.gettempdir()}/mine", f"{tempfile.gettempdir()}/mine"),
-    ],
-    ids=["nothing", "torch's default", "the user's", "the user's for a while"],
-)
-def test_what_is_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, dynamo: None, before: str, after: str) -> None:
-    """By a process which has imported the compiler by then, as a run has."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", before)
-    if not before:
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    machine.prepare_compiler()
-    assert cache_dir() == str(ROOT / after)
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """Its settings, as they were afterwards."""
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        yield
-
-
-def test_a_checkout_that_cannot_be_written_keeps_nothing_of_the_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamo: None
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_me")
-    (tmp_path / ".cache").write_text("no folder can be made here", encoding="utf-8")
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    machine.prepare_compiler()
-    assert cache_dir() == f"{tempfile.gettempdir()}/torchinductor_me"
 
 
 def git(folder: Path, *arguments: str) -> str:

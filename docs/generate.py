@@ -215,6 +215,31 @@ def rules_section(question: str) -> str:
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({result['device']}, {result['steps']} steps)\n"
 
 
+DEFINITIONS = {  # of the arms of the experiment: what their transcription follows, and its name in rule_accuracy
+    "muon": ("Jordan et al. 2024", "muon"), "aurora": ("arXiv 2606.27715", "aurora release"),
+    "riemannian_aurora": ("arXiv 2606.27715", "riemannian aurora"), "normuon": ("arXiv 2510.05491", "normuon"),
+    "normuon long": ("track 3, result 10", "normuon long"), "unormuon": ("Tilde Research 2026", "unormuon"),
+    "muon_squared": ("arXiv 2604.09967", "muon_squared"), "soap": ("arXiv 2409.11321", "soap"),
+    "soap_muon": ("records of track 3", "soap_muon"), "muown": ("arXiv 2605.10797", "muown"),
+    "adamh": ("arXiv 2606.16899", "adamh"), "muon_eq": ("arXiv 2603.28254", "muon_eq"),
+    "muon_plus": ("arXiv 2602.21545", "muon_plus"), "adamuon": ("arXiv 2507.11005", "adamuon"),
+    "polar_grad": ("arXiv 2505.21799", "polar_grad"), "adamw": ("torch's own", ""),
+}  # fmt: skip
+
+
+def family_section() -> str:
+    """Every update rule: its cost, how far it is from its definition, and its losses after equal tuning."""
+    result, accuracy = kept("rules_rules"), dict[str, str]()
+    for row in (row for each in results("rule_accuracy_*") for row in each["rows"]):
+        accuracy[row["rule"]] = max((row[kind] for kind in ("tall", "wide", "square")), key=float)
+    rows = []
+    for row in rules.summary(result):
+        source, name = DEFINITIONS.get(str(row["rules"]), ("", ""))
+        rows.append({"rule": row.pop("rules"), "definition": source, "differs by": accuracy.get(name, ""), **row})
+    said = f"{result['device']}, {result['steps']} steps, seeds {', '.join(map(str, result['seeds']))}"
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({said})\n"
+
+
 SECTIONS = {
     "polar": polar_section,
     "polar_quality": quality_section,
@@ -224,6 +249,7 @@ SECTIONS = {
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
+    "rules": family_section,
     "polar_loss": lambda: rules_section("polar"),
     "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),

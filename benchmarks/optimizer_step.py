@@ -63,7 +63,7 @@ def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
 def main(args: Args) -> None:
     device = find_machine(args.device, "auto").device
     arguments = [str(user_path(args.recipe)), f"--device={device.type}"]
-    arguments += ["--init_out=0.02", "--init_down=0.02"]  # some rules keep norms and take no zeros
+    arguments += ["--init_out=0.02", "--init_down=0.02", "--matrix_weight_decay=0"]  # for the rules that keep norms
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:

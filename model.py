@@ -312,7 +312,7 @@ class GPT(nn.Module):
         return self.loss(self.hidden(inputs_BT, window), targets_BT)
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """That of the last hidden state, as `forward` gives it."""
+        """The loss of `forward`, from the normalised last hidden state [B, T, D]."""
         c, x_ND, targets_N = self.config, hidden_BTD.flatten(0, 1), targets_BT.flatten()
         vocab_size = c.vocab_size if c.mask_padding else c.padded_vocab_size
         z_loss = c.z_loss if torch.is_grad_enabled() else 0.0  # validation is of the cross-entropy alone

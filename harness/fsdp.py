@@ -5,8 +5,8 @@ and its backward pass, in the dtype they are multiplied in, and dropped after it
 Embedding, head and scalars are gathered together, in float32. A forward pass is a collective then: every rank has to
 take it.
 
-Stacked weights are cut along their rows where the ranks divide these, and along the stack, whose few matrices not every
-rank would get one of, where not.
+A stack of matrices is cut along the rows of each where the number of ranks divides these (fully_shard wants it to, in
+dimensions but the first), and along the stack where it does not: ranks beyond its length then have no part of it.
 """
 
 import contextlib
@@ -25,9 +25,7 @@ def check_fsdp(config: Any) -> None:
     if config.fsdp and config.neuron_stats:
         raise ValueError(f"neuron_stats = {config.neuron_stats} needs whole weights; set it to 0, or fsdp = false")
     if config.fsdp and config.compile and not config.compile_blocks:
-        raise ValueError(
-            "compile_blocks = false makes one graph, in which no block is gathered for itself; leave it on"
-        )
+        raise ValueError("fsdp gathers block by block, and compile_blocks = false makes one graph; leave it on")
 
 
 def place(model: nn.Module, blocks: Iterable[nn.Module], machine: Machine, is_sharded: bool) -> None:
@@ -45,11 +43,12 @@ def place(model: nn.Module, blocks: Iterable[nn.Module], machine: Machine, is_sh
 
     mesh = init_device_mesh(machine.device.type, (machine.world_size,))
     reduce_dtype = torch.promote_types(machine.dtype, torch.float32)
-    halves = MixedPrecisionPolicy(machine.dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(machine.dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=halves, shard_placement_fn=lambda p: Shard(cut_dim(p, mesh.size())))
-    # dropped after a forward pass too, or validation would leave behind averaged weights for the next step
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(cut_dim(p, mesh.size())))
+    root: Any = fully_shard(model, mesh=mesh)
+    # What it gathers besides stays until backward. Without one, averaged weights would be left for the next step.
+    root.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())
 
 
 def cut_dim(p: torch.Tensor, ranks: int) -> int:

@@ -36,7 +36,7 @@ from optim.polar_grad import PolarGrad
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
-from optim.shards import is_sharded, local
+from optim.shards import is_sharded, local, shard_group
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
@@ -76,16 +76,19 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
     if not max_norm > 0:
         raise ValueError(f"clip_gradients: max_norm = {max_norm} must be > 0; 1.0 is usual")
     finish_reduction(optimizers)
-    own, shared = list[Tensor](), list[Tensor]()
+    own, shared, groups = list[Tensor](), list[Tensor](), list[dist.ProcessGroup | None]()
     for optimizer in optimizers:
         if isinstance(optimizer, MatrixOptimizer):
             own += optimizer.finish_reduction()
+            groups.append(optimizer.owners())
         else:
-            for gradient in gradients_of(optimizer):
-                (own if is_sharded(gradient) else shared).append(local(gradient))
+            shards = [gradient for gradient in gradients_of(optimizer) if is_sharded(gradient)]
+            shared += [gradient for gradient in gradients_of(optimizer) if not is_sharded(gradient)]
+            own += map(local, shards)
+            groups += map(shard_group, shards)
     device = optimizers[0].param_groups[0]["params"][0].device
     square = sum_of_squares(own, device)
-    group = next((each.owners() for each in optimizers if isinstance(each, MatrixOptimizer)), None)
+    group = groups[0] if groups else None
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(square, group=group)
     norm = (square + sum_of_squares(shared, device)).sqrt()

@@ -60,9 +60,7 @@ class Bank:
     `state` holds this rank's slots: tensors [P, ...], zeros in slots that are padding or not yet used.
     """
 
-    is_sharded = (
-        False  # whether ranks have shards of the parameters, and gradients are means over the ranks as they come
-    )
+    is_sharded = False  # whether a rank has shards of the parameters, whose gradients are means over the ranks already
 
     def __init__(
         self,
@@ -263,12 +261,13 @@ class Bank:
 
     def _gather_state(self, own: Tensor) -> Tensor:
         """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""
-        if self.num_ranks == 1:
-            return own
-        everything = own.new_empty(self.num_ranks * self.num_slots, *own.shape[1:])
+        return own if self.num_ranks == 1 else self._gather_slots(own)[: self.size].contiguous()
+
+    def _gather_slots(self, own: Tensor) -> Tensor:
+        """Some slots of each rank, [slots, ...] -> [slots R, ...] in the order of the matrices."""
+        everything = own.new_empty(self.num_ranks * len(own), *own.shape[1:])
         _all_gather(everything, own.contiguous(), group=self.process_group)
-        by_rank = everything.unflatten(0, (self.num_ranks, self.num_slots))
-        return by_rank.transpose(0, 1).flatten(0, 1)[: self.size].contiguous()
+        return everything.unflatten(0, (self.num_ranks, len(own))).transpose(0, 1).flatten(0, 1)
 
     def take_state(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Keep this rank's part of whole per-parameter state; a parameter without any starts from zeros."""

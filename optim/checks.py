@@ -91,7 +91,10 @@ def _problem_of_shards(p: Any, rows: int) -> str:
     held, group = local(p), shard_group(p)
     numbers = numbers_of(p.shape, cut.dim, dist.get_rank(group), dist.get_world_size(group))
     if held.numel() != sum(map(len, numbers)) or not held.is_contiguous():
-        return f"has a shard of shape {tuple(held.shape)} that is not the contiguous part that fully_shard would make"
+        return (
+            f"has a shard of shape {tuple(held.shape)} that is not the contiguous part that torch.chunk would give; "
+            "make it with fully_shard or distribute_tensor"
+        )
     return ""
 
 

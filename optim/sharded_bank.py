@@ -128,7 +128,10 @@ class ShardedBank(Bank):
         """Send the gradients, means over the ranks already, to their owners."""
         self.refuse_unusable()
         pairs: list[tuple[Any, Any]] = [(p, p.grad) for p in self.params]
-        alike = [g if g is None else g.redistribute(placements=p.placements) for p, g in pairs]
+        alike = [
+            g if g is None or g.placements == p.placements else g.redistribute(placements=p.placements)
+            for p, g in pairs
+        ]
         self._arriving = self._start_to_owners([local(gradient) for gradient in alike], self.comm_dtype)
 
     def own_gradient(self) -> Tensor:
@@ -171,9 +174,10 @@ class ShardedBank(Bank):
     # State, whole and in parts
 
     def _gather_state(self, own: Tensor) -> Tensor:
-        """Whole state is in main memory: on a GPU there may be no room for it."""
-        whole = super()._gather_state(own)
-        return whole if self.num_ranks == 1 else whole.cpu()
+        """In main memory, and by way of the GPU a slot at a time: there may be no room for the whole of it."""
+        if self.num_ranks == 1:
+            return own
+        return torch.cat([self._gather_slots(slot).cpu() for slot in own.split(1)])[: self.size]
 
     def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         fits = super()._is_master_of_these(whole)

@@ -60,9 +60,15 @@ def cut_of(p: Any) -> Cut | None:
 
 
 def shard_group(p: Any) -> dist.ProcessGroup:
-    """The ranks that have the shards of a parameter; those with copies of them are in groups of their own."""
+    """The ranks that have the shards of a parameter, or of its gradient; those with copies of them are in groups of
+    their own. ValueError if it is cut in another way than `cut_of` knows."""
     cut = cut_of(p)
-    assert cut is not None
+    if cut is None:
+        placements = ", ".join(map(str, p.placements))
+        raise ValueError(
+            f"a DTensor of shape {tuple(p.shape)} is placed as ({placements}); it has to be cut over one dimension of "
+            "its mesh and replicated over the others, as torch.distributed.fsdp.fully_shard does"
+        )
     group: dist.ProcessGroup = p.device_mesh.get_group(cut.mesh_dim)
     return group
 

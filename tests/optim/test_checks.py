@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from optim import Aurora, MatrixOptimizer, Muon, NorMuon
 from tests.matrices import randn
@@ -35,7 +36,7 @@ def expanded() -> nn.Parameter:
 
 def sharded() -> nn.Parameter:
     p = nn.Parameter(randn(3, 4))
-    p.device_mesh = "2 GPUs"  # what torch.distributed.tensor's have; a real one needs ranks
+    p.device_mesh, p.placements = "2 x 2 GPUs", (Shard(0), Shard(1))  # as DTensors have; a real one needs ranks
     return p
 
 
@@ -52,7 +53,7 @@ def sharded() -> nn.Parameter:
         (lambda: nn.UninitializedParameter(), ["no shape yet", "batch"]),
         (expanded, ["share memory", "clone()"]),
         (lambda: nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "bfloat16"]),
-        (sharded, ["DTensor", "whole parameters"]),
+        (sharded, ["DTensor placed as (", "over one dimension of its mesh", "fully_shard"]),
     ],
     ids=[
         "vector",

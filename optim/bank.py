@@ -261,13 +261,21 @@ class Bank:
                 {name: parts[i].view((*lead, *parts[i].shape[1:])) for name, parts in zip(names, whole, strict=True)},
             )
 
+    def shapes(self) -> Iterator[tuple[Tensor, State]]:
+        """As `whole_state`, of tensors without memory, and for one rank alone to call."""
+        for p in self.params:
+            lead, _, _ = layout(p, self.row_blocks, self.flatten)
+            shapes = {name: (*lead, *value.shape[1:]) for name, value in self.state.items()}
+            yield p, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
     def _gather_state(self, own: Tensor) -> Tensor:
-        """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""
+        """[P, ...] of each rank, of all slots or some, -> [B, ...] of their matrices; with one rank the state itself,
+        as torch's optimizers give it away."""
         if self.num_ranks == 1:
             return own
-        everything = own.new_empty(self.num_ranks * self.num_slots, *own.shape[1:])
+        everything = own.new_empty(self.num_ranks * len(own), *own.shape[1:])
         _all_gather(everything, own.contiguous(), group=self.process_group)
-        by_rank = everything.unflatten(0, (self.num_ranks, self.num_slots))
+        by_rank = everything.unflatten(0, (self.num_ranks, len(own)))
         return by_rank.transpose(0, 1).flatten(0, 1)[: self.size].contiguous()
 
     def take_state(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> None:

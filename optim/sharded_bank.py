@@ -171,9 +171,11 @@ class ShardedBank(Bank):
     # State, whole and in parts
 
     def _gather_state(self, own: Tensor) -> Tensor:
-        """Whole state is in main memory: on a GPU there may be no room for it."""
-        whole = super()._gather_state(own)
-        return whole if self.num_ranks == 1 else whole.cpu()
+        """Whole state is in main memory, to which it goes a slot at a time: on a GPU there may be no room for it."""
+        if self.num_ranks == 1:
+            return own
+        slots = [Bank._gather_state(self, slot).cpu() for slot in own.split(1)]
+        return torch.cat(slots)[: self.size]
 
     def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         fits = super()._is_master_of_these(whole)

@@ -101,6 +101,9 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
                 console.accept_stops()
                 with run.averages.tail.in_place(), at_hand(run.model):
                     log.line(f"sample       {sample()}")
+            except RuntimeError as error:
+                if not lost_rank(error):  # a rank that left, or was lost, takes its shards along: complete without
+                    raise
             finally:
                 console.ignore_stops()
 

@@ -14,7 +14,9 @@ embeddings, head, gains and scalars to AdamW with a learning rate each. A step o
 of which backward and step are enough.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,7 @@ from optim.polar_grad import PolarGrad
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
-from optim.shards import is_sharded, local, shard_group
+from optim.shards import cut_of, is_sharded, local, shard_group
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
@@ -76,24 +78,27 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
     if not max_norm > 0:
         raise ValueError(f"clip_gradients: max_norm = {max_norm} must be > 0; 1.0 is usual")
     finish_reduction(optimizers)
-    own, shared, groups = list[Tensor](), list[Tensor](), list[dist.ProcessGroup | None]()
+    parts: dict[dist.ProcessGroup | None, list[Tensor]] = {}  # by the ranks that hold the whole between them
+    shared = list[Tensor]()
     for optimizer in optimizers:
         if isinstance(optimizer, MatrixOptimizer):
-            own += optimizer.finish_reduction()
-            groups.append(optimizer.owners())
+            parts.setdefault(optimizer.owners(), []).extend(optimizer.finish_reduction())
         else:
-            shards = [gradient for gradient in gradients_of(optimizer) if is_sharded(gradient)]
-            shared += [gradient for gradient in gradients_of(optimizer) if not is_sharded(gradient)]
-            own += map(local, shards)
-            groups += map(shard_group, shards)
+            for gradient in gradients_of(optimizer):
+                if is_sharded(gradient) and cut_of(gradient):
+                    parts.setdefault(shard_group(gradient), []).append(local(gradient))
+                else:
+                    shared.append(gradient)
     device = optimizers[0].param_groups[0]["params"][0].device
-    square = sum_of_squares(own, device)
-    group = groups[0] if groups else None
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(square, group=group)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for group, own in parts.items():
+        part = sum_of_squares(own, device)
+        if dist.is_initialized() and dist.get_world_size(group) > 1:
+            dist.all_reduce(part, group=group)
+        square += part
     norm = (square + sum_of_squares(shared, device)).sqrt()
     factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1), 1)
-    for gradient in own + shared:
+    for gradient in [*itertools.chain(*parts.values()), *map(local, shared)]:
         gradient.mul_(factor.to(gradient.device))
     mark_as_means(shared)
     return norm
@@ -102,7 +107,8 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
 def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
-        total += torch.linalg.vector_norm(tensor, dtype=torch.float64).square().to(device)
+        norm: Any = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+        total += (norm.full_tensor() if is_sharded(norm) else norm).square().to(device)
     return total
 
 

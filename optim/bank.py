@@ -259,6 +259,13 @@ class Bank:
                 {name: parts[i].view((*lead, *parts[i].shape[1:])) for name, parts in zip(names, whole, strict=True)},
             )
 
+    def shapes(self) -> Iterator[tuple[Tensor, State]]:
+        """As `whole_state`, of tensors without memory, and for one rank alone to call."""
+        for p in self.params:
+            lead, _, _ = layout(p, self.row_blocks, self.flatten)
+            shapes = {name: (*lead, *value.shape[1:]) for name, value in self.state.items()}
+            yield p, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
     def _gather_state(self, own: Tensor) -> Tensor:
         """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""
         return own if self.num_ranks == 1 else self._gather_slots(own)[: self.size].contiguous()

@@ -226,11 +226,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _show_state(self) -> None:
         """Let `self.state` show what the banks hold: with one process views of it, as users of torch expect; with more
-        only that there is some, which utilities ask before they make state themselves."""
+        names and shapes without memory, as utilities ask for names before they make state themselves or load some."""
         if all(bank.num_ranks == 1 for bank, _ in self._banks):
             self.state = self._whole_state()
         else:
-            self.state = defaultdict(dict, {p: {} for bank, _ in self._banks if bank.state for p in bank.params})
+            self.state = defaultdict(dict, {p: state for bank, _ in self._banks for p, state in bank.shapes() if state})
 
     def _whole_state(self) -> defaultdict[Tensor, Any]:
         if not self._banks:

@@ -197,3 +197,15 @@ def test_a_run_in_shards_is_the_run_of_one_process_and_each_goes_on_from_the_oth
     assert [*ours["average"]] == [*theirs["average"]]
     for name, weight in theirs["model"].items():
         assert (ours["model"][name] - weight).norm() < 1e-3 * weight.norm()
+
+
+def test_a_rank_lost_while_a_sample_is_made_leaves_the_run_complete(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> str:
+        raise RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    monkeypatch.setattr("train_gpt.sample_text", lose)
+    result = trainer("--fsdp", "--tokenizer=byte", "--vocab_size=257", "--train_steps=1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "sample" not in result.stdout

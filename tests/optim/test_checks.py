@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
 
 from optim import Aurora, MatrixOptimizer, Muon, NorMuon
 from tests.matrices import randn
@@ -34,12 +33,6 @@ def expanded() -> nn.Parameter:
     return nn.Parameter(randn(1, 4).expand(3, 4))
 
 
-def sharded() -> nn.Parameter:
-    p = nn.Parameter(randn(3, 4))
-    p.device_mesh, p.placements = "2 x 2 GPUs", (Shard(0), Shard(1))  # as DTensors have; a real one needs ranks
-    return p
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -53,7 +46,6 @@ def sharded() -> nn.Parameter:
         (lambda: nn.UninitializedParameter(), ["no shape yet", "batch"]),
         (expanded, ["share memory", "clone()"]),
         (lambda: nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn)), ["float8_e4m3fn", "bfloat16"]),
-        (sharded, ["DTensor placed as (", "over one dimension of its mesh", "fully_shard"]),
     ],
     ids=[
         "vector",
@@ -66,7 +58,6 @@ def sharded() -> nn.Parameter:
         "lazy",
         "expanded",
         "float8",
-        "DTensor",
     ],
 )
 def test_what_cannot_be_moved_is_refused_at_construction(make: Callable[[], nn.Parameter], words: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from optim import MatrixOptimizer, Muon, bank, clip_gradients
-from optim.shards import shard_like
+from optim.shards import is_sharded, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
@@ -91,7 +91,10 @@ def worker(rank: int, folder: str) -> None:
                 train(optimizer, params, range(STEPS))
                 numbers = [value.numel() for each, _ in optimizer._banks for value in each.state.values()]
                 state = optimizer.state_dict()["state"]
-                out[f"{rule}, {place}"] = dict(params=whole(params), state=state, state_numbers=sum(numbers))
+                shown = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+                shapes = [{name: value.shape for name, value in each.items()} for each in shown]
+                kept = dict(state=state, shapes=shapes, state_numbers=sum(numbers))
+                out[f"{rule}, {place}"] = dict(params=whole(params), **kept)
         params = sharded(make_params(torch.bfloat16), mesh, cut)
         optimizer = make("aurora", params)
         train(optimizer, params, range(STEPS))
@@ -107,6 +110,8 @@ def worker(rank: int, folder: str) -> None:
 
 
 def hostile(mesh: Any, cut: Any) -> dict[str, Any]:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
     out: dict[str, Any] = {}
     for deferred in (False, True):
         params = sharded(make_params(), mesh, cut)
@@ -128,12 +133,14 @@ def hostile(mesh: Any, cut: Any) -> dict[str, Any]:
     gain = nn.Parameter(torch.zeros(5))
     gain.grad = torch.full((5,), 2.0)
     norm = clip_gradients([optimizer, torch.optim.SGD([gain], lr=1.0)], 1.0)
-    others = torch.optim.SGD([p for p in params.values() if p.grad is not None], lr=1.0)
     clipped = sum(float(each.double().square().sum()) for each in optimizer.finish_reduction())
     total = torch.tensor(clipped)
     dist.all_reduce(total, group=optimizer.owners())
     out["norm"] = float(norm), math.sqrt(squares + 20), float(total)
-    out["norm of others"] = float(clip_gradients([others], 1.0)), math.sqrt(squares)
+    copies = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()] * mesh.ndim))
+    copies.grad = torch.ones_like(copies)
+    norm = clip_gradients([torch.optim.SGD([*params.values(), copies])], 1e9)
+    out["norm without matrices"] = float(norm), squares + 12
     return out
 
 
@@ -176,6 +183,12 @@ def traffic(mesh: Any, cut: Any) -> dict[str, Any]:
         sent["whole"].append(given.nbytes * (WORLD - 1))
         return all_gather(received, given, **how)
 
+    in_one_go: list[int] = []
+
+    def gather_state(received: torch.Tensor, given: torch.Tensor, **how: Any) -> Any:
+        in_one_go.append(len(received))
+        return all_gather(received, given, **how)
+
     whole_params = {f"p{i}": nn.Parameter(randn(i, 8, 4).clone()) for i in range(8)}
     for params in (sharded(whole_params, mesh, cut), whole_params):
         optimizer = Muon(params.items(), comm_dtype=torch.bfloat16)
@@ -187,7 +200,10 @@ def traffic(mesh: Any, cut: Any) -> dict[str, Any]:
             mock.patch("optim.bank._all_gather", gather),
         ):
             optimizer.step()
-    return {"sent": sent}
+        if is_sharded(params["p0"]):
+            with mock.patch("optim.bank._all_gather", gather_state):
+                optimizer.state_dict()
+    return {"sent": sent, "gathered": in_one_go}
 
 
 def refused(mesh: Any, cut: Any) -> dict[str, Any]:
@@ -259,6 +275,7 @@ def test_shards_move_as_whole_matrices_do(
     assert found[0]["params"].dtype == torch.float64
     assert (found[0]["params"] - expected["params"]).abs().max() < 1e-9 * expected["params"].abs().max()
     for i, state in expected["state"].items():
+        assert all(each["shapes"][i] == {name: value.shape for name, value in state.items()} for each in found)
         for name, value in state.items():
             assert (found[0]["state"][i][name] - value).abs().max() <= 1e-9 * value.abs().max().clamp(min=1)
 
@@ -294,12 +311,17 @@ def test_a_bad_number_in_one_shard_moves_nothing(results: list[dict[str, Any]], 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_clipping_sees_all_shards(results: list[dict[str, Any]], place: str) -> None:
-    """Once each where they have copies, whatever optimizer they are in."""
     for norm, expected, clipped in at(results, f"norm, {place}"):
         assert norm == pytest.approx(expected, rel=1e-6)
         assert clipped == pytest.approx(1 - 20 / expected**2, rel=1e-5)  # the gain's share beside
-    for norm, expected in at(results, f"norm of others, {place}"):
-        assert norm == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_each_shard_counts_once_in_a_norm(results: list[dict[str, Any]], place: str) -> None:
+    """Of torch's optimizers too, whatever copies there are, and without a matrix optimizer that knows the ranks."""
+    for norm, square in at(results, f"norm without matrices, {place}"):
+        assert norm == pytest.approx(math.sqrt(square), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -318,3 +340,9 @@ def test_what_a_rank_sends_is_what_the_formula_says(results: list[dict[str, Any]
     each_way = 8 * 8 * 4 * 3 // 16 * 2
     for result in results:
         assert result["sent"] == {"in shards": [each_way] * 2, "whole": [WORLD * each_way] * 2}
+
+
+@pytest.mark.slow
+def test_state_in_shards_is_gathered_a_matrix_of_each_rank_at_a_time(results: list[dict[str, Any]]) -> None:
+    """What a device may have no room for whole goes to main memory in parts: eight matrices of four ranks in two."""
+    assert all(result["gathered"] == [WORLD, WORLD] for result in results)

@@ -26,11 +26,14 @@ from tests.test_train import metrics
 from train_gpt import load_config
 
 MODEL = ModelConfig(
-    vocab_size=60, num_layers=2, num_heads=2, head_dim=4, model_dim=10, mlp_hidden=14, seq_len=8, value_embeds=1,
-    embed_skip=True, init_out=0.02, init_down=0.02, init_head=0.02,
+    vocab_size=60, num_layers=1, num_heads=2, head_dim=4, model_dim=10, mlp_hidden=14, seq_len=8, embed_skip=True,
+    init_out=0.02, init_down=0.02, init_head=0.02,
 )  # fmt: skip
 RULES = [*optim.RULES, "adamw", "sgd"]  # rmsprop divides rounding by rounding where a gradient vanishes
+SHORT: dict[str, Any] = {"riemannian_aurora_outer_steps": 1, "riemannian_aurora_cg_steps": 5}
+AT_3_RANKS_ALONE = set(RULES) - {"muon", "aurora", "adamw"}
 STEPS, ROWS = 20, 12
+pytestmark = pytest.mark.filterwarnings("ignore:PolarGrad")
 
 
 def train(
@@ -42,7 +45,8 @@ def train(
     machine = Machine(rank, ranks, torch.device("cpu"), dtype, ())
     place(model, model.blocks, machine, is_sharded=True)
     compiled = compile_model(model, by_block=True, backend="aot_eager") if is_compiled else model
-    optimizers = optim.build_optimizers(model, OptimizerConfig(matrix_optimizer=rule, adam_eps=1e-3))
+    config = OptimizerConfig(matrix_optimizer=rule, adam_eps=1e-3, **SHORT)
+    optimizers = optim.build_optimizers(model, config)
     generator = torch.Generator().manual_seed(1)
     gathered_as = set()
     model.blocks[0].register_forward_pre_hook(lambda block, _: gathered_as.add(block.mlp.down.dtype))
@@ -81,11 +85,15 @@ def trained(rank: int, ranks: int) -> dict[str, Any]:
     out = {}
     with mock.patch("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float32):
         for rule in RULES:
+            if ranks in (2, 4) and rule in AT_3_RANKS_ALONE:
+                continue
             with float64():
                 out[rule] = train(rule, rank, ranks, torch.float64, STEPS)
         out["bfloat16"] = train("muon", rank, ranks, torch.bfloat16, 5)
-        for name, is_compiled in (("eager", False), ("compiled", True)):
-            out[name] = train("adamw", rank, ranks, torch.float32, 3, is_compiled)
+        if ranks == 1:
+            out["eager"] = train("adamw", rank, ranks, torch.float32, 3)
+        if ranks == 2:
+            out["compiled"] = train("adamw", rank, ranks, torch.float32, 3, is_compiled=True)
     return out
 
 
@@ -103,8 +111,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "ranks"), [(rule, n) for rule in RULES for n in ([3] if rule in AT_3_RANKS_ALONE else [2, 3, 4])]
+)
 def test_any_number_of_ranks_is_one_process(results: dict[int, Any], rule: str, ranks: int) -> None:
     expected = results[1][0][rule]
     for found in (result[rule] for result in results[ranks]):
@@ -120,14 +129,17 @@ def test_any_number_of_ranks_is_one_process(results: dict[int, Any], rule: str, 
 def test_a_rank_holds_its_share(results: dict[int, Any], ranks: int) -> None:
     """Weights, gradients and Adam's state in shards, of which the first are the longest; momentum by owners."""
     with torch.device("meta"):
-        params = list(GPT(MODEL).parameters())
+        model = GPT(MODEL)
+    (muon, _), params = optim.build_optimizers(model, OptimizerConfig(matrix_optimizer="muon")), [*model.parameters()]
+    assert isinstance(muon, optim.MatrixOptimizer)
+    momentum = sum(bank.num_slots * bank.m * bank.n for bank, _ in muon.plan_banks(0, ranks))
     for rank, result in enumerate(results[ranks]):
         share = sum(sum(map(len, numbers_of(p.shape, cut_dim(p, ranks), rank, ranks))) for p in params)
         whole, held = results[1][0]["muon"]["held"], result["muon"]["held"]
         assert held["weights"] == held["gradients"] == share
         assert share < 1.2 * whole["weights"] / ranks
         assert result["adamw"]["held"]["adam"] == share
-        assert held["momentum"] * ranks >= whole["momentum"] >= held["momentum"] * (ranks - 1)
+        assert held["momentum"] == momentum
 
 
 @pytest.mark.slow
@@ -143,10 +155,9 @@ def test_blocks_are_gathered_in_the_dtype_of_products(results: dict[int, Any], r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_blocks_may_be_compiled(results: dict[int, Any], ranks: int) -> None:
+def test_blocks_may_be_compiled(results: dict[int, Any]) -> None:
     alone = results[1][0]["eager"]["weights"]
-    for found in (result["compiled"]["weights"] for result in results[ranks]):
+    for found in (result["compiled"]["weights"] for result in results[2]):
         assert found.keys() == alone.keys()
         for name, weight in alone.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5 * float(weight.abs().max()))

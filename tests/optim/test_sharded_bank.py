@@ -18,7 +18,7 @@ from optim.shards import is_sharded, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
-STEPS = 20
+STEPS = 10
 # What acts on weights, asks for them, or keeps state; every rule is in tests/test_fsdp.py.
 RULES = [
     "muon", "muon, cautious", "muon, brake and floor", "muon, hyperball", "muown", "normuon, long", "aurora, warm",
@@ -148,7 +148,7 @@ def resumed(mesh: Any, cut: Any) -> dict[str, Any]:
     """A state that shards saved goes on in whole parameters, and the other way round."""
     params = sharded(make_params(), mesh, cut)
     optimizer = make("aurora, warm", params)
-    train(optimizer, params, range(10))
+    train(optimizer, params, range(4))
     weights = {name: p.detach().full_tensor().clone() for name, p in params.items()}  # type: ignore[attr-defined]
     saved = optimizer.state_dict()
     others = make_params()
@@ -157,12 +157,12 @@ def resumed(mesh: Any, cut: Any) -> dict[str, Any]:
     with mock.patch("torch.distributed.is_initialized", return_value=False):  # one process
         unsharded = make("aurora, warm", others)
         unsharded.load_state_dict(saved)
-        train(unsharded, others, range(10, 15))
+        train(unsharded, others, range(4, 7))
         back = unsharded.state_dict()
     params = sharded({name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in others.items()}, mesh, cut)
     optimizer = make("aurora, warm", params)
     optimizer.load_state_dict(back)
-    train(optimizer, params, range(15, STEPS))
+    train(optimizer, params, range(7, STEPS))
     return {"resumed": whole(params)}
 
 

@@ -22,7 +22,7 @@ from harness.settings import parse_settings
 from harness.tables import align
 from model import GPT
 from optim import MatrixOptimizer, build_optimizers
-from optim.shards import numbers_of
+from optim.shards import flat_ranges
 from train_gpt import load_config
 
 
@@ -46,7 +46,7 @@ def replicated_state_bytes(optimizer: torch.optim.Optimizer) -> dict[Tensor, int
 
 def share(p: Tensor, ranks: int, fsdp: bool) -> float:
     """The part of a parameter that one rank keeps."""
-    return sum(map(len, numbers_of(p.shape, cut_dim(p, ranks), 0, ranks))) / p.numel() if fsdp else 1.0
+    return sum(map(len, flat_ranges(p.shape, cut_dim(p, ranks), 0, ranks))) / p.numel() if fsdp else 1.0
 
 
 def routing(optimizers: list[torch.optim.Optimizer], ranks: int, fsdp: bool = False) -> tuple[list[list[str]], float]:

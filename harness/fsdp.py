@@ -57,7 +57,7 @@ def cut_dim(p: torch.Tensor, ranks: int) -> int:
 
 
 @contextlib.contextmanager
-def at_hand(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """A block in which the parts of a sharded model around its blocks can be called one by one, by all ranks alike."""
     if not hasattr(model, "unshard"):
         yield

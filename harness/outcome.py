@@ -10,7 +10,7 @@ import torch
 from data import console
 from data.shards import DataError
 from harness.checkpoint import CheckpointWriter
-from harness.fsdp import at_hand
+from harness.fsdp import unsharded
 from harness.machine import lost_rank, peak_memory_mib, print_error
 from harness.runlog import RunLog
 
@@ -99,7 +99,7 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             try:
                 console.accept_stops()
-                with run.averages.tail.in_place(), at_hand(run.model):
+                with run.averages.tail.in_place(), unsharded(run.model):
                     log.line(f"sample       {sample()}")
             except RuntimeError as error:
                 if not lost_rank(error):  # a rank that left, or was lost, takes its shards along: complete without

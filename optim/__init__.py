@@ -38,7 +38,7 @@ from optim.polar_grad import PolarGrad
 from optim.replicated import average_gradients, gradients_of, mark_as_means
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
-from optim.shards import cut_of, is_sharded, local, shard_group
+from optim.shards import cut_of, is_dtensor, local, shard_group
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
@@ -85,7 +85,7 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
             parts.setdefault(optimizer.owners(), []).extend(optimizer.finish_reduction())
         else:
             for gradient in gradients_of(optimizer):
-                if is_sharded(gradient) and cut_of(gradient):
+                if is_dtensor(gradient) and cut_of(gradient):
                     parts.setdefault(shard_group(gradient), []).append(local(gradient))
                 else:
                     shared.append(gradient)
@@ -108,7 +108,7 @@ def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         norm: Any = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-        total += (norm.full_tensor() if is_sharded(norm) else norm).square().to(device)
+        total += (norm.full_tensor() if is_dtensor(norm) else norm).square().to(device)
     return total
 
 

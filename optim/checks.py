@@ -16,7 +16,7 @@ from kernels import backend
 from optim.apply_update import check_weight_options
 from optim.bank import layout, matrices
 from optim.options import check_options
-from optim.shards import cut_of, is_sharded, local, numbers_of, shard_group
+from optim.shards import cut_of, flat_ranges, is_dtensor, local, shard_group
 
 if TYPE_CHECKING:
     from optim.matrix_optimizer import MatrixOptimizer
@@ -45,7 +45,7 @@ def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
 
 
 def _has_zero_matrix(p: Any, group: Mapping[str, Any]) -> bool:
-    whole = p.detach().full_tensor() if is_sharded(p) else p.detach()
+    whole = p.detach().full_tensor() if is_dtensor(p) else p.detach()
     norms = torch._foreach_norm(matrices(whole, group["row_blocks"], group["flatten"]))
     return not torch.stack(norms).all()
 
@@ -67,7 +67,7 @@ def _check_parameter(who: str, name: str, p: Tensor, row_blocks: int, flatten: b
         problem = f"has shape {tuple(p.shape)} and so no elements; leave it out"
     elif any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         problem = "is expanded, so that elements share memory; give it its own with clone()"
-    elif is_sharded(p):
+    elif is_dtensor(p):
         problem = _problem_of_shards(p, rows=0 if flatten else p.ndim - 2)
     if problem:
         raise ValueError(f"{who}: {name} {problem}")
@@ -89,7 +89,7 @@ def _problem_of_shards(p: Any, rows: int) -> str:
             "of its mesh and replicate it over the others, as torch.distributed.fsdp.fully_shard does"
         )
     held, group = local(p), shard_group(p)
-    numbers = numbers_of(p.shape, cut.dim, dist.get_rank(group), dist.get_world_size(group))
+    numbers = flat_ranges(p.shape, cut.dim, dist.get_rank(group), dist.get_world_size(group))
     if held.numel() != sum(map(len, numbers)) or not held.is_contiguous():
         return (
             f"has a shard of shape {tuple(held.shape)} that is not the contiguous part that torch.chunk would give; "
@@ -102,7 +102,7 @@ def check_placement(optimizer: "MatrixOptimizer") -> None:
     """ValueError unless all parameters are whole, or all are sharded over the same ranks."""
     names = [name for index in range(len(optimizer.param_groups)) for name in optimizer._names(index)]
     params: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
-    places = [(p.device_mesh, shard_group(p)) if is_sharded(p) else "whole" for p in params]
+    places = [(p.device_mesh, shard_group(p)) if is_dtensor(p) else "whole" for p in params]
     other = next((name for name, place in zip(names, places, strict=True) if place != places[0]), "")
     who = type(optimizer).__name__
     if other:
@@ -110,7 +110,7 @@ def check_placement(optimizer: "MatrixOptimizer") -> None:
             f"{who}: {other} and {names[0]} are not sharded alike (one is whole, or they are on different meshes); "
             "give each kind an optimizer of its own"
         )
-    if params and is_sharded(params[0]) and optimizer.process_group is not None:
+    if params and is_dtensor(params[0]) and optimizer.process_group is not None:
         raise ValueError(f"{who}: process_group is for whole parameters, and {names[0]} is sharded; leave it out")
 
 

@@ -41,7 +41,7 @@ from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
 from optim.reductions import Reductions
 from optim.sharded_bank import ShardedBank
-from optim.shards import is_sharded, shard_group
+from optim.shards import is_dtensor, shard_group
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -146,12 +146,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def owners(self) -> dist.ProcessGroup | None:
         """The ranks that share the work: those with the parameters' shards, or `process_group`; None: all ranks."""
         p = self._any_param()
-        return shard_group(p) if is_sharded(p) else self.process_group
+        return shard_group(p) if is_dtensor(p) else self.process_group
 
     def replicas(self) -> dist.ProcessGroup | None:
         """The ranks whose gradients are averaged: the same, and for shards that have copies all ranks."""
         p = self._any_param()
-        return shard_group(p) if is_sharded(p) and p.device_mesh.ndim == 1 else self.process_group
+        return shard_group(p) if is_dtensor(p) and p.device_mesh.ndim == 1 else self.process_group
 
     def _any_param(self) -> Any:
         return next((p for group in self.param_groups for p in group["params"]), None)
@@ -183,7 +183,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 kinds[layout(p, group["row_blocks"], group["flatten"])[1:], p.dtype, p.device].append(i)
             names = self._names(index)
             for places in kinds.values():
-                bank = (ShardedBank if is_sharded(group["params"][places[0]]) else Bank)(
+                bank = (ShardedBank if is_dtensor(group["params"][places[0]]) else Bank)(
                     [group["params"][i] for i in places], [names[i] for i in places], group["row_blocks"],
                     self.comm_dtype, self.owners(), rank, num_ranks, group["flatten"],
                 )  # fmt: skip
@@ -264,7 +264,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             saved = [i for group in taken["param_groups"] for i in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
             for i, p in zip(saved, params, strict=True):
-                device = torch.device("cpu") if is_sharded(p) else p.device  # there may be no room for it whole
+                device = torch.device("cpu") if is_dtensor(p) else p.device  # there may be no room for it whole
                 for name, value in taken["state"].get(i, {}).items():
                     self.state[p][name] = value.to(device, torch.float32, copy=True)
 

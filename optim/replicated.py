@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from optim.shards import gathered, is_sharded, shard_like
+from optim.shards import gathered, is_dtensor, shard_like
 
 _means = WeakTensorKeyDictionary()  # gradients that are means over the ranks: their version when they became that
 
@@ -34,7 +34,7 @@ def average_gradients(optimizer: torch.optim.Optimizer, process_group: dist.Proc
         return
     gradients = [
         gradient for gradient in gradients_of(optimizer)
-        if not is_sharded(gradient) and _means.get(gradient) != gradient._version
+        if not is_dtensor(gradient) and _means.get(gradient) != gradient._version
     ]  # fmt: skip
     works = [dist.all_reduce(g, op=dist.ReduceOp.AVG, group=process_group, async_op=True) for g in gradients]
     for work in works:

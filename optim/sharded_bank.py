@@ -24,7 +24,7 @@ from torch import Tensor
 
 from optim.apply_update import constrains
 from optim.bank import Bank
-from optim.shards import cut_of, local, numbers_of
+from optim.shards import cut_of, flat_ranges, local
 
 
 class Piece(NamedTuple):
@@ -79,7 +79,7 @@ class ShardedBank(Bank):
     def _numbers(self, p: Tensor, rank: int) -> list[range]:
         cut = cut_of(p)
         assert cut is not None
-        return numbers_of(p.shape, cut.dim, rank, self.num_ranks)
+        return flat_ranges(p.shape, cut.dim, rank, self.num_ranks)
 
     def _cut_into_buckets(self) -> list[range]:
         return [range(self.num_slots)]

@@ -8,20 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor. (Asking for the type would import a second's worth of torch for those without.)"""
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Any:
     """This rank's part of a sharded tensor, sharing its memory; any other tensor, or None, itself."""
-    return tensor.to_local() if tensor is not None and is_sharded(tensor) else tensor
+    return tensor.to_local() if tensor is not None and is_dtensor(tensor) else tensor
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
     """A tensor that every rank has whole, in shards on the device of `like` as that is; itself if `like` is whole or of
     another shape."""
-    if not isinstance(like, Tensor) or not is_sharded(like) or is_sharded(whole) or whole.shape != like.shape:
+    if not isinstance(like, Tensor) or not is_dtensor(like) or is_dtensor(whole) or whole.shape != like.shape:
         return whole
     from torch.distributed.tensor import distribute_tensor
 
@@ -37,7 +37,7 @@ def gathered(tree: Any, is_kept: bool = True) -> Any:
         return {key: gathered(value, is_kept) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(gathered(value, is_kept) for value in tree)
-    if not isinstance(tree, Tensor) or not is_sharded(tree):
+    if not isinstance(tree, Tensor) or not is_dtensor(tree):
         return tree
     whole = tree.detach().full_tensor()  # type: ignore[attr-defined]
     return whole.cpu() if is_kept else None
@@ -73,7 +73,7 @@ def shard_group(p: Any) -> dist.ProcessGroup:
     return group
 
 
-def numbers_of(shape: Sequence[int], dim: int, rank: int, num_ranks: int) -> list[range]:
+def flat_ranges(shape: Sequence[int], dim: int, rank: int, num_ranks: int) -> list[range]:
     """The numbers of a parameter that a rank holds, in its order, where dimension `dim` is cut: a range for each index
     of the dimensions before it."""
     length, rest = math.ceil(shape[dim] / num_ranks), math.prod(shape[dim + 1 :])

@@ -14,12 +14,12 @@ import torch.multiprocessing as mp
 import optim
 from harness.checkpoint import read_checkpoint
 from harness.compiling import compile_model
-from harness.fsdp import at_hand, cut_dim, place
+from harness.fsdp import cut_dim, place, unsharded
 from harness.machine import Machine
 from inference.sample import generate
 from model import GPT, ModelConfig
 from optim import OptimizerConfig
-from optim.shards import gathered, local, numbers_of
+from optim.shards import flat_ranges, gathered, local
 from tests.conftest import Trainer, python, torchrun
 from tests.optim.test_sharding import float64
 from tests.test_train import metrics
@@ -67,7 +67,7 @@ def train(
     adam = [entry["exp_avg"] for optimizer in optimizers[len(optimizers) - 1 - (rule == "adamw") :]
             for entry in optimizer.state.values()]  # fmt: skip
     held["adam"] = sum(local(moment).numel() for moment in adam)
-    with at_hand(model):
+    with unsharded(model):
         sample = generate(model, [1, 2, 3], 5, torch.Generator().manual_seed(2))
     weights = gathered(dict(model.state_dict()))
     return dict(weights=weights, norm=norm, held=held, gathered_as=gathered_as, sample=sample)
@@ -134,7 +134,7 @@ def test_a_rank_holds_its_share(results: dict[int, Any], ranks: int) -> None:
     assert isinstance(muon, optim.MatrixOptimizer)
     momentum = sum(bank.num_slots * bank.m * bank.n for bank, _ in muon.plan_banks(0, ranks))
     for rank, result in enumerate(results[ranks]):
-        share = sum(sum(map(len, numbers_of(p.shape, cut_dim(p, ranks), rank, ranks))) for p in params)
+        share = sum(sum(map(len, flat_ranges(p.shape, cut_dim(p, ranks), rank, ranks))) for p in params)
         whole, held = results[1][0]["muon"]["held"], result["muon"]["held"]
         assert held["weights"] == held["gradients"] == share
         assert share < 1.2 * whole["weights"] / ranks

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from optim import MatrixOptimizer, Muon, bank, clip_gradients
-from optim.shards import is_sharded, shard_like
+from optim.shards import is_dtensor, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
@@ -200,7 +200,7 @@ def traffic(mesh: Any, cut: Any) -> dict[str, Any]:
             mock.patch("optim.bank._all_gather", gather),
         ):
             optimizer.step()
-        if is_sharded(params["p0"]):
+        if is_dtensor(params["p0"]):
             with mock.patch("optim.bank._all_gather", gather_state):
                 optimizer.state_dict()
     return {"sent": sent, "gathered": in_one_go}

@@ -27,6 +27,7 @@ from optim.options import Option  # isort: skip
 from optim.adamh import AdamH
 from optim.adamuon import AdaMuon
 from optim.aurora import Aurora
+from optim.combined import CombinedOptimizer
 from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
 from optim.muon import Muon
 from optim.muon_eq import MuonEq
@@ -42,10 +43,10 @@ from optim.shards import cut_of, is_dtensor, local, shard_group
 from optim.soap import Soap, SoapMuon
 
 __all__ = [
-    "RULES", "TORCH_OPTIMIZERS", "AdaMuon", "AdamH", "Aurora", "MatrixOptimizer", "Muon", "MuonEq", "MuonPlus",
-    "MuonSquared", "Muown", "NorMuon", "OptimizerConfig", "Option", "PolarGrad", "RiemannianAurora", "Soap", "SoapMuon",
-    "UNorMuon", "build_optimizers", "clip_gradients", "find_rule", "finish_reduction", "routing_table",
-    "start_reduction", "with_rule_options",
+    "RULES", "TORCH_OPTIMIZERS", "AdaMuon", "AdamH", "Aurora", "CombinedOptimizer", "MatrixOptimizer", "Muon",
+    "MuonEq", "MuonPlus", "MuonSquared", "Muown", "NorMuon", "OptimizerConfig", "Option", "PolarGrad",
+    "RiemannianAurora", "Soap", "SoapMuon", "UNorMuon", "build_optimizers", "clip_gradients", "find_rule",
+    "finish_reduction", "routing_table", "start_reduction", "with_rule_options",
 ]  # fmt: skip
 
 

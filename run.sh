@@ -40,7 +40,9 @@ usage() {
 ./run.sh check                         lint, format, types, shellcheck and the fast tests
 ./run.sh lint                          the same without tests
 ./run.sh bench [NAME ...]              benchmarks: loader_speed, tokenize, train_step, polar_speed,
-                                       polar_quality (default: these), polar_tiles (a GPU)
+                                       polar_quality (default: these) and others of benchmarks/
+./run.sh examples [NAME ...]           the optimizers in a plain loop, Hugging Face, Lightning, FSDP2 ...:
+                                       examples/NAME.py, in an environment of its own
 ./run.sh gpu_suite [--minutes 9 ...]   kernel tests, training steps, a race of optimizers and all
                                        benchmarks on one GPU; goes on where it was cut off
 
@@ -147,6 +149,24 @@ lint() { # python -m: a script's first line names the folder that it was install
     shellcheck run.sh .ci/run
 }
 
+examples() { # with the optimizers as a package, and without the checkout's modules, some of which share others' names
+    local name launch meeting=(--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1)
+    unset PYTHONPATH
+    pip_install --no-deps --no-build-isolation --force-reinstall "$root"
+    [ $# -gt 0 ] || set -- "${code}"examples/*_*.py # toy.py is what they share
+    export HF_HUB_OFFLINE=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    for name in "$@"; do
+        name=${name##*/}
+        name=${name%.py}
+        [ -e "${code}examples/$name.py" ] ||
+            fail "there is no example $name; choose one of $(cd "${code}examples" && echo *_*.py)"
+        launch=()
+        case $name in *_two_ranks) launch=(-m torch.distributed.run --nproc-per-node 2 "${meeting[@]}") ;; esac
+        echo "== $name"
+        "$python" ${launch[@]+"${launch[@]}"} "${code}examples/$name.py"
+    done
+}
+
 train() {
     install .venv requirements.txt
     local argument recipe=''
@@ -232,6 +252,11 @@ case "${1:-}" in
             export TIKTOKEN_CACHE_DIR
         fi
         for name in "$@"; do python -m "benchmarks.$name"; done
+        ;;
+    examples)
+        shift
+        install .venv-examples examples/requirements.txt
+        examples "$@"
         ;;
     gpu_suite)
         shift

@@ -8,10 +8,14 @@ which verifies the records first and draws their figures.
 """
 
 import json
+import re
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
@@ -29,6 +33,7 @@ from leaderboard import rank
 from leaderboard.records import find_records, load_record
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def results(pattern: str) -> list[dict[str, Any]]:
@@ -240,7 +245,16 @@ def family_section() -> str:
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({said})\n"
 
 
-SECTIONS = {
+def example_section(path: Path) -> str:
+    """The optimizers' import and what stands between `# shown` and `# end` in an example."""
+    source = path.read_text(encoding="utf-8")
+    (imports,) = re.findall(r"^from nanogpt_aurora import .+$", source, re.MULTILINE)
+    shown = re.findall(r"^ *# shown\n(.*?)^ *# end$", source, re.MULTILINE | re.DOTALL)
+    code = "\n...\n".join(textwrap.dedent(part).strip() for part in shown)
+    return f"```python\n{imports}\n\n{code}\n```\n"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
     "polar": polar_section,
     "polar_quality": quality_section,
     "polar_methods": methods_section,
@@ -256,6 +270,7 @@ SECTIONS = {
     "grokking": lambda: grokking_section("grokking"),
     "grokking_scale": lambda: grokking_section("grokking_scale"),
     "neurons": neurons_section,
+    **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: lambda: rank.readme_section(rank.rows([load_record(path) for path in find_records()])),
 }
 

@@ -5,18 +5,16 @@
 The ranks share the work: each one orthogonalises its part of the matrices.
 """
 
-import shutil
-import tempfile
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from toy import TinyTransformer, sequences
+from nanogpt_aurora import Aurora, CombinedOptimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-
-from nanogpt_aurora import Aurora, CombinedOptimizer
+from toy import TinyTransformer, process_group, sequences
 
 STEPS = 60
 
@@ -25,8 +23,9 @@ def train(folder: str, first: int = 0) -> tuple[torch.nn.Module, float]:
     """From the start, with a checkpoint half way, or from that; the model and the last loss of this rank."""
     set_seed(0)
     model = TinyTransformer()
-    loader = DataLoader(sequences(64 * STEPS, seed=0), batch_size=16)
-    # shown: accelerate_two_ranks
+    data: Any = sequences(64 * STEPS, seed=0)
+    loader = DataLoader(data, batch_size=16)
+    # shown
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     chosen = set(matrices)
@@ -38,7 +37,7 @@ def train(folder: str, first: int = 0) -> tuple[torch.nn.Module, float]:
     if first:
         accelerator.load_state(folder)
         loader = accelerator.skip_first_batches(loader, 2 * first)
-    # shown: accelerate_two_ranks
+    # shown
     for i, batch in enumerate(loader, start=2 * first):
         with accelerator.accumulate(model):
             accelerator.backward(loss := model(batch))
@@ -54,24 +53,18 @@ def train(folder: str, first: int = 0) -> tuple[torch.nn.Module, float]:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    folder = shared[0]
-    with torch.no_grad():
-        first = TinyTransformer()(sequences(64, seed=0)).item()
-    whole, last = train(folder)
-    resumed, _ = train(folder, first=STEPS // 2)
-    print(f"rank {dist.get_rank()}: loss {first:.2f} -> {last:.2f}")
-    assert last < 0.5 * first
-    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q), "the resumed run is another one"
-        mean = p.detach().clone()
-        dist.all_reduce(mean, op=dist.ReduceOp.AVG)
-        assert torch.equal(p, mean), "the ranks differ"
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
-    dist.destroy_process_group()
+    with process_group() as folder:
+        with torch.no_grad():
+            first = TinyTransformer()(sequences(64, seed=0)).item()
+        whole, last = train(folder)
+        resumed, _ = train(folder, first=STEPS // 2)
+        print(f"rank {dist.get_rank()}: loss {first:.2f} -> {last:.2f}")
+        assert last < 0.5 * first
+        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q), "the resumed run is another one"
+            mean = p.detach().clone()
+            dist.all_reduce(mean, op=dist.ReduceOp.AVG)
+            assert torch.equal(p, mean), "the ranks differ"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Aurora on the filters of a convolutional net: [out, in, height, width] are matrices [out, in x height x width].
 
-    python examples/convolutional_net.py
+python examples/convolutional_net.py
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from nanogpt_aurora import Aurora, CombinedOptimizer
+from torch import Tensor, nn
 
 STEPS = 60
 
@@ -34,7 +33,7 @@ def new_model() -> nn.Module:
 def main() -> None:
     torch.manual_seed(0)
     model = new_model()
-    # shown: convolutional_net
+    # shown
     filters = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     chosen = set(filters)
     others = [p for p in model.parameters() if p not in chosen]

@@ -5,18 +5,16 @@
 Each rank receives whole the matrices that it owns, orthogonalises them and sends the shards back.
 """
 
-import shutil
-import tempfile
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from toy import TinyTransformer, sequences
-from torch import nn
+from nanogpt_aurora import Aurora
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load, save  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-
-from nanogpt_aurora import Aurora
+from toy import TinyTransformer, process_group, sequences
 
 STEPS = 60
 
@@ -25,7 +23,7 @@ def train(folder: str, first: int = 0) -> tuple[nn.Module, float]:
     """From the start, with a checkpoint half way, or from that; the model and the last loss of this rank."""
     torch.manual_seed(0)
     model = TinyTransformer()
-    # shown: fsdp2_two_ranks
+    # shown
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)  # then the optimizers
@@ -35,16 +33,16 @@ def train(folder: str, first: int = 0) -> tuple[nn.Module, float]:
     optimizers = [Aurora(matrices, lr=0.05), torch.optim.AdamW(others, lr=0.01)]
     # end
     if first:
-        # shown: fsdp2_two_ranks
-        saved = dict(zip(("model", "optimizers"), get_state_dict(model, optimizers), strict=True))
-        dcp.load(saved, checkpoint_id=folder)  # into what is there
+        # shown
+        saved: Any = dict(zip(("model", "optimizers"), get_state_dict(model, optimizers), strict=True))
+        load(saved, checkpoint_id=folder)  # into what is there
         set_state_dict(model, optimizers, model_state_dict=saved["model"], optim_state_dict=saved["optimizers"])
         # end
     for step in range(first, STEPS):
         if step == STEPS // 2 and not first:
-            # shown: fsdp2_two_ranks
+            # shown
             saved = dict(zip(("model", "optimizers"), get_state_dict(model, optimizers), strict=True))
-            dcp.save(saved, checkpoint_id=folder)
+            save(saved, checkpoint_id=folder)
             # end
         tokens = sequences(64, seed=step).chunk(dist.get_world_size())[dist.get_rank()]
         loss = model(tokens)
@@ -56,22 +54,21 @@ def train(folder: str, first: int = 0) -> tuple[nn.Module, float]:
     return model, loss.item()
 
 
+def full(p: Any) -> Tensor:
+    """The whole of a parameter that lies on the ranks in shards."""
+    return p.full_tensor()
+
+
 def main() -> None:
-    dist.init_process_group("gloo")
-    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    folder = shared[0]
-    with torch.no_grad():
-        first = TinyTransformer()(sequences(64, seed=0)).item()
-    whole, last = train(folder)
-    resumed, _ = train(folder, first=STEPS // 2)
-    print(f"rank {dist.get_rank()}: loss {first:.2f} -> {last:.2f}")
-    assert last < 0.5 * first
-    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p.full_tensor(), q.full_tensor()), "the resumed run is another one"
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
-    dist.destroy_process_group()
+    with process_group() as folder:
+        with torch.no_grad():
+            first = TinyTransformer()(sequences(64, seed=0)).item()
+        whole, last = train(folder)
+        resumed, _ = train(folder, first=STEPS // 2)
+        print(f"rank {dist.get_rank()}: loss {first:.2f} -> {last:.2f}")
+        assert last < 0.5 * first
+        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(full(p), full(q)), "the resumed run is another one"
 
 
 if __name__ == "__main__":

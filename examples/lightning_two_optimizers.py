@@ -11,23 +11,22 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toy import TinyTransformer, sequences
+from nanogpt_aurora import Aurora
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-
-from nanogpt_aurora import Aurora
+from toy import TinyTransformer, sequences
 
 STEPS = 60
 
 
-# shown: lightning_two_optimizers
-class Module(lightning.LightningModule):
+class Module(lightning.LightningModule):  # type: ignore[misc]  # which has no types
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = TinyTransformer()
 
+    # shown
     def configure_optimizers(self) -> Any:
         matrices = [p for name, p in self.model.blocks.named_parameters() if p.ndim == 2]
         chosen = set(matrices)
@@ -43,6 +42,7 @@ class Module(lightning.LightningModule):
             schedule.step()
             optimizer.zero_grad()
         self.log("loss", loss)
+
     # end
 
 
@@ -58,7 +58,8 @@ def new_trainer(folder: str) -> lightning.Trainer:
 def main() -> None:
     with torch.no_grad():
         first = Module().model(sequences(64, seed=0)).item()
-    loader = DataLoader(sequences(32 * STEPS, seed=0), batch_size=64)
+    data: Any = sequences(32 * STEPS, seed=0)
+    loader = DataLoader(data, batch_size=64)
     with tempfile.TemporaryDirectory() as folder:
         whole = new_trainer(folder)
         whole.fit(Module(), loader)

@@ -1,24 +1,23 @@
 """Aurora in a training loop of one's own: a fused matrix of queries, keys and values, clipping, a schedule, a resume.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import tempfile
 from pathlib import Path
 
 import torch
-from toy import TinyTransformer, sequences
+from nanogpt_aurora import Aurora, CombinedOptimizer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-
-from nanogpt_aurora import Aurora, CombinedOptimizer
+from toy import TinyTransformer, sequences
 
 STEPS = 80
 
 
 def train(model: TinyTransformer, checkpoint: Path, stop_at: int = STEPS) -> float:
     """From the checkpoint, if there is one, to a step; the last loss."""
-    # shown: plain_loop
+    # shown
     named = dict(model.blocks.named_parameters())
     fused = [p for name, p in named.items() if name.endswith("in_proj_weight")]  # queries, keys and values in one
     single = [p for name, p in named.items() if name.endswith(("out_proj.weight", "linear1.weight", "linear2.weight"))]
@@ -34,7 +33,7 @@ def train(model: TinyTransformer, checkpoint: Path, stop_at: int = STEPS) -> flo
         first = saved["step"]
         for name, part in dict(model=model, optimizer=optimizer, schedule=schedule).items():
             part.load_state_dict(saved[name])
-    # shown: plain_loop
+    # shown
     for step in range(first, stop_at):
         loss = model(sequences(64, seed=step))
         loss.backward()

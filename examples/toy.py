@@ -1,6 +1,12 @@
 """What the examples train: a small causal transformer, on sequences that count upwards by a step of their own."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,3 +42,18 @@ class TinyTransformer(nn.Module):
             x_BTD = block(x_BTD, src_mask=mask, is_causal=True)
         logits_BTV = self.head(self.norm(x_BTD))
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+@contextmanager
+def process_group() -> Iterator[str]:
+    """The ranks that torchrun started, on one machine; gives a folder for all of them, which is removed at the end."""
+    dist.init_process_group("gloo")
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(shared)
+    try:
+        yield shared[0]
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(shared[0])
+        dist.destroy_process_group()

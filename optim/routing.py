@@ -10,8 +10,10 @@ from kernels import backend
 from optim.apply_update import WEIGHT_OPTIONS, check_weight_options
 from optim.config import TORCH_OPTIMIZERS, Groups, OptimizerConfig, adamw, find_rule, rule_settings
 from optim.matrix_optimizer import MatrixOptimizer
+from optim.shards import is_dtensor
 
 TABLES = nn.Embedding, nn.EmbeddingBag
+HEADS = "head", "lm_head"
 COMM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,17 +46,18 @@ def refuse_weight_options(config: OptimizerConfig) -> None:
 
 
 def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: bool = False) -> set[nn.Parameter]:
-    """The parameters of every child called `head` of a model, at whatever depth: torch.compile, nn.Sequential,
+    """The parameters of every child of a model that HEADS names, at whatever depth: torch.compile, nn.Sequential,
     DistributedDataParallel and their like put modules of their own around it.
 
     A module in a list (`is_listed`) is a model where it holds an embedding, and not one where it is a block of another
     (`is_in_model`), whose `head` is a matrix like its others.
     """
     children = dict(module.named_children())
-    is_model = "head" in children
+    heads = [children[name] for name in HEADS if name in children]
+    is_model = bool(heads)
     if is_model and is_listed:
         is_model = not is_in_model and any(isinstance(part, TABLES) for part in module.modules())
-    found = set(children["head"].parameters()) if is_model else set[nn.Parameter]()
+    found = {p for head in heads for p in head.parameters()} if is_model else set[nn.Parameter]()
     for name, child in children.items():
         found |= head_parameters(child, name.isdigit() or (is_listed and not is_model), is_in_model or is_model)
     return found
@@ -65,7 +68,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
-    module `head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is left for it.
+    module `head` or `lm_head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is
+    left for it.
     `config` has the fields of OptimizerConfig; a rule's option without a field keeps its default. Raises ValueError for
     an unknown `matrix_optimizer`, a model without matrices and whatever the optimizers refuse.
     """
@@ -115,5 +119,7 @@ def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:
                 kernels = backend(optimizer.kernels, group["params"][0].device).name
                 what += f", {group['polar_method']}, {kernels} kernels"
                 what += "" if optimizer.is_scale_free else ", not scale-free"
+            if is_dtensor(p := group["params"][0]):
+                what += f", in shards on {p.device_mesh.size()} ranks"
             lines.append(f"{type(optimizer).__name__:8} {what}, lr {group['lr']}, decay {group['weight_decay']}")
     return "\n".join(lines)

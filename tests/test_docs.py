@@ -152,6 +152,14 @@ def test_generated_tables_are_of_the_committed_results() -> None:
     assert sections == Counter(generate.SECTIONS.keys())  # each stands in one place
 
 
+def test_every_example_is_shown_in_less_than_20_lines() -> None:
+    document = text(ROOT / "docs/optimizers.md")
+    for path in generate.EXAMPLES:
+        if path.stem != "toy":
+            (shown,) = re.findall(rf"<!-- {path.stem} -->\n```python\n(.*?)```", document, re.DOTALL)
+            assert 4 <= len(shown.splitlines()) < 20
+
+
 def test_a_missing_section_is_said() -> None:
     with pytest.raises(ValueError, match=r"<!-- polar -->"):
         with_section("# Nothing\n", "polar", "")

@@ -77,6 +77,12 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 @pytest.fixture
+def with_examples(checkout: Checkout) -> Checkout:
+    shutil.copytree(ROOT / "examples", checkout.root / "examples")
+    return checkout
+
+
+@pytest.fixture
 def installed(checkout: Checkout) -> Checkout:
     assert checkout.train() == (0, "Installing into .venv (once; a few minutes) ...\n")
     checkout.calls()
@@ -93,7 +99,7 @@ def test_help_names_every_command() -> None:
     script = (ROOT / "run.sh").read_text(encoding="utf-8")
     commands = " ".join(re.findall(r"^    ([a-z_ |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
     expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "options", "settings", "leaderboard"}
-    expected |= {"gpu_suite", "rules"}
+    expected |= {"gpu_suite", "rules", "examples"}
     assert set(commands) == expected
     assert all(f"./run.sh {command}" in text for command in commands)
 
@@ -355,3 +361,23 @@ def test_a_checkout_that_cannot_be_written_serves(installed: Checkout, tmp_path:
         str(at),
     ]
     root.chmod(0o755)
+
+
+def test_examples_run_with_the_frameworks_and_the_package_of_this_checkout(with_examples: Checkout) -> None:
+    assert with_examples.run(with_examples.command("examples", "plain_loop", "examples/fsdp2_two_ranks.py"))[0] == 0
+    made, frameworks, package, alone, ranks = with_examples.calls()
+    assert made.endswith("-m venv .venv-examples")
+    assert frameworks.endswith("--target= -r examples/requirements.txt")
+    assert package.endswith(f"--no-deps --no-build-isolation --force-reinstall {with_examples.root}")
+    assert alone == "python examples/plain_loop.py"
+    assert re.fullmatch(r"python -m torch\.distributed\.run --nproc-per-node 2 .* examples/fsdp2_two_ranks\.py", ranks)
+
+    assert with_examples.run(with_examples.command("examples"))[0] == 0
+    scripts = [call.split("/")[-1] for call in with_examples.calls() if "examples/" in call]
+    assert scripts == sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "toy.py")
+
+
+def test_an_example_that_is_not_there_is_one_line(with_examples: Checkout) -> None:
+    status, said = with_examples.run(with_examples.command("examples", "jax"))
+    assert status == 2
+    assert said.splitlines()[-1].startswith("error: there is no example jax; choose one of accelerate_two_ranks.py ")

@@ -172,7 +172,7 @@ def f():
 
 def test_the_lines_for_a_project_of_ones_own_train_it(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs/optimizers.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```python\n(from nanogpt_aurora .*?)```", text, re.DOTALL)
+    lines = re.findall(r"```python\n(from nanogpt_aurora .*?)```", text, re.DOTALL)[0]
     monkeypatch.setitem(sys.modules, "nanogpt_aurora", optim)
     parts = dict(embed=nn.Embedding(9, 6), body=nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), head=nn.Linear(6, 9))
     names = {"model": nn.Sequential(OrderedDict(parts)), "torch": torch}

@@ -110,6 +110,14 @@ def test_a_model_in_a_list_is_routed_as_without(wrap: Callable[[nn.Module], nn.M
     assert routes(wrap(model)) == expected
 
 
+def test_a_head_may_be_called_as_others_do() -> None:
+    model = tiny_gpt()
+    expected = routes(model)
+    model.lm_head = model.head
+    del model.head
+    assert routes(nn.ModuleDict({"module": model})) == expected
+
+
 def test_every_model_has_its_head_and_blocks_alone_have_none() -> None:
     pair = nn.ModuleList([tiny_gpt(), tiny_gpt()])
     assert routes(pair)["head"] == {model.head.weight for model in pair}

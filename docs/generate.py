@@ -31,6 +31,7 @@ from harness.results import RESULTS
 from harness.tables import Row, markdown, mean_and_sd, table, with_section
 from leaderboard import rank
 from leaderboard.records import find_records, load_record
+from leaderboard.verify_duel import find_duels, load_duel
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -254,6 +255,11 @@ def example_section(path: Path) -> str:
     return f"```python\n{imports}\n\n{code}\n```\n"
 
 
+def leaderboard_section() -> str:
+    records = [load_record(path) for path in find_records()]
+    return rank.readme_section(rank.rows(records, [load_duel(path) for path in find_duels()]))
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "polar": polar_section,
     "polar_quality": quality_section,
@@ -271,7 +277,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "grokking_scale": lambda: grokking_section("grokking_scale"),
     "neurons": neurons_section,
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
-    rank.SECTION: lambda: rank.readme_section(rank.rows([load_record(path) for path in find_records()])),
+    rank.SECTION: leaderboard_section,
 }
 
 

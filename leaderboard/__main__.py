@@ -3,6 +3,7 @@
     ./run.sh leaderboard add runs/<seed 0> runs/<seed 1> ... --name=muon_550      make a record of n seeds' runs
     ./run.sh leaderboard verify                                                   does every record hold?
     ./run.sh leaderboard rank sotu-byte --format=markdown                         tables
+    ./run.sh leaderboard duel sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon --keep      steps take turns
     ./run.sh leaderboard compare sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon
     ./run.sh leaderboard publish                                                  README's tables, figures, a page
 
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from tyro.conf import Positional
 from data import console
 from data.files import check_writable, user_path, user_text, whole_file, write_json
 from harness.tables import slug
-from leaderboard import page, plots, rank, reproduce
+from leaderboard import duel, page, plots, rank, reproduce, verify_duel
 from leaderboard.compare import compare
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
 from leaderboard.tracks import find_track
@@ -88,19 +90,42 @@ def _verify(paths: Sequence[Path]) -> dict[Path, list[str]]:
 
 
 def verify(records: Places = (), /) -> int:
-    """Work out every number of the records from their logs again and list all that does not hold.
+    """Work out every number of the records, and of all duels, from their logs again and list all that does not hold.
 
     Args:
         records: records or tracks; default: all.
     """
     found = _verify(find_records(records))
-    for path, reasons in found.items():
+    duels = _verify_duels([load_record(path) for path, reasons in found.items() if not reasons]) if not records else {}
+    for path, reasons in [*found.items(), *duels.items()]:
         print(f"{path.parent.name}/{path.name}: {'holds' if not reasons else f'{len(reasons)} reasons against it'}")
         for reason in reasons:
             print(f"  {reason}")
-    broken = sum(map(bool, found.values()))
-    print(f"{len(found)} records, {broken or 'none'} that do not hold" if found else "there is no record yet")
-    return 1 if broken else 0
+    for kind, reasons_by_path in dict(records=found, duels=duels).items():
+        if reasons_by_path:
+            print(
+                f"{len(reasons_by_path)} {kind}, {sum(map(bool, reasons_by_path.values())) or 'none'} that do not hold"
+            )
+    if not found:
+        print("there is no record yet")
+    return 1 if any([*found.values(), *duels.values()]) else 0
+
+
+def _verify_duels(records: Sequence[Record]) -> dict[Path, list[str]]:
+    """Reasons by duel; records: those that hold."""
+    by_name = {record.name: record for record in records}
+    return {path: verify_duel.reasons(path, by_name) for path in verify_duel.find_duels()}
+
+
+def _holding_duels(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Those of the duels that hold, between these records; others are named."""
+    found = []
+    for path, reasons in _verify_duels(records).items():
+        if reasons:
+            print(f"left out: duel {path.name}: {reasons[0]}", file=sys.stderr)
+        else:
+            found.append(verify_duel.load_duel(path))
+    return found
 
 
 def _holding(places: Sequence[Path] = ()) -> list[Record]:
@@ -116,7 +141,8 @@ def _holding(places: Sequence[Path] = ()) -> list[Record]:
 def rank_table(
     track: Positional[str] = "", /, format: Literal["terminal", "markdown", "json"] = "terminal", out: str = ""
 ) -> int:
-    """Print the table of the records that hold, for each hardware, the fastest first.
+    """Print the tables of the records that hold: of each track those that duels connect, in the order of these; the
+    others for each hardware, the fastest first.
 
     Args:
         track: only this one.
@@ -125,7 +151,8 @@ def rank_table(
     """
     if track:
         find_track(track)
-    table = [row for row in rank.rows(_holding()) if not track or row["track"] == track]
+    records = _holding()
+    table = [row for row in rank.rows(records, _holding_duels(records)) if not track or row["track"] == track]
     if format == "json":
         written = json.dumps(table, indent=1) + "\n"
     else:
@@ -179,7 +206,8 @@ def plot(records: Places = (), /, out: Path = rank.PLOTS) -> int:
 
 def _plot(records: Sequence[Record], out: Path) -> list[Path]:
     by_name, written = {record.name: record for record in records}, []
-    for _, hardware, group in rank.classes(rank.rows(records)):
+    by_track = groupby(rank.rows(records), key=lambda row: row["track"])
+    for hardware, group in (figure for _, rows in by_track for figure in rank.by_hardware(list(rows))):
         of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
         stem = out / f"{slug(group[0]['track'])}_{slug(hardware)}"
         written += plots.save(plots.curves(of_class, find_track(group[0]["track"]).target_loss), stem)
@@ -196,7 +224,8 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
     """
     out = user_path(out)
     check_writable(out.parent, "choose another file, such as --out=/tmp/records.html")
-    document = page.render(_holding(records))
+    shown = _holding(records)
+    document = page.render(shown, _holding_duels(shown) if not records else ())
     with whole_file(out) as file:
         file.write(document)
     print(out)
@@ -209,7 +238,8 @@ def publish() -> int:
     if verify():
         return 1
     records = _holding()
-    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), rank.rows(records))
+    table = rank.rows(records, _holding_duels(records))
+    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), table)
     with whole_file(rank.README) as file:
         file.write(readme)
     for path in [rank.README, *_plot(records, rank.PLOTS)]:
@@ -239,9 +269,40 @@ def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = Fa
     return 0 if is_consistent else 1
 
 
+def duel_records(a: Positional[Path], b: Positional[Path], /, rounds: int = duel.ROUNDS, keep: bool = False) -> int:
+    """Let the steps of two records, or of two recipes, take turns on this machine: the ratio of their times.
+
+    Args:
+        a: a record of one process; or a .toml file, for this checkout's source.
+        b: another one.
+        rounds: a step of each kind from both sides; an even number.
+        keep: save it under leaderboard/duels, where `rank` finds it; of records.
+    """
+    one, other = _duelist(a), _duelist(b)
+    track = one.path.parent.name if isinstance(one, Record) and isinstance(other, Record) else ""
+    if keep and not track:
+        raise ValueError("only duels of two records are kept; leave out --keep")
+    if keep:
+        check_writable(duel.duels_folder() / track, "leave out --keep")
+    found = duel.duel(one, other, rounds)
+    print("---", *duel.sentences(found), sep="\n")
+    if keep:
+        print(duel.save(found, track))
+    return 0
+
+
+def _duelist(place: Path) -> Record | Path:
+    if place.suffix == ".toml":
+        recipe = user_path(place)
+        if not recipe.is_file():
+            raise ValueError(f"{place} is not a file; name a recipe such as configs/sotu_cpu.toml, or a record")
+        return recipe
+    return _one_record(place)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "add": add, "verify": verify, "rank": rank_table, "compare": compare_records, "plot": plot,
-    "report": write_report, "reproduce": reproduce_record, "publish": publish,
+    "report": write_report, "reproduce": reproduce_record, "duel": duel_records, "publish": publish,
 }  # fmt: skip
 
 

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from harness.log_format import RULER
 from harness.tables import Row
 from leaderboard import plots
-from leaderboard.rank import COLUMNS, cells, classes, rows
+from leaderboard.rank import by_hardware, cells, classes, columns_of, rows
 from leaderboard.records import Record
 from leaderboard.tracks import find_track
 
@@ -20,19 +23,23 @@ PAGE = Path(__file__).with_name("page_template.html")
 AS_NUMBERS = {"rank", "steps", "tokens", "n", "p"}
 
 
-def render(records: Sequence[Record]) -> str:
+def render(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> str:
     """The whole document."""
-    table = rows(records)
+    table = rows(records, duels)
     by_name = {record.name: record for record in records}
     sections = []
-    for heading, _, group in classes(table):
+    for heading, group in classes(table):
+        columns = columns_of(group)
         of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
         lines = [
-            "<tr>" + "".join(_cell(key, text, row, record) for key, text in cells(row).items()) + "</tr>"
+            "<tr>" + "".join(_cell(key, cells(row)[key], row, record) for key in columns) + "</tr>"
             for row, record in zip(group, of_class, strict=True)
         ]
-        headings = "".join(f'<th><button type="button">{escape(name)}</button></th>' for name in COLUMNS.values())
-        figures = plots.curves(of_class, find_track(group[0]["track"]).target_loss), plots.history(of_class)
+        headings = "".join(f'<th><button type="button">{escape(name)}</button></th>' for name in columns.values())
+        target, figures = find_track(group[0]["track"]).target_loss, list[Figure]()
+        for _, of_figure in by_hardware(group):
+            shown = [by_name[f"{row['track']}/{row['name']}"] for row in of_figure]
+            figures += plots.curves(shown, target), plots.history(shown)
         sections.append(
             f'<section><h2>{escape(heading)}</h2><div class="wide"><table><thead><tr>{headings}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div><p class="none" hidden>No record matches.</p>'
@@ -50,6 +57,7 @@ def _cell(key: str, text: str, row: Row, record: Record) -> str:
     time_s, values = row["time_s"], {key: row[key] for key in AS_NUMBERS}
     values |= dict(time_s=time_s["mean"], interval=time_s["low"], median_s=time_s["median"])
     values["val_loss"] = row["val_loss"]["mean"]
+    values |= {key: row[key].estimate for key in ("relative", "ahead") if row[key]}
     value = f" data-value='{escape(json.dumps(values[key]))}'" if key in values else ""
     shown = f'<a href="#logs-{record.name}">{escape(text)}</a>' if key == "name" else escape(text)
     return f"<td{value}>{shown}</td>"

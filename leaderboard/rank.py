@@ -1,46 +1,63 @@
-"""Tables of verified records: for each track and hardware the fastest first."""
+"""Tables of verified records: of each track those that duels connect, in the order of these; for each hardware the
+others, the fastest first."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from harness import tables
 from harness.tables import Row, align, slug, with_section
+from leaderboard.duel import Ratio
 from leaderboard.records import Record
+from leaderboard.standings import standings
 from leaderboard.tracks import find_track
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SECTION = "leaderboard"  # of the README, between <!-- leaderboard --> and <!-- /leaderboard -->
 PLOTS = Path(__file__).with_name("plots")
 COLUMNS = {
-    "rank": "#", "name": "record", "time_s": "time to target (s)", "interval": "95% CI", "median_s": "median (s)",
-    "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p", "date": "date",
-    "author": "author", "description": "what changed",
+    "rank": "#", "name": "record", "relative": "time by duels", "ahead": "of the one above",
+    "time_s": "time to target (s)", "interval": "95% CI", "median_s": "median (s)", "hardware": "measured on",
+    "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p", "date": "date", "author": "author",
+    "description": "what changed",
 }  # fmt: skip
 FROM_SUMMARY = ("foreign", "time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author", "description")
 LEFT_OUT = ("median_s", "author")  # of the README's table, to fit a page
 
 
-def rows(records: Sequence[Record]) -> list[Row]:
-    """One row per record, numbers as they are; ordered by track, hardware and mean time, with its rank among those."""
-    ordered = sorted(records, key=lambda record: (*_class(record), record.summary["time_s"]["mean"]))
-    table = []
-    for (track, hardware), group in groupby(ordered, key=_class):
-        for rank, record in enumerate(group, start=1):
-            row = {key: record.summary[key] for key in FROM_SUMMARY}
-            table.append(dict(track=track, hardware=hardware, rank=rank, name=record.path.name) | row)
+def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> list[Row]:
+    """One row per record, numbers as they are, with its rank: by track, first those that duels connect, then the others
+    by hardware and mean time. duels: those that hold."""
+    table: list[Row] = []
+    by_track = sorted(records, key=lambda record: record.path.parent.name)
+    for track, group in groupby(by_track, key=lambda record: record.path.parent.name):
+        of_track = list(group)
+        order = standings(duels, [record.path.name for record in of_track])
+        places = {name: place for place, name in enumerate(order.relative)}
+
+        def by_duels(record: Record, places: dict[str, int] = places) -> tuple[Any, ...]:
+            place = places.get(record.path.name)
+            return (0, place) if place is not None else (1, record.hardware, record.summary["time_s"]["mean"])
+
+        rank = Counter[str]()
+        for record in sorted(of_track, key=by_duels):
+            name, is_placed = record.path.name, record.path.name in places
+            machine = f"duels on {order.hardware}" if is_placed else record.hardware
+            rank[machine] += 1
+            relative = dict(relative=order.relative.get(name), ahead=order.ahead.get(name))
+            place = dict(track=track, machine=machine, hardware=record.hardware, rank=rank[machine], name=name)
+            table.append(place | relative | {key: record.summary[key] for key in FROM_SUMMARY})
     return table
-
-
-def _class(record: Record) -> tuple[str, str]:
-    return record.path.parent.name, record.hardware
 
 
 def cells(row: Row) -> dict[str, str]:
     """A row in words; a dagger marks what other code than this repository's has run."""
     times, losses = row["time_s"], row["val_loss"]
     return dict(
+        relative=_ratio(row["relative"]), ahead=_ratio(row["ahead"]), hardware=row["hardware"],
         rank=str(row["rank"]), name=row["name"] + ("†" if row["foreign"] else ""), time_s=f"{times['mean']:.2f}",
         interval=f"{times['low']:.2f} to {times['high']:.2f}", median_s=f"{times['median']:.2f}",
         steps=f"{row['steps']:,}", tokens=f"{row['tokens']:,}" if row["tokens"] else "?",
@@ -49,19 +66,40 @@ def cells(row: Row) -> dict[str, str]:
     )  # fmt: skip
 
 
-def classes(table: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
-    """(heading, hardware, rows) for each track and hardware."""
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    if ratio.low == ratio.high:
+        return "1"
+    return f"{ratio.estimate:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def classes(table: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(heading, rows) of each table: those ranked by one machine's duels, or by measured times on one hardware."""
     found = []
-    for (track, hardware), group in groupby(table, key=lambda row: (row["track"], row["hardware"])):
-        known = find_track(track)
-        found.append((f"{track} (loss below {known.target_loss:g}) on {hardware}", hardware, list(group)))
+    for (track, machine), group in groupby(table, key=lambda row: (row["track"], row["machine"])):
+        known, by = find_track(track), "by " if machine.startswith("duels ") else "on "
+        found.append((f"{track} (loss below {known.target_loss:g}) {by}{machine}", list(group)))
     return found
+
+
+def columns_of(group: Sequence[Row], left_out: Sequence[str] = ()) -> dict[str, str]:
+    """COLUMNS without what says nothing in this table."""
+    is_dueled = any(row["relative"] for row in group)
+    unsaid = {*left_out} | (set() if is_dueled else {"relative", "ahead", "hardware"})
+    return {key: name for key, name in COLUMNS.items() if key not in unsaid}
+
+
+def by_hardware(group: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows whose measured times compare, for figures: (hardware, rows)."""
+    ordered = sorted(group, key=lambda row: row["hardware"])
+    return [(hardware, list(rows)) for hardware, rows in groupby(ordered, key=lambda row: row["hardware"])]
 
 
 def terminal(table: Sequence[Row]) -> str:
     parts = []
-    for heading, _, group in classes(table):
-        columns = [[name, *(cells(row)[key] for row in group)] for key, name in COLUMNS.items()]
+    for heading, group in classes(table):
+        columns = [[name, *(cells(row)[key] for row in group)] for key, name in columns_of(group).items()]
         for words in columns[-3:]:  # date, author, what changed
             words[:] = [word.ljust(max(map(len, words))) for word in words]
         lines = align(list(zip(*columns, strict=True))).splitlines()
@@ -75,12 +113,12 @@ def _dagger(table: Sequence[Row]) -> str:
 
 def markdown(table: Sequence[Row], base: str = "", left_out: Sequence[str] = ()) -> str:
     """Tables for a page, without some columns; `base` is the way from it to leaderboard/."""
-    shown, parts = {key: name for key, name in COLUMNS.items() if key not in left_out}, []
-    for heading, _, group in classes(table):
+    parts = []
+    for heading, group in classes(table):
         lines = [{key: _escaped(text) for key, text in cells(row).items()} for row in group]
         for line, row in zip(lines, group, strict=True):
             line["name"] = f"[{cells(row)['name']}]({base}records/{row['track']}/{row['name']})"
-        parts.append(f"**{_escaped(heading)}**\n\n{tables.markdown(lines, shown)}")
+        parts.append(f"**{_escaped(heading)}**\n\n{tables.markdown(lines, columns_of(group, left_out))}")
     return "\n".join(parts) + _dagger(table)
 
 
@@ -92,10 +130,12 @@ def _escaped(text: str) -> str:
 def readme_section(table: Sequence[Row]) -> str:
     """The README's part: each class's table with its figure."""
     parts = []
-    for heading, hardware, group in classes(table):
-        figure = f"leaderboard/plots/{slug(group[0]['track'])}_{slug(hardware)}.png"
-        caption = f"Loss against time, steps and tokens: {_escaped(heading)}"
-        parts.append(f"{markdown(group, 'leaderboard/', LEFT_OUT)}\n![{caption}]({figure})\n")
+    for _, group in classes(table):
+        parts.append(markdown(group, "leaderboard/", LEFT_OUT))
+        for hardware, of_figure in by_hardware(group):
+            track = of_figure[0]["track"]
+            caption = f"Loss against time, steps and tokens: {_escaped(track)} on {_escaped(hardware)}"
+            parts.append(f"![{caption}](leaderboard/plots/{slug(track)}_{slug(hardware)}.png)\n")
     return "\n".join(parts) or "No record yet.\n"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import leaderboard.__main__ as cli
-from leaderboard import plots, rank
+from leaderboard import plots, rank, verify_duel
 from leaderboard.records import find_records, load_record
 from leaderboard.runs import parse_log, read_run
 from leaderboard.tracks import load_tracks, source_hash
@@ -426,7 +426,11 @@ def test_the_committed_records_hold_and_the_readme_has_them() -> None:
     found = verify_all([load_record(path) for path in paths])
     assert not any(found.values()), found
     document = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert document == rank.with_leaderboard(document, rank.rows([load_record(path) for path in paths]))
+    records = [load_record(path) for path in paths]
+    by_name = {record.name: record for record in records}
+    assert not any(verify_duel.reasons(path, by_name) for path in verify_duel.find_duels())
+    duels = [verify_duel.load_duel(path) for path in verify_duel.find_duels()]
+    assert document == rank.with_leaderboard(document, rank.rows(records, duels))
 
 
 def test_verifying_takes_a_few_calls_a_line_and_grows_with_the_records_alone() -> None:

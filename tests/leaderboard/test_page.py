@@ -63,7 +63,7 @@ def names(browser: WebDriver) -> list[str]:
 
 def first_table() -> list[dict[str, Any]]:
     """The rows that it has, whatever records there are."""
-    (_, _, group), *_ = rank.classes(rank.rows([load_record(path) for path in find_records()]))
+    (_, group), *_ = rank.classes(rank.rows([load_record(path) for path in find_records()]))
     return [dict(row) for row in group]
 
 

@@ -1,0 +1,256 @@
+"""Two records, or recipes, whose steps take turns on one machine: the ratio of their times.
+
+Wall time on a shared machine varies by half from one run to the next. Here both sides feel the same slow moments. Each
+is a process of its own with its own logged source (duelist.py); one of them is at work at a time. A round has a step of
+every kind from one side, then from the other, and the next round begins with the other: A B, B A, A B ... A side's time
+is the sum over its kinds of step of their number in the run times the time of such a step.
+
+The ratio is of step times alone: batches are read before the turn, and what a source does outside of train_step is not
+seen. It says nothing of the loss.
+
+The interval is of log(time of A / time of B), a value for each pair of rounds, in which the order cancels. Pairs go, in
+their order, into ten batches. The estimate is the mean of the batches' medians, which single disturbed steps hardly
+move. Its error is Student's, of those ten, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation (corrected
+for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from data.files import user_path, whole_file
+from data.prepare import ensure
+from data.processes import die_with_parent, end_group
+from leaderboard import records
+from leaderboard.records import Record, shared_config
+from leaderboard.reproduce import ROOT, unpack_source
+from leaderboard.runs import Run
+
+ROUNDS = 120
+BATCHES = 10
+LEAST_ROUNDS = 4 * BATCHES
+DECIDES = "wall"  # what a leaderboard's clock shows; CPU time is told beside it
+CLOCKS = {"wall": 0, "cpu": 1}
+
+
+class Turn(NamedTuple):
+    side: str  # a or b
+    kind: int  # of that side's kinds
+    start_s: float  # by the machine's clock; 0 is the first turn's
+    wall_s: float
+    cpu_s: float  # of the whole process
+
+
+class Ratio(NamedTuple):
+    """A's time over B's; 95% interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def ratio(logs: Sequence[float]) -> Ratio:
+    """Of the rounds' log ratios, in their order; an even number of at least LEAST_ROUNDS."""
+    pairs = np.asarray(logs, dtype=float).reshape(-1, 2).mean(1)
+    medians = np.array([np.median(batch) for batch in np.array_split(pairs, BATCHES)])
+    deviations = medians - medians.mean()
+    square = float(deviations @ deviations)
+    r = float(deviations[1:] @ deviations[:-1]) / square if square else 0.0
+    r = min(0.9, max(0.0, r + (1 + 3 * r) / BATCHES))
+    error = np.sqrt(square / (BATCHES - 1) / BATCHES * (1 + r) / (1 - r))
+    half = stats.t.ppf(0.975, BATCHES - 1) * error
+    return Ratio(*(float(np.exp(medians.mean() + shift)) for shift in (0, -half, half)))
+
+
+def order(round_index: int, kinds: dict[str, int]) -> list[tuple[str, int]]:
+    """The turns of a round: (side, kind), every kind of one side, then of the other."""
+    sides = ("a", "b") if round_index % 2 == 0 else ("b", "a")
+    return [(side, kind) for side in sides for kind in range(kinds[side])]
+
+
+def results(turns: Sequence[Turn], counts: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
+    """What the turns amount to, by clock: seconds of a whole run of each side (from medians), and the ratio."""
+    found = {}
+    for clock, place in CLOCKS.items():
+        rounds, seconds = {}, {}
+        for side, of_kinds in counts.items():  # [kinds, rounds]
+            times = np.array([[turn[3 + place] for turn in turns if turn[:2] == (side, kind)]
+                              for kind in range(len(of_kinds))])  # fmt: skip
+            rounds[side] = np.asarray(of_kinds) @ times
+            seconds[f"{side}_s"] = float(np.asarray(of_kinds) @ np.median(times, axis=1))
+        logs = np.log(rounds["a"]) - np.log(rounds["b"])
+        found[clock] = seconds | ratio(logs.tolist())._asdict()
+    return found
+
+
+def fingerprint(run: Run) -> str:
+    """Of a run's source and settings, those left aside in which the runs of a record differ."""
+    content = json.dumps([run.log.sources, shared_config(run)], sort_keys=True)
+    return sha256(content.encode()).hexdigest()
+
+
+# The duel itself
+
+
+@dataclass
+class Side:
+    """A process that waits for its turns."""
+
+    name: str
+    steps: int  # of its run
+    run: Run  # what it logged: source, settings, machine
+    kinds: list[dict[str, Any]]
+    ask: Callable[[int], list[float]]  # to take a step of a kind: start, wall and CPU seconds
+
+    def described(self) -> dict[str, Any]:
+        return dict(name=self.name, fingerprint=fingerprint(self.run), steps=self.steps, kinds=self.kinds)
+
+
+def check(a: Record | Path, b: Record | Path) -> None:
+    """Raises ValueError for what cannot take turns."""
+    if all(isinstance(each, Record) for each in (a, b)):
+        assert isinstance(a, Record)
+        assert isinstance(b, Record)
+        if a.path == b.path:
+            raise ValueError(f"{a.name} cannot duel with itself; name two records")
+        if a.path.parent.name != b.path.parent.name:
+            raise ValueError(f"{a.name} and {b.name} are of two tracks; name two records of one track")
+    for each in (a, b):
+        if isinstance(each, Record):
+            if each.is_foreign:
+                raise ValueError(f"{each.name} is a foreign log; its source is not this repository's to run")
+            if each.runs[0].log.facts["world_size"] != 1:
+                raise ValueError(f"{each.name} ran on several ranks; a duel takes one process each")
+
+
+@contextmanager
+def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
+    """A record's, or of this checkout with a recipe, ready for its turns. Raises ValueError if it ends before."""
+    with tempfile.TemporaryDirectory(prefix="duel-") as folder, ExitStack() as stack:
+        tree = Path(folder)
+        if isinstance(which, Record):
+            name, steps, recipe, source = which.path.name, which.steps, str(tree / "record.toml"), tree
+            unpack_source(which.runs[0], tree)
+        else:
+            name, steps, recipe, source = which.stem, 0, str(which.resolve()), ROOT
+        settings = dict(data_files, run_dir=str(tree / "runs"), log_every=str(10**6), val_every=str(10**6))
+        ours, theirs = socket.socketpair()
+        said = stack.enter_context((tree / "said.txt").open("w+", encoding="utf-8", errors="replace"))
+        variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("duelist.py")), str(theirs.fileno()), str(steps), recipe,
+             *(f"--{key}={value}" for key, value in settings.items())],
+            cwd=source, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**variables, "PYTHONUTF8": "1"},
+            pass_fds=[theirs.fileno()], start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
+        stack.callback(end_group, process)
+        theirs.close()
+        channel = stack.enter_context(ours.makefile("rw", encoding="utf-8"))
+        ours.close()
+
+        def hear() -> Any:
+            try:
+                return json.loads(channel.readline())
+            except (ValueError, OSError):
+                said.seek(0)
+                last = "\n".join(said.read().strip().splitlines()[-8:])
+                raise ValueError(f"{name} ended before the duel did; its last lines:\n{last}") from None
+
+        def ask(kind: int) -> list[float]:
+            channel.write(f"{kind}\n")
+            channel.flush()
+            return hear()
+
+        ready = hear()
+        (log,) = (tree / "runs").glob("*/log.txt")
+        run = Run(name, {"log.txt": log.read_text(encoding="utf-8")})
+        yield Side(name, steps or ready["train_steps"], run, ready["kinds"], ask)
+
+
+def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
+    """Let them take turns; what is kept of it. Raises ValueError."""
+    if rounds < LEAST_ROUNDS or rounds % 2:
+        raise ValueError(f"rounds = {rounds} must be even and at least {LEAST_ROUNDS}; {ROUNDS} is usual")
+    check(a, b)
+    started = datetime.now(UTC)
+    with ExitStack() as stack:
+        sides = {}
+        for key, which in dict(a=a, b=b).items():
+            print(f"{which.name}: setting up ...", flush=True)
+            sides[key] = stack.enter_context(side(which, prepared(which)))
+        kinds = {key: len(each.kinds) for key, each in sides.items()}
+        turns = list[Turn]()
+        for index in tqdm(range(rounds), desc="taking turns", unit="round", leave=False, disable=None):
+            for key, kind in order(index, kinds):
+                start, wall, cpu = sides[key].ask(kind)
+                turns.append(Turn(key, kind, start, wall, cpu))
+        first = turns[0].start_s
+        turns = [Turn(*turn[:2], *(round(s, 6) for s in (turn.start_s - first, *turn[3:]))) for turn in turns]
+        facts = sides["a"].run.log.facts
+        counts = {key: [kind["steps"] for kind in each.kinds] for key, each in sides.items()}
+        return dict(
+            start_utc=f"{started:%Y-%m-%dT%H:%M:%SZ}", hardware=sides["a"].run.hardware, dtype=facts["dtype"],
+            versions=facts["versions"], threads=os.cpu_count(), a=sides["a"].described(), b=sides["b"].described(),
+            decides=DECIDES, results=results(turns, counts), turns=turns,
+        )  # fmt: skip
+
+
+def prepared(which: Record | Path) -> dict[str, str]:
+    """The settings that name a record's data, which are fetched if they are missing; none for a recipe, which its own
+    trainer looks after."""
+    if not isinstance(which, Record):
+        return {}
+    run = which.runs[0]
+    files = {key: str(ROOT / user_path(run.config[key])) for key in ("train_files", "val_files")}
+    ensure(**files, train_tokens=run.tokens_at(run.config["train_steps"]) + 1)
+    return files
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What a duel says, as strongly as it can."""
+    a, b = found["a"]["name"], found["b"]["name"]
+    lines = [f"{found['hardware']}, {found['dtype']}; {len(found['turns']):,} turns"]
+    for clock, result in found["results"].items():
+        told = f"{a} {result['a_s']:.2f} s, {b} {result['b_s']:.2f} s"
+        interval = f"{result['estimate']:.4f} (95% CI {result['low']:.4f} to {result['high']:.4f})"
+        lines.append(f"{clock} time of all steps: {told}; ratio {interval}")
+    result = found["results"][found["decides"]]
+    if result["low"] <= 1 <= result["high"]:
+        lines.append(f"The duel cannot tell which is faster ({found['decides']} time decides).")
+    else:
+        faster, slower, share = (a, b, result["estimate"]) if result["high"] < 1 else (b, a, 1 / result["estimate"])
+        lines.append(f"{faster} takes {share:.1%} of the time of {slower} ({found['decides']} time decides).")
+    return lines
+
+
+def file_name(found: dict[str, Any]) -> str:
+    return f"{found['start_utc'][:10]}_{found['a']['name']}_against_{found['b']['name']}.json"
+
+
+def duels_folder() -> Path:
+    return records.RECORDS.with_name("duels")
+
+
+def save(found: dict[str, Any], track: str) -> Path:
+    """Write it to its place; returns that."""
+    path = duels_folder() / track / file_name(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turns = ",\n".join(json.dumps(turn) for turn in found["turns"])
+    head = json.dumps({key: value for key, value in found.items() if key != "turns"}, indent=1).removesuffix("\n}")
+    with whole_file(path) as file:
+        file.write(f'{head},\n "turns": [\n{turns}\n]\n}}\n')
+    return path

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from optim import MatrixOptimizer, Muon, bank, clip_gradients
-from optim.shards import is_dtensor, shard_like
+from optim.shards import gathered, is_dtensor, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
@@ -348,3 +348,9 @@ def test_what_a_rank_sends_is_what_the_formula_says(results: list[dict[str, Any]
 def test_state_in_shards_is_gathered_a_matrix_of_each_rank_at_a_time(results: list[dict[str, Any]]) -> None:
     """What a device may have no room for whole goes to main memory in parts: eight matrices of four ranks in two."""
     assert all(result["gathered"] == [WORLD, WORLD] for result in results)
+
+
+def test_a_rank_that_does_not_write_keeps_no_tensor_of_a_state() -> None:
+    state = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    kept = {**state, "state": {0: {"momentum_buffer": None}}}
+    assert gathered(state, is_kept=False) == kept

@@ -58,7 +58,8 @@ class CheckpointWriter:
         if bad := self.machine.share(bad):
             raise FloatingPointError(f"{bad} holds NaN or infinity, so no checkpoint was written")
         is_writer = self.machine.rank == 0
-        states = [optimizer.state_dict() for optimizer in optimizers]  # on every rank: they gather what is in shards
+        # On every rank: it gathers what is in shards. The others keep none, and hold one optimizer's state at a time.
+        states = [gathered(optimizer.state_dict(), is_kept=is_writer) for optimizer in optimizers]
         weights, extra = (gathered(each, is_kept=is_writer) for each in (dict(model.state_dict()), extra))
         self.settle()
         self._path = self.directory / f"checkpoint_{step:06d}.pt"

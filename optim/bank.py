@@ -83,6 +83,7 @@ class Bank:
         self.size = len(self.param_of)
         self.num_slots = math.ceil(self.size / num_ranks)
         self.state: State = {}
+        self.has_moved = False  # whether masters hold more than the weights: a step has moved them, or they were loaded
         self.buckets = self._cut_into_buckets()
         self._sent: list[tuple[Tensor, dist.Work | None]] = []  # what reductions under way read from
         self._own_gradient: Tensor | None = None
@@ -196,9 +197,11 @@ class Bank:
         return self._copied_weights(self.num_own, dtype)
 
     def own_masters(self) -> Tensor:
-        """The float32 master copy of this rank's weights [P, m, n], made from the weights the first time."""
-        if "master_weight" not in self.state:
-            self.state["master_weight"] = self._copied_weights(self.num_slots, torch.float32)
+        """The float32 master copy of this rank's weights [P, m, n], made from them until a step moves them: torch's
+        get_optimizer_state_dict makes state by a step at rate 0, after which weights may be loaded."""
+        if not self.has_moved:
+            weights = self._copied_weights(self.num_slots, torch.float32)
+            self.state.setdefault("master_weight", weights).copy_(weights)
         return self.state["master_weight"]
 
     def _copied_weights(self, num_slots: int, dtype: torch.dtype) -> Tensor:
@@ -294,6 +297,7 @@ class Bank:
                 if value is not None:
                     own[slot].copy_(value)
             self.state[name] = own
+            self.has_moved |= name == "master_weight"
 
     def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether the master weights in `whole` round to the weights there are: others were put in their place since,

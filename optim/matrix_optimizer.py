@@ -383,6 +383,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             updates = scaled(direction, bank.m, bank.n, group, is_finite)
             apply_update([weights[slot] for slot in slots], [updates[slot] for slot in slots], group, is_finite)
             direction = weights[: bank.num_own].to(bank.dtype)
+            bank.has_moved = bank.has_moved or bool(group["lr"])
         bank.start_gather(direction, is_exact=is_moved)
 
     def _direction(self, batch: MatrixBatch) -> Tensor:

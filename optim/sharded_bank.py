@@ -177,7 +177,10 @@ class ShardedBank(Bank):
         """In main memory, and by way of the GPU a slot at a time: there may be no room for the whole of it."""
         if self.num_ranks == 1:
             return own
-        return torch.cat([self._gather_slots(slot).cpu() for slot in own.split(1)])[: self.size]
+        whole = own.new_empty(self.num_ranks * len(own), *own.shape[1:], device="cpu")
+        for part, slot in zip(whole.split(self.num_ranks), own.split(1), strict=True):
+            part.copy_(self._gather_slots(slot))
+        return whole[: self.size]
 
     def _is_master_of_these(self, whole: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         fits = super()._is_master_of_these(whole)

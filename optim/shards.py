@@ -31,16 +31,16 @@ def shard_like(whole: Tensor, like: Any) -> Tensor:
 
 
 def gathered(tree: Any, is_kept: bool = True) -> Any:
-    """The same tree of dicts and lists with every sharded tensor whole, in main memory; without `is_kept` None in its
-    place. The ranks that hold the shards have to call it together, and hold one whole tensor at a time."""
+    """The same tree of dicts and lists with every sharded tensor whole, in main memory; without `is_kept` None in place
+    of every tensor. The ranks that hold the shards have to call it together, and hold one whole tensor at a time."""
     if isinstance(tree, dict):
         return {key: gathered(value, is_kept) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(gathered(value, is_kept) for value in tree)
-    if not isinstance(tree, Tensor) or not is_dtensor(tree):
+    if not isinstance(tree, Tensor):
         return tree
-    whole = tree.detach().full_tensor()  # type: ignore[attr-defined]
-    return whole.cpu() if is_kept else None
+    whole = tree.detach().full_tensor().cpu() if is_dtensor(tree) else tree  # type: ignore[attr-defined]
+    return whole if is_kept else None
 
 
 class Cut(NamedTuple):

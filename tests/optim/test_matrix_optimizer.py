@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from optim import Aurora, MatrixOptimizer, Muon, NorMuon
 from tests.matrices import randn, uneven
@@ -334,6 +335,21 @@ def test_master_weights_of_other_weights_are_not_taken_up() -> None:
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert (weight - 5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"hyperball": True}], ids=["muon", "hyperball"])
+def test_master_weights_are_made_from_what_is_loaded_after_a_step_at_rate_zero(options: dict[str, Any]) -> None:
+    module, gradient = nn.Linear(4, 6, bias=False, dtype=torch.bfloat16), randn(6, 4, seed=1).bfloat16()
+    weight, expected = module.weight, nn.Parameter(randn(6, 4).bfloat16())
+    optimizer, other = Muon([weight], lr=1e-3, **options), Muon([expected], lr=1e-3, **options)
+    get_optimizer_state_dict(module, optimizer)  # makes state by such a step
+    module.load_state_dict({"weight": expected})
+    for _ in range(3):
+        weight.grad, expected.grad = gradient, gradient
+        optimizer.step()
+        other.step()
+    assert torch.equal(weight, expected)
+    assert torch.equal(optimizer.state[weight]["master_weight"], other.state[expected]["master_weight"])
 
 
 def test_an_empty_group_is_nothing_to_do() -> None:

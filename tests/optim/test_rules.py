@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from optim import Aurora, MatrixOptimizer, MuonEq, MuonPlus, NorMuon, OptimizerConfig, PolarGrad, build_optimizers
 from optim.checks import OWN_STATE
@@ -55,6 +56,28 @@ def test_a_rule_keeps_as_much_as_it_says(rule: str, shape: tuple[int, int]) -> N
     assert {name: value[:1].shape for name, value in kept.items()} == {name: v.shape for name, v in planned.items()}
     for values, matrices in ((kept, 3), (planned, 1)):
         assert sum(value.nbytes for value in values.values()) == matrices * 4 * STATE[rule](*shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_state_that_torch_makes_before_the_first_step_changes_no_step(rule: str, dtype: torch.dtype) -> None:
+    """Torch takes a step with zero gradients at rate 0, which AdamH and Muown count, as torch's AdamW does."""
+    weights = []
+    for is_made_before in (False, True):
+        module = nn.Linear(5, 14, bias=False, dtype=dtype)
+        module.load_state_dict({"weight": randn(14, 5)})
+        optimizer = rules.RULES[rule]([module.weight])
+        if is_made_before:
+            (made,) = get_optimizer_state_dict(module, optimizer)["state"].values()
+            assert torch.equal(module.weight, randn(14, 5).to(dtype))
+        for step in range(4):
+            module.weight.grad = randn(14, 5, seed=1 + step).to(dtype)
+            optimizer.step()
+        weights.append(module.weight.detach())
+    if rule in ("adamh", "muown"):
+        assert made["steps"] == 1 + 4  # shown as it is now
+    else:
+        assert torch.equal(*weights)
 
 
 @SHAPES

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from optim import MatrixOptimizer, Muon, bank, clip_gradients
-from optim.shards import is_dtensor, shard_like
+from optim.shards import gathered, is_dtensor, shard_like
 from tests.optim.test_sharding import SHAPES, flat, float64, make, make_params, randn
 
 WORLD = 4
@@ -24,6 +24,7 @@ RULES = [
     "muon", "muon, cautious", "muon, brake and floor", "muon, hyperball", "muown", "normuon, long", "aurora, warm",
     "adamuon",
 ]  # fmt: skip
+MASTERED, FEW_STEPS = ["aurora", "muon, hyperball", "muon, brake and floor"], 4  # in bfloat16
 PLACES = ("2 ranks", "3 ranks", "4 ranks", "2 copies on 2 ranks", "3 ranks, rows")
 Params = dict[str, nn.Parameter]
 
@@ -95,10 +96,10 @@ def worker(rank: int, folder: str) -> None:
                 shapes = [{name: value.shape for name, value in each.items()} for each in shown]
                 kept = dict(state=state, shapes=shapes, state_numbers=sum(numbers))
                 out[f"{rule}, {place}"] = dict(params=whole(params), **kept)
-        params = sharded(make_params(torch.bfloat16), mesh, cut)
-        optimizer = make("aurora", params)
-        train(optimizer, params, range(STEPS))
-        out[f"bfloat16, {place}"] = whole(params)
+        for rule in MASTERED:
+            params = sharded(make_params(torch.bfloat16), mesh, cut)
+            train(make(rule, params), params, range(FEW_STEPS))
+            out[f"bfloat16, {rule}, {place}"] = whole(params)
         out |= {f"{key}, {place}": value for key, value in hostile(mesh, cut).items()}
         with float64():
             out |= {f"{key}, {place}": value for key, value in resumed(mesh, cut).items()}
@@ -282,10 +283,11 @@ def test_shards_move_as_whole_matrices_do(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_masters_of_shards_in_bfloat16(results: list[dict[str, Any]], place: str) -> None:
+@pytest.mark.parametrize("rule", MASTERED)
+def test_masters_of_shards_in_bfloat16(results: list[dict[str, Any]], rule: str, place: str) -> None:
     params = make_params(torch.bfloat16)
-    train(make("aurora", params), params, range(STEPS))
-    for found in at(results, f"bfloat16, {place}"):
+    train(make(rule, params), params, range(FEW_STEPS))
+    for found in at(results, f"bfloat16, {rule}, {place}"):
         assert (found - flat(params)).norm() < 0.01 * (flat(params) - flat(make_params())).norm()
 
 
@@ -346,3 +348,9 @@ def test_what_a_rank_sends_is_what_the_formula_says(results: list[dict[str, Any]
 def test_state_in_shards_is_gathered_a_matrix_of_each_rank_at_a_time(results: list[dict[str, Any]]) -> None:
     """What a device may have no room for whole goes to main memory in parts: eight matrices of four ranks in two."""
     assert all(result["gathered"] == [WORLD, WORLD] for result in results)
+
+
+def test_a_rank_that_does_not_write_keeps_no_tensor_of_a_state() -> None:
+    state = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    kept = {**state, "state": {0: {"momentum_buffer": None}}}
+    assert gathered(state, is_kept=False) == kept

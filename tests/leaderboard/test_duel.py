@@ -1,0 +1,266 @@
+"""Duels: turns are fair, the interval covers, records are put in order by them, and what was forged is refused."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import leaderboard.__main__ as cli
+from leaderboard import duel, verify_duel
+from leaderboard.duel import LEAST_ROUNDS, Turn, order, ratio, results
+from leaderboard.records import Record, load_record
+from leaderboard.standings import standings
+
+Duel = dict[str, Any]
+
+
+def autocorrelated(rng: np.random.Generator, rho: float, sd: float, shape: tuple[int, int]) -> np.ndarray:
+    noise = rng.normal(size=shape) * sd
+    for i in range(1, shape[1]):
+        noise[:, i] = rho * noise[:, i - 1] + (1 - rho**2) ** 0.5 * noise[:, i]
+    return noise
+
+
+@pytest.mark.parametrize(("rho", "least"), [(0.0, 0.93), (0.5, 0.93), (0.8, 0.91), (0.95, 0.83)])
+def test_the_interval_covers_although_times_drift_and_hang_together(rho: float, least: float) -> None:
+    """2% of noise of the ratio itself, correlated from round to round; a drift that both feel; 1% more for whoever is
+    second; and one turn in twenty disturbed. Simulated at 2,000 duels: 0.96, 0.97, 0.94, 0.88 are covered."""
+    rng, duels, rounds, truth = np.random.default_rng(0), 300, 120, 0.057
+    logs = truth + autocorrelated(rng, rho, 0.02, (duels, rounds)) + np.where(np.arange(rounds) % 2, 0.01, -0.01)
+    logs += (rng.random((duels, rounds)) < 0.05) * rng.exponential(0.5, (duels, rounds)) * rng.choice([-1, 1], rounds)
+    intervals = [ratio(each.tolist()) for each in logs]
+    covered = np.mean([each.low <= np.exp(truth) <= each.high for each in intervals])
+    assert covered >= least  # three standard errors of 300 duels are 0.035 to 0.055
+    assert np.median([each.estimate for each in intervals]) == pytest.approx(np.exp(truth), abs=0.002)
+
+
+def test_what_is_constant_has_no_width_and_the_order_cancels() -> None:
+    assert ratio([np.log(2)] * 40) == pytest.approx((2, 2, 2))
+    assert ratio([np.log(2) + 0.1, np.log(2) - 0.1] * 20) == pytest.approx((2, 2, 2))
+
+
+def test_sides_take_turns_and_begin_in_turns() -> None:
+    assert order(0, dict(a=2, b=1)) == [("a", 0), ("a", 1), ("b", 0)]
+    assert order(1, dict(a=2, b=1)) == [("b", 0), ("a", 0), ("a", 1)]
+
+
+def turns_of(a: list[float], b: list[float], rounds: int = LEAST_ROUNDS, busy: float = 0.0) -> list[Turn]:
+    """Of steps of these times; CPU time is half of it. busy: each round takes longer by that share than the last."""
+    clock, turns = 0.0, []
+    for index in range(rounds):
+        for side, kind in order(index, dict(a=len(a), b=len(b))):
+            wall = dict(a=a, b=b)[side][kind] * (1 + busy) ** index
+            turns.append(Turn(side, kind, round(clock, 6), round(wall, 6), round(wall / 2, 6)))
+            clock += wall + 1e-4
+    return turns
+
+
+def test_a_side_s_time_is_that_of_all_its_steps() -> None:
+    found = results(turns_of([0.1, 0.2], [0.3], busy=0.05), dict(a=[10, 20], b=[10]))
+    assert found["wall"]["estimate"] == pytest.approx(5 / 3, rel=1e-4)
+    assert found["wall"]["a_s"] / found["wall"]["b_s"] == pytest.approx(5 / 3, rel=1e-4)
+    assert found["cpu"]["estimate"] == pytest.approx(5 / 3, rel=1e-4)
+    exact = results(turns_of([0.1, 0.2], [0.3]), dict(a=[10, 20], b=[10]))
+    assert [exact["wall"]["a_s"], exact["cpu"]["b_s"]] == pytest.approx([5, 1.5])
+
+
+# The order of records
+
+
+def met(a: str, b: str, ratio: float, half: float = 0.01, hardware: str = "1 x X", start: str = "2026-11-26") -> Duel:
+    result = dict(estimate=ratio, low=ratio / (1 + half), high=ratio * (1 + half))
+    return dict(a=dict(name=a), b=dict(name=b), hardware=hardware, decides="wall", start_utc=start,
+                results=dict(wall=result, cpu={}))  # fmt: skip
+
+
+def test_records_that_never_met_compare_through_others() -> None:
+    found = standings([met("new", "old", 0.5), met("old", "oldest", 0.8)], ["oldest", "old", "new", "alone"])
+    assert list(found.relative) == ["new", "old", "oldest"]
+    assert found.relative["oldest"].estimate == pytest.approx(2.5)
+    error = np.log(found.relative["oldest"].high / 2.5)
+    assert error == pytest.approx(2**0.5 * np.log(1.01), rel=1e-3)  # of two duels
+    assert found.ahead["oldest"].estimate == pytest.approx(1.25)
+    assert found.hardware == "1 x X"
+
+
+def test_both_orders_count_and_contradictions_widen() -> None:
+    agreeing = standings([met("a", "b", 0.8), met("b", "a", 1.25)], "ab").relative["b"]
+    assert agreeing.estimate == pytest.approx(1.25)
+    assert np.log(agreeing.high / 1.25) == pytest.approx(np.log(1.01) / 2**0.5, rel=1e-3)
+    contradicting = standings([met("a", "b", 0.8), met("b", "a", 1.5)], "ab").relative["b"]
+    assert contradicting.low < 1.28
+    assert contradicting.high > 1.47
+
+
+def test_the_machine_that_connects_most_records_is_the_reference() -> None:
+    few = met("a", "b", 2.0, hardware="1 x Y", start="2026-12-31")
+    many = [met("a", "b", 0.5), met("c", "b", 3.0)]
+    assert standings([few, *many], "abc").hardware == "1 x X"
+    assert list(standings([few, *many], "abc").relative) == ["a", "b", "c"]
+    assert list(standings([few, *many], "ab").relative) == ["b", "a"]  # of equals the latest
+    assert standings([few], "a").relative == {}
+
+
+# Duels that are kept
+
+
+@pytest.fixture
+def pair(honest: Path) -> dict[str, Record]:
+    """The honest record, and the same under another name."""
+    record = load_record(honest)
+    twin = dataclasses.replace(record, path=record.path.with_name("2026-11-26_twin"))
+    return {each.name: each for each in (record, twin)}
+
+
+@pytest.fixture
+def kept(pair: dict[str, Record]) -> Duel:
+    """A duel of the two as `duel` makes one, with turns out of the air."""
+    sides = {}
+    for key, record in zip(("a", "b"), pair.values(), strict=True):
+        tokens = record.runs[0].config["batch_tokens"]
+        kinds = [dict(shape="(1, 2, 3)", plan=[], steps=record.steps, tokens=tokens)]
+        prints = duel.fingerprint(record.runs[0])
+        sides[key] = dict(name=record.path.name, fingerprint=prints, steps=record.steps, kinds=kinds)
+    turns = turns_of([0.1], [0.11], busy=0.001)
+    counts = {key: [kind["steps"] for kind in each["kinds"]] for key, each in sides.items()}
+    return dict(
+        start_utc="2026-11-26T10:00:00Z", hardware="1 x X, 2 threads", dtype="torch.float32", versions={}, threads=2,
+        **sides, decides="wall", results=results(turns, counts), turns=turns,
+    )  # fmt: skip
+
+
+def verified(found: Duel, pair: dict[str, Record]) -> list[str]:
+    return verify_duel.reasons(duel.save(found, "tiny"), pair)
+
+
+def test_an_honest_duel_holds_and_ranks(kept: Duel, pair: dict[str, Record], honest: Path) -> None:
+    assert verified(kept, pair) == []
+    (path,) = verify_duel.find_duels()
+    assert path.name == f"2026-11-26_{honest.name}_against_2026-11-26_twin.json"
+    assert path.stat().st_size < 20_000
+    found = standings([verify_duel.load_duel(path)], [record.path.name for record in pair.values()])
+    assert list(found.relative) == [honest.name, "2026-11-26_twin"]
+    assert found.ahead["2026-11-26_twin"].estimate == pytest.approx(1.1, rel=1e-4)
+
+
+def replace_turn(index: int, **changes: Any) -> Callable[[Duel], None]:
+    def change(found: Duel) -> None:
+        found["turns"][index] = found["turns"][index]._replace(**changes)
+
+    return change
+
+
+def swap(found: Duel) -> None:
+    turns = found["turns"]
+    turns[4], turns[5] = (Turn(*turns[i][:2], *turns[j][2:]) for i, j in ((5, 4), (4, 5)))
+
+
+def give_more_turns(found: Duel) -> None:
+    """Keep, of the other side, its slower turn of each four, and of one's own the faster."""
+    for i in range(0, len(found["turns"]), 4):
+        found["turns"][i : i + 4] = [found["turns"][i]] * 3 + [found["turns"][i + 1]]
+
+
+def make_faster(found: Duel, by: float = 0.9) -> None:
+    """Every turn of A, and what follows from it: only the clock tells."""
+    found["turns"] = [t._replace(wall_s=round(t.wall_s / by, 6)) if t.side == "b" else t for t in found["turns"]]
+    counts = {side: [kind["steps"] for kind in found[side]["kinds"]] for side in ("a", "b")}
+    found["results"] = results(found["turns"], counts)
+
+
+FORGED: dict[str, tuple[Callable[[Duel], Any], str]] = {
+    "an edited turn": (replace_turn(7, wall_s=0.05), "its turns say"),
+    "a longer turn": (replace_turn(7, wall_s=0.5), "turn 8 began before turn 7 had ended"),
+    "turns edited with what follows": (make_faster, "began before turn"),
+    "other results": (lambda d: d["results"]["wall"].update(estimate=0.5, low=0.49, high=0.51), "its turns say"),
+    "more CPU than there is": (replace_turn(3, cpu_s=5.0), "cannot be with 2 threads"),
+    "CPU time decides": (lambda d: d.update(decides="cpu"), "wall time does"),
+    "another source": (lambda d: d["a"].update(fingerprint="0" * 64), "another source or other settings"),
+    "fewer steps": (lambda d: d["a"]["kinds"][0].update(steps=1), "and its kinds of step 1"),
+    "smaller batches": (lambda d: d["b"]["kinds"][0].update(tokens=1), "tokens, and its kinds of step"),
+    "no number of steps": (lambda d: d["b"]["kinds"][0].update(steps=-1), "every kind of step has a number"),
+    "turns out of order": (swap, "was due"),
+    "unequal turns": (give_more_turns, "was due"),
+    "a turn left out": (lambda d: d["turns"].pop(), "an even number of at least 40 is needed"),
+    "few rounds": (lambda d: d.update(turns=d["turns"][:40]), "an even number of at least 40 is needed"),
+    "no number": (replace_turn(2, wall_s="fast"), "three times in seconds"),
+    "nan": (replace_turn(2, wall_s=float("nan")), "three times in seconds"),
+    "no record": (lambda d: d["a"].update(name="2026-11-26_none"), "is no record of tiny that holds"),
+    "itself": (lambda d: d["b"].update(name=d["a"]["name"]), "stands on both sides"),
+    "no machine": (lambda d: d.update(hardware="<b>fast</b>"), "hardware ="),
+    "the future": (lambda d: d.update(start_utc="2999-01-01T00:00:00Z"), "from the future"),
+    "a key more": (lambda d: d.update(note="trust me"), "it has to be an object with"),
+    "nothing": (lambda d: d.update(a=None), "it cannot be checked"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_duel_is_refused(name: str, kept: Duel, pair: dict[str, Record]) -> None:
+    forge, reason = FORGED[name]
+    named = duel.file_name(kept)
+    forged = copy.deepcopy(kept)
+    forge(forged)
+    path = duel.save(dict(forged, a=forged["a"] or kept["a"]), "tiny")
+    if forged["a"] is None:
+        path.write_text(json.dumps(forged), encoding="utf-8")
+    assert reason in "; ".join(verify_duel.reasons(path, pair)), named
+
+
+def test_a_duel_under_another_name_or_of_no_json_is_refused(kept: Duel, pair: dict[str, Record]) -> None:
+    path = duel.save(kept, "tiny")
+    other = path.rename(path.with_name("2026-11-25_a_against_b.json"))
+    assert "the file is not named" in verify_duel.reasons(other, pair)[0]
+    other.write_text("[" * 10_000, encoding="utf-8")
+    assert "it cannot be" in verify_duel.reasons(other, pair)[0]
+
+
+def test_verify_and_rank_know_duels(
+    kept: Duel, honest: Path, tiny_runs: list[Path], board: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept["a"]["fingerprint"] = "forged"
+    duel.save(kept, "tiny")
+    assert cli.main(["verify"]) == 1
+    assert "1 records, none that do not hold\n1 duels, 1 that do not hold" in capsys.readouterr().out
+    assert cli.main(["rank", "tiny"]) == 0
+    printed = capsys.readouterr()
+    assert "left out: duel 2026-11-26" in printed.err
+    assert "time by duels" not in printed.out
+
+
+# The real thing
+
+
+@pytest.mark.slow
+def test_a_record_and_this_checkout_take_turns(
+    honest: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny twin.toml"
+    recipe.write_text(tiny_recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    assert cli.main(["duel", str(honest), str(recipe), "--rounds=40"]) == 0
+    printed = capsys.readouterr().out
+    steps = load_record(honest).steps
+    assert f"{honest.name} takes " in printed or "The duel cannot tell which is faster" in printed
+    assert "; 80 turns\n" in printed
+    assert steps
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["tiny/{honest}", "tiny/{honest}"], "cannot duel with itself"),
+        (["tiny/{honest}", "none.toml"], "none.toml is not a file"),
+        (["tiny/{honest}", "configs/sotu_cpu.toml", "--rounds=41"], "rounds = 41 must be even and at least 40"),
+        (["tiny/{honest}", "configs/sotu_cpu.toml", "--keep"], "only duels of two records are kept"),
+        (["tiny/none", "configs/sotu_cpu.toml"], "there is no record at tiny/none"),
+    ],
+)
+def test_what_cannot_duel_is_one_line(
+    words: list[str], problem: str, honest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["duel", *(word.format(honest=honest.name) for word in words)]) == 2
+    assert problem in capsys.readouterr().err

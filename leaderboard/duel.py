@@ -152,7 +152,8 @@ def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
         said = stack.enter_context((tree / "said.txt").open("w+", encoding="utf-8", errors="replace"))
         variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("duelist.py")), str(theirs.fileno()), str(steps), recipe,
+            [sys.executable, "-P", str(Path(__file__).with_name("duelist.py")), str(theirs.fileno()), str(steps),
+             recipe,
              *(f"--{key}={value}" for key, value in settings.items())],
             cwd=source, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**variables, "PYTHONUTF8": "1"},
             pass_fds=[theirs.fileno()], start_new_session=True, preexec_fn=die_with_parent,

@@ -1,7 +1,7 @@
 """One side of a duel, in a process of its own: the trainer of a record or of this checkout, whose steps wait for their
 turn. Started by duel.py in the folder of that source; it imports nothing of this repository but what lies there.
 
-    python duelist.py SOCKET STEPS SETTINGS...
+    python -P duelist.py SOCKET STEPS SETTINGS...
 
 It lets the trainer go through its whole schedule, but takes only the first steps of it, in order to tell the kinds of
 step apart (shape of the batch, window, whatever else the plan changes for good) and to count them. Then it takes one
@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 TRAINED = 10  # first steps that are taken as they are: weights that begin at zero have left it by then
 WARMUPS = 2  # steps of each kind before the first turn
@@ -59,7 +61,7 @@ class Duelist:
             self.duel(run)
         if self.steps <= TRAINED:
             return self.train_step(run, inputs, targets)
-        return inputs.new_zeros((), dtype=run.model.head.weight.dtype if hasattr(run.model, "head") else None)
+        return torch.zeros((), device=inputs.device)
 
     def duel(self, run: Any) -> None:
         kinds = list(self.kinds)
@@ -89,8 +91,6 @@ class Duelist:
 
     def wait_for_device(self, run: Any) -> None:
         if run.machine.device.type == "cuda":
-            import torch
-
             torch.cuda.synchronize(run.machine.device)
 
     def say(self, value: Any) -> None:
@@ -99,7 +99,7 @@ class Duelist:
 
 
 def main(descriptor: str, steps: str, *settings: str) -> int:
-    sys.path[0] = str(Path.cwd())  # instead of this file's folder
+    sys.path.insert(0, str(Path.cwd()))
     import train_gpt
 
     channel = socket.socket(fileno=int(descriptor)).makefile("rw", encoding="utf-8")

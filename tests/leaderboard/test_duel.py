@@ -236,17 +236,23 @@ def test_verify_and_rank_know_duels(
 
 
 @pytest.mark.slow
-def test_a_record_and_this_checkout_take_turns(
-    honest: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_record_and_this_checkout_take_turns(honest: Path, tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny twin.toml"
-    recipe.write_text(tiny_recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    assert cli.main(["duel", str(honest), str(recipe), "--rounds=40"]) == 0
-    printed = capsys.readouterr().out
-    steps = load_record(honest).steps
-    assert f"{honest.name} takes " in printed or "The duel cannot tell which is faster" in printed
-    assert "; 80 turns\n" in printed
-    assert steps
+    more = "train_steps = 30\nsmall_batch_steps = 12\nshort_row_steps = 20\naverage_steps = 5\n"
+    lines = [line for line in tiny_recipe.read_text(encoding="utf-8").splitlines(True) if "train_steps" not in line]
+    recipe.write_text("".join(lines) + more, encoding="utf-8")
+    record = load_record(honest)
+    found = duel.duel(record, recipe, rounds=40)
+    a, b = found["a"], found["b"]
+    assert [kind["steps"] for kind in a["kinds"]] == [record.steps]
+    batch = record.runs[0].config["batch_tokens"]
+    assert (a["kinds"][0]["tokens"], a["steps"]) == (batch, record.steps)
+    told = [(kind["steps"], kind["tokens"]) for kind in b["kinds"]]
+    assert told == [(12, batch // 2), (8, batch), (10, batch)]
+    assert len({kind["shape"] for kind in b["kinds"]}) == 3
+    assert len(found["turns"]) == 40 * 4
+    assert found["results"]["wall"]["low"] < found["results"]["wall"]["estimate"] < found["results"]["wall"]["high"]
+    assert duel.sentences(found)[-1].endswith("(wall time decides).")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,283 @@
+"""Every update rule of optim/ with one schedule, equal tuning and the same seeds: how many steps to the target?
+
+    ./run.sh league --jobs 2                                         everything (about three hours on two cores)
+    ./run.sh league --arms muon aurora adamw --jobs 2                some rules
+    ./run.sh league --table experiments/results/league.json          run nothing
+
+1. Six learning rates for each rule, a factor of two apart, around the best of `./run.sh rules` with 150 steps, on a
+   seed that is not reported; then two weight decays beside none at the best rate. A rule of SAME_AS takes another's.
+2. Five seeds at the best of these.
+3. One curve: Muon's loss at the end of schedules of several lengths. A rule that ends a schedule of STEPS with a loss
+   that Muon has after T steps is STEPS / T times as fast; it would reach the target in that share of Muon's steps. This
+   takes for granted that the factor is the same at every length.
+
+Differences from Muon are of runs with the same seed; p is Holm's, over all other rules. Beside each rule stand the
+steps that others have published for it on the GPU optimization track, where the rule stands alone there.
+
+OUT/result.json is written whenever a part is done and holds every run: another machine goes on from a copy of it.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from scipy import stats
+
+from data.files import check_writable, user_path, write_json
+from experiments import arms
+from experiments.options import compare
+from experiments.rules import FROM_NOISE, OWN_SETTINGS, loss_of
+from experiments.sweep import Cell, Result, cell_name, load_sweep
+from harness.settings import parse_settings
+from harness.tables import Row, mean_and_sd, table
+from optim import RULES, TORCH_OPTIMIZERS
+
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of the unit: the rates that are tried
+DECAYS = (0.025, 0.1)
+TUNING_SEED = 100
+REFERENCE = "muon"  # of differences, and whose curve turns losses into steps
+LENGTHS = (250, 300, 350, 400, 450, 500, 600)  # of the curve's schedules
+CURVE_SEEDS = 3
+H = {"hyperball": "true", **FROM_NOISE}
+ARMS: dict[str, dict[str, str]] = {
+    **{rule: {"matrix_optimizer": rule, **OWN_SETTINGS.get(rule, {})} for rule in (*RULES, *TORCH_OPTIMIZERS)},
+    "aurora warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
+    "normuon long": {"matrix_optimizer": "normuon", "normuon_axis": "long"},
+    "muonh": {"matrix_optimizer": "muon", **H},
+    "soaph": {"matrix_optimizer": "soap", **H},
+    "muon floor": {"matrix_optimizer": "muon", "update_floor": "0.35"},
+    "muon brake": {"matrix_optimizer": "muon", "radial_brake": "0.5"},
+    "muon look-ahead": {"matrix_optimizer": "muon", "lookahead": "0.3"},
+    "muon average": {"matrix_optimizer": "muon", "average_steps": "15", "average_start": "300"},
+}
+# The best rates with 150 steps (experiments/results/rules_rules.json), or that of the rule underneath; sgd, rmsprop and
+# soaph by a few trial runs
+UNITS = {
+    "muon": 0.02, "aurora": 0.08, "aurora warm": 0.08, "normuon": 0.04, "unormuon": 0.04, "muon_squared": 0.04,
+    "soap": 0.016, "soap_muon": 0.04, "muown": 0.005, "adamh": 0.02, "muon_eq": 0.04, "muon_plus": 0.02,
+    "adamuon": 0.005, "polar_grad": 2.0, "adamw": 0.002, "sgd": 0.1, "rmsprop": 0.0001, "normuon long": 0.04,
+    "muonh": 0.16, "soaph": 0.08, "muon floor": 0.02, "muon brake": 0.02, "muon look-ahead": 0.02,
+    "muon average": 0.02,
+}  # fmt: skip
+SAME_AS = {"riemannian_aurora": "aurora"}  # three times a step's time: no search of its own
+# Steps to 3.28 of modded-nanogpt's optimization track at f411b3d; where it has several results, the latest.
+PUBLISHED = {
+    "adamw": 5625, "muon": 3250, "normuon long": 3250, "adamh": 4875, "muonh": 3250, "muon_squared": 3325,
+    "soaph": 3125, "muown": 3075, "muon look-ahead": 3125,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    recipe: str = "configs/sotu_base.toml"  # model, data and batch
+    arms: tuple[str, ...] = ()  # some rules; empty: all; muon is always among them
+    seeds: tuple[int, ...] = (1000, 1001, 1002, 1003, 1004)  # reported ones
+    steps: Annotated[int, ">= 1"] = 400  # of the schedule
+    target: Annotated[float, "> 0"] = 1.3  # loss to which steps are counted
+    jobs: Annotated[int, ">= 1"] = 1  # runs at once, of one thread each on two cores
+    out: str = "runs/league"  # folder of the runs and of result.json
+    table: str = ""  # run nothing, print this result.json
+    yes: bool = False  # do not ask before starting
+
+
+class Runs:
+    """Runs by name, those of earlier starts and of other machines included; result.json has them all."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.path = options, Path(options.out) / "result.json"
+        check_writable(self.path.parent, "choose another folder, such as --out=/tmp/league")
+        known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"runs": {}}
+        self.found: dict[str, dict[str, Any]] = known["runs"]
+
+    def losses(self, cells: Sequence[Cell], seeds: Sequence[int], steps: int) -> dict[tuple[int, int], float | None]:
+        """{(index of the cell, seed): final loss, None for a diverged run}; what is not known is run."""
+        names = {(i, seed): run_name(cell, steps, seed) for i, cell in enumerate(cells) for seed in seeds}
+        for seed in seeds:
+            missing = [cell for i, cell in enumerate(cells) if names[i, seed] not in self.found]
+            if missing:
+                self.run(missing, seed, steps)
+        return {place: self.found[name]["val_loss"] for place, name in names.items()}
+
+    def run(self, cells: Sequence[Cell], seed: int, steps: int) -> None:
+        out = Path(self.options.out) / f"{steps}_steps"
+        fixed = dict(train_steps=str(steps), val_every=str(steps), stop_at_target="false", target_loss="0")
+        try:
+            arms.sweep(self.options.recipe, cells, [seed], out, self.options.jobs, fixed)
+        finally:  # a stop keeps what has ended
+            if (out / "sweep.json").exists():
+                self.take(load_sweep(out).results.values(), steps)
+
+    def take(self, results: Iterable[Result], steps: int) -> None:
+        for result in results:
+            if result.ended:
+                told = {key: result.summary.get(key) for key in ("device", "dtype", "git_commit")}
+                self.found[run_name(result.overrides, steps, result.seed)] = dict(val_loss=loss_of(result), **told)
+        self.save()
+
+    def save(self, **more: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        options = {key: getattr(self.options, key) for key in ("recipe", "seeds", "steps", "target")}
+        write_json(self.path, dict(options, **more, runs=dict(sorted(self.found.items()))), indent=1)
+
+
+def run_name(cell: Cell, steps: int, seed: int) -> str:
+    return f"{cell_name(cell)} steps={steps} seed={seed}"
+
+
+def completed(options: Options) -> Options:
+    """Options with everything filled in. Raises ValueError for what no run can be made of."""
+    if unknown := [arm for arm in options.arms if arm not in ARMS]:
+        raise ValueError(f"arms: {unknown[0]!r} is unknown; choose from {', '.join(ARMS)}")
+    if len(options.seeds) < 2 or TUNING_SEED in options.seeds:
+        raise ValueError(f"seeds: name two or more and not {TUNING_SEED}, which is for tuning; 1000 1001 1002 is usual")
+    named = options.arms or tuple(ARMS)
+    needed = {REFERENCE, *(SAME_AS[arm] for arm in named if arm in SAME_AS)}
+    ordered = tuple(arm for arm in ARMS if arm in named or arm in needed)
+    recipe, out = str(user_path(options.recipe)), str(user_path(options.out))
+    return dataclasses.replace(options, arms=ordered, recipe=recipe, out=out)
+
+
+def cell(arm: str, rate: float, decay: float = 0.0) -> dict[str, str]:
+    decayed = {"matrix_weight_decay": f"{decay:g}"} if decay else {}
+    return {**ARMS[arm], "matrix_lr": f"{rate:g}", **decayed}
+
+
+def decays_of(arm: str) -> tuple[float, ...]:
+    """Those that are tried: what keeps weights' norms, or steps by a share of them, goes without."""
+    keeps = {"hyperball", "update_floor"} & ARMS[arm].keys() or ARMS[arm]["matrix_optimizer"] == "adamh"
+    return () if keeps or ARMS[arm]["matrix_optimizer"] in ("sgd", "rmsprop") else DECAYS
+
+
+def tune(runs: Runs) -> dict[str, dict[str, Any]]:
+    """{arm: rate, decay, and every (rate, decay, loss) that was tried}."""
+    searched = [arm for arm in runs.options.arms if arm not in SAME_AS]
+    tried: dict[str, list[tuple[float, float, float | None]]] = {arm: [] for arm in searched}
+    chosen: dict[str, dict[str, Any]] = {}
+    for decays_too in (False, True):
+        wanted = [(arm, UNITS[arm] * factor, 0.0) for arm in searched for factor in FACTORS]
+        if decays_too:
+            wanted = [(arm, best_of(tried[arm])[0], decay) for arm in searched for decay in decays_of(arm)]
+        cells = [cell(*each) for each in wanted]
+        losses = runs.losses(cells, [TUNING_SEED], runs.options.steps)
+        for i, (arm, rate, decay) in enumerate(wanted):
+            tried[arm].append((rate, decay, losses[i, TUNING_SEED]))
+    for arm in runs.options.arms:
+        rate, decay = best_of(tried[SAME_AS.get(arm, arm)])
+        chosen[arm] = dict(rate=rate, decay=decay, tried=tried.get(arm, []))
+    return chosen
+
+
+def best_of(tried: Sequence[tuple[float, float, float | None]]) -> tuple[float, float]:
+    """Rate and decay of the lowest loss; a run that diverged never wins."""
+    rate, decay, _ = min(tried, key=lambda each: math.inf if each[2] is None else each[2])
+    return rate, decay
+
+
+def experiment(options: Options) -> dict[str, Any]:
+    """Confirm, tune, run, measure the curve; the content of result.json."""
+    searched = sum(arm not in SAME_AS for arm in options.arms)
+    most = searched * (len(FACTORS) + len(DECAYS)) + len(options.arms) * len(options.seeds)
+    most += len(LENGTHS) * CURVE_SEEDS
+    runs = Runs(options)
+    arms.confirm([f"up to {most} runs of about {options.steps} steps, {options.jobs} at a time; "
+                  f"{len(runs.found)} are known"], options.yes)  # fmt: skip
+    chosen = tune(runs)
+    cells = [cell(arm, chosen[arm]["rate"], chosen[arm]["decay"]) for arm in options.arms]
+    losses = runs.losses(cells, options.seeds, options.steps)
+    reference, curve_seeds = cells[options.arms.index(REFERENCE)], options.seeds[:CURVE_SEEDS]
+    curve = []
+    for steps in LENGTHS:
+        found = runs.losses([reference], curve_seeds, steps)
+        curve.append((steps, [found[0, seed] for seed in curve_seeds]))
+    entries = [dict(arm=arm, sets=ARMS[arm], **chosen[arm],
+                    val_loss=[losses[i, seed] for seed in options.seeds])
+               for i, arm in enumerate(options.arms)]  # fmt: skip
+    runs.save(curve=curve, entries=entries)
+    return json.loads(runs.path.read_text(encoding="utf-8"))
+
+
+def steps_at(loss: float, curve: Sequence[tuple[int, Sequence[float]]]) -> float:
+    """The length of the schedule at whose end the reference has this loss: between measured lengths log(steps) is
+    linear in the loss, beyond them the nearest two go on."""
+    points = sorted((float(np.mean(losses)), math.log(steps)) for steps, losses in curve)
+    x, y = np.array(points).T
+    place = int(np.clip(np.searchsorted(x, loss), 1, len(x) - 1))
+    slope = (y[place] - y[place - 1]) / (x[place] - x[place - 1])
+    return math.exp(y[place - 1] + slope * (loss - x[place - 1]))
+
+
+def summary(result: Mapping[str, Any]) -> list[Row]:
+    """A row for each rule, the fewest steps first."""
+    curve, steps, target = result["curve"], result["steps"], result["target"]
+    known = {entry["arm"]: entry for entry in result["entries"]}
+    others = known[REFERENCE]["val_loss"]
+    adjusted = adjusted_p(known)
+    ranked = []
+    for arm, entry in known.items():
+        losses, tried = entry["val_loss"], entry["tried"]
+        row: Row = dict(rule=arm)
+        edge = arms.EDGE if tried and arms.at_edge(entry["rate"], [rate for rate, _, _ in tried]) else ""
+        row |= {"tried": len(tried), "rate": f"{entry['rate']:g}{edge}", "decay": f"{entry['decay']:g}"}
+        row["published"] = f"{PUBLISHED[arm]:,}" if arm in PUBLISHED else ""
+        if None in losses:
+            ranked.append((math.inf, row | {"final loss": "diverged"}))
+            continue
+        needed = [steps * steps_at(target, curve) / steps_at(loss, curve) for loss in losses]
+        half = float(stats.t.ppf(0.975, len(needed) - 1) * stats.sem(needed))
+        mean, low, high = compare(losses, others) if arm != REFERENCE and None not in others else (0.0, 0.0, 0.0)
+        row |= {"final loss": mean_and_sd(losses, 4), "steps": f"{np.mean(needed):.0f} ± {half:.0f}"}
+        if arm in adjusted:
+            row |= {f"from {REFERENCE}": f"{mean:+.4f}", "95% interval": f"{low:+.4f} to {high:+.4f}"}
+            row["p (Holm)"] = f"{adjusted[arm]:.2g}"
+        ranked.append((float(np.mean(needed)), row))
+    order = ("rule", "tried", "rate", "decay", "final loss", f"from {REFERENCE}", "95% interval", "p (Holm)", "steps",
+             "published")  # fmt: skip
+    return [{key: row.get(key, "") for key in order} for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def adjusted_p(known: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Paired t-tests against the reference, Holm's correction over all."""
+    others = known[REFERENCE]["val_loss"]
+    raw = {arm: float(stats.ttest_rel(entry["val_loss"], others).pvalue) for arm, entry in known.items()
+           if arm != REFERENCE and None not in (*entry["val_loss"], *others)}  # fmt: skip
+    adjusted, highest = {}, 0.0
+    for place, arm in enumerate(sorted(raw, key=raw.__getitem__)):
+        highest = max(highest, min(1.0, raw[arm] * (len(raw) - place)))
+        adjusted[arm] = highest
+    return adjusted
+
+
+def correlation(result: Mapping[str, Any]) -> str:
+    """Spearman's of our losses and the published steps, with Fisher's 95% interval (Bonett and Wright 2000)."""
+    shared = [entry for entry in result["entries"] if entry["arm"] in PUBLISHED and None not in entry["val_loss"]]
+    n = len(shared)
+    if n < 4:
+        return f"{n} rules are on both tracks: too few to correlate"
+    rho = float(stats.spearmanr([np.mean(entry["val_loss"]) for entry in shared],
+                                [PUBLISHED[entry["arm"]] for entry in shared]).statistic)  # fmt: skip
+    half = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(min(0.999, max(-0.999, rho))) + sign * half) for sign in (-1, 1))
+    return f"rank correlation with the published steps: {rho:.2f} (95% interval {low:.2f} to {high:.2f}, {n} rules)"
+
+
+@arms.command
+def main(argv: list[str]) -> None:
+    options = parse_settings(Options, argv, __doc__, leading="recipe")
+    if options.table:
+        result = arms.read_result(user_path(options.table), summary)
+    else:
+        options = completed(options)
+        result = experiment(options)
+        print(f"-> {options.out}/result.json", file=sys.stderr)
+    print(table(summary(result)))
+    print(correlation(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -149,17 +149,24 @@ lint() { # python -m: a script's first line names the folder that it was install
     shellcheck run.sh .ci/run
 }
 
+check_examples() { # before anything is installed for them
+    local name
+    for name in "$@"; do
+        name=${name##*/}
+        name=${name%.py}
+        [[ $name = *_* && -e ${code}examples/$name.py ]] ||
+            fail "there is no example $name; choose one of $(cd "${code}examples" && echo *_*.py)"
+    done
+}
+
 examples() { # with the optimizers as a package, and without the checkout's modules, some of which share others' names
     local name launch meeting=(--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1)
-    unset PYTHONPATH
+    export PYTHONSAFEPATH=1 PYTHONPATH=$root/examples
     pip_install --no-deps --no-build-isolation --force-reinstall "$root"
-    [ $# -gt 0 ] || set -- "${code}"examples/*_*.py # toy.py is what they share
     export HF_HUB_OFFLINE=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     for name in "$@"; do
         name=${name##*/}
         name=${name%.py}
-        [ -e "${code}examples/$name.py" ] ||
-            fail "there is no example $name; choose one of $(cd "${code}examples" && echo *_*.py)"
         launch=()
         case $name in *_two_ranks) launch=(-m torch.distributed.run --nproc-per-node 2 "${meeting[@]}") ;; esac
         echo "== $name"
@@ -190,7 +197,7 @@ train() {
 case ${1:-} in
     leaderboard) words=2 ;;
     sweep | grokking | neurons | options | rules | gpu_suite) words=1 ;;
-    test | bench) words=$# ;;
+    test | bench | examples) words=$# ;;
     *) words=0 ;;
 esac
 [ ! "$here" -ef "$root" ] || words=$#
@@ -255,6 +262,8 @@ case "${1:-}" in
         ;;
     examples)
         shift
+        [ $# -gt 0 ] || set -- "${code}"examples/*_*.py # toy.py is what they share
+        check_examples "$@"
         install .venv-examples examples/requirements.txt
         examples "$@"
         ;;

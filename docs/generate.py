@@ -252,7 +252,8 @@ def example_section(path: Path) -> str:
     (imports,) = re.findall(r"^from nanogpt_aurora import .+$", source, re.MULTILINE)
     shown = re.findall(r"^ *# shown\n(.*?)^ *# end$", source, re.MULTILINE | re.DOTALL)
     code = "\n...\n".join(textwrap.dedent(part).strip() for part in shown)
-    return f"```python\n{imports}\n\n{code}\n```\n"
+    code = re.sub(r"\n\n(?=def )", "\n\n\n", f"{imports}\n\n{code}")  # what were methods; ruff formats it here, too
+    return f"```python\n{code}\n```\n"
 
 
 def leaderboard_section() -> str:

@@ -30,6 +30,14 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 State = dict[str, Tensor]
 
 
+class Placeholder(Tensor):
+    """The shape of a tensor that the ranks hold in parts, on the device meta. Moving it does nothing: at the end of
+    training Lightning moves whatever an optimizer's state shows to the host."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+
 def layout(tensor: Tensor, row_blocks: int, flatten: bool | None) -> tuple[tuple[int, ...], int, int]:
     """(leading sizes, rows, columns) of the matrices in a tensor [..., m, n], or with `flatten` [m, ...], each cut into
     `row_blocks` blocks of m / row_blocks rows."""
@@ -263,11 +271,12 @@ class Bank:
             )
 
     def shapes(self) -> Iterator[tuple[Tensor, State]]:
-        """As `whole_state`, of tensors without memory, and for one rank alone to call."""
+        """As `whole_state`, of placeholders, and for one rank alone to call."""
         for p in self.params:
             lead, _, _ = layout(p, self.row_blocks, self.flatten)
             shapes = {name: (*lead, *value.shape[1:]) for name, value in self.state.items()}
-            yield p, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            yield p, {name: tensor.as_subclass(Placeholder) for name, tensor in empty.items()}
 
     def _gather_state(self, own: Tensor) -> Tensor:
         """[P, ...] of each rank -> [B, ...]; with one rank the state itself, as torch's optimizers give it away."""

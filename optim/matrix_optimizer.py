@@ -328,6 +328,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._reduced = self._reductions.finish(), grads
         return self._reduced[0]
 
+    # A traced step would lose the banks that it makes. (torch.compiler.disable imports Dynamo at once, for seconds.)
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -370,14 +370,21 @@ def test_examples_run_with_the_frameworks_and_the_package_of_this_checkout(with_
     assert frameworks.endswith("--target= -r examples/requirements.txt")
     assert package.endswith(f"--no-deps --no-build-isolation --force-reinstall {with_examples.root}")
     assert alone == "python examples/plain_loop.py"
+    environment = Path(f"{with_examples.written}.env").read_text(encoding="utf-8").splitlines()
+    assert {f"PYTHONPATH={with_examples.root}/examples", "PYTHONSAFEPATH=1"} <= {*environment}  # toy.py, and no others
     assert re.fullmatch(r"python -m torch\.distributed\.run --nproc-per-node 2 .* examples/fsdp2_two_ranks\.py", ranks)
 
-    assert with_examples.run(with_examples.command("examples"))[0] == 0
+    (other := with_examples.root.parent / "project/examples").mkdir(parents=True)  # it means nothing to them
+    assert with_examples.run(with_examples.command("examples"), cwd=other.parent)[0] == 0
     scripts = [call.split("/")[-1] for call in with_examples.calls() if "examples/" in call]
     assert scripts == sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "toy.py")
 
 
-def test_an_example_that_is_not_there_is_one_line(with_examples: Checkout) -> None:
-    status, said = with_examples.run(with_examples.command("examples", "jax"))
+@pytest.mark.parametrize("name", ["jax", "toy", "--help"])
+def test_an_example_that_is_not_there_is_one_line_before_anything_is_installed(
+    with_examples: Checkout, name: str
+) -> None:
+    status, said = with_examples.run(with_examples.command("examples", "plain_loop", name))
     assert status == 2
-    assert said.splitlines()[-1].startswith("error: there is no example jax; choose one of accelerate_two_ranks.py ")
+    assert said.startswith(f"error: there is no example {name}; choose one of accelerate_two_ranks.py ")
+    assert with_examples.calls() == []

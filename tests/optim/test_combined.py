@@ -99,6 +99,18 @@ def test_a_copy_goes_on_to_the_bit(twin_of: Any) -> None:
     assert_same(twin_model.state_dict(), model.state_dict())
 
 
+def test_under_torch_compile_a_step_is_the_same() -> None:
+    model, plain = new_model(), new_model()
+    combined, expected = (CombinedOptimizer(parts(each)[:1]) for each in (model, plain))  # AdamW's is torch's concern
+    for step in torch.compile(combined.step, backend="eager"), expected.step:
+        for i in range(2):
+            for p in (*model.values(), *plain.values()):
+                p.grad = randn(*p.shape, seed=i)
+            step()
+    assert_same(model.state_dict(), plain.state_dict())
+    assert_same([*combined.state.values()], [*expected.state.values()])
+
+
 def test_hooks_are_called() -> None:
     combined, called = CombinedOptimizer(parts(new_model())), list[str]()
     combined.register_step_pre_hook(lambda *_: called.append("before step"))

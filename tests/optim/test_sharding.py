@@ -413,6 +413,16 @@ def test_every_matrix_has_one_owner_and_no_rank_more_than_its_share(size: int, r
     assert sorted(slot for slots in banks[0].buckets for slot in slots) == list(range(banks[0].num_slots))
 
 
+def test_what_a_rank_shows_of_state_has_no_memory_and_may_be_moved() -> None:
+    """Lightning moves it when training ends."""
+    bank = Bank([torch.zeros(4, 3)], ["W"], num_ranks=2)
+    bank.state["momentum_buffer"] = torch.zeros(1, 4, 3)
+    ((_, shown),) = bank.shapes()
+    moved = shown["momentum_buffer"].to("cpu", non_blocking=True)
+    assert moved.is_meta
+    assert moved.shape == (4, 3)
+
+
 def test_buckets_start_in_backward_in_one_order_and_the_rest_at_the_step() -> None:
     """Two ranks' plan, watched without sending: the last layers first, nothing before it is whole."""
     params = [nn.Parameter(torch.zeros(4, 4)) for _ in range(6)]

@@ -33,7 +33,8 @@ usage() {
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
-./run.sh leaderboard COMMAND            records: add, verify, rank, compare, plot, report, reproduce,
+./run.sh league [--arms ...]            every update rule on one schedule: experiments/league.py (hours)
+./run.sh leaderboard COMMAND            records: add, verify, rank, duel, compare, plot, report, reproduce,
                                        publish (--help says how)
 ./run.sh test [pytest arguments]       all tests
 ./run.sh test --portable [--only ...]  the numerical ones with other vector units, threads, locales ...
@@ -196,7 +197,7 @@ train() {
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
 case ${1:-} in
     leaderboard) words=2 ;;
-    sweep | grokking | neurons | options | rules | gpu_suite) words=1 ;;
+    sweep | grokking | neurons | options | rules | league | gpu_suite) words=1 ;;
     test | bench | examples) words=$# ;;
     *) words=0 ;;
 esac
@@ -221,7 +222,7 @@ case "${1:-}" in
         install .venv requirements.txt
         exec "$python" "${code}train_gpt.py" --help
         ;;
-    sweep | grokking | neurons | options | rules)
+    sweep | grokking | neurons | options | rules | league)
         install .venv requirements.txt
         name=$1
         shift

@@ -1,0 +1,167 @@
+"""The league: what is tried and run, what is not run twice, and how losses become steps."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import arms, league
+from experiments.league import (
+    ARMS,
+    DECAYS,
+    FACTORS,
+    LENGTHS,
+    PUBLISHED,
+    SAME_AS,
+    TUNING_SEED,
+    UNITS,
+    adjusted_p,
+    best_of,
+    completed,
+    correlation,
+    decays_of,
+    main,
+    steps_at,
+    summary,
+)  # fmt: skip
+from experiments.sweep import Cell, Result, Sweep
+from optim import RULES, TORCH_OPTIMIZERS
+from train_gpt import load_config
+
+
+def test_every_rule_is_an_arm_that_the_trainer_takes() -> None:
+    assert {*RULES, *TORCH_OPTIMIZERS} <= ARMS.keys()
+    assert UNITS.keys() | SAME_AS.keys() == ARMS.keys()
+    assert PUBLISHED.keys() <= ARMS.keys()
+    for arm in ARMS:
+        for decay in (0.0, *decays_of(arm)):
+            words = league.cell(arm, 0.01, decay)
+            load_config(["configs/sotu_base.toml", *(f"--{key}={value}" for key, value in words.items())])
+
+
+def loss(sets: Cell, steps: int, seed: int) -> float:
+    """Lower with more steps; Aurora is twice as fast as Muon, and best at 0.16 and a decay of 0.1."""
+    speed = 2.0 if sets["matrix_optimizer"] == "aurora" else 1.0
+    off = abs(math.log2(float(sets["matrix_lr"]) / (0.16 if speed == 2 else 0.01))) / 10
+    decay = float(sets.get("matrix_weight_decay", 0)) / 100
+    return 3.0 - 0.3 * math.log(speed * steps) + 0.001 * (seed % 7) ** speed + off - decay
+
+
+Calls = list[tuple[Cell, int, int]]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """No runs: results appear as if they had been."""
+    calls, results = Calls(), dict[Path, dict[str, Result]]()
+
+    def sweep(recipe: str, cells: list[Cell], seeds: list[int], out: Path, jobs: int, fixed: Cell) -> list[Result]:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "sweep.json").touch()
+        for sets in cells:
+            calls.append((sets, int(fixed["train_steps"]), seeds[0]))
+            found = loss(sets, int(fixed["train_steps"]), seeds[0])
+            told = dict(status="finished", val_loss=found, device="a machine", dtype="torch.float32", git_commit="abc")
+            run = Result(sets, seeds[0], 1, 1, "somewhere", told)
+            results.setdefault(out, {})[run.name] = run
+        return list(results[out].values())
+
+    monkeypatch.setattr(arms, "sweep", sweep)
+    monkeypatch.setattr(league, "load_sweep", lambda out: Sweep(out, {}, results[out]))
+    monkeypatch.setattr("experiments.sweep.is_complete", lambda summary: bool(summary))
+    return calls
+
+
+def run(out: Path, *words: str) -> dict[str, Any]:
+    assert main([f"--out={out}", "--yes=true", *words]) == 0
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
+
+
+def test_tuning_then_seeds_then_the_curve(fake: Calls, tmp_path: Path) -> None:
+    result = run(tmp_path, "--arms", "aurora", "riemannian_aurora", "--seeds", "1000", "1001", "1002")
+    entries = {entry["arm"]: entry for entry in result["entries"]}
+    assert list(entries) == ["muon", "aurora", "riemannian_aurora"]
+    assert (entries["aurora"]["rate"], entries["aurora"]["decay"]) == (0.16, 0.1)
+    assert (entries["riemannian_aurora"]["rate"], entries["riemannian_aurora"]["tried"]) == (0.16, [])
+    assert len(entries["aurora"]["tried"]) == len(FACTORS) + len(DECAYS)
+    assert {seed for _, steps, seed in fake if steps != 400} == {1000, 1001, 1002}
+    assert {steps for _, steps, _ in fake} == set(LENGTHS)
+    assert sum(seed == TUNING_SEED for _, _, seed in fake) == 2 * (len(FACTORS) + len(DECAYS))
+    assert len({(str(sets), steps, seed) for sets, steps, seed in fake}) == len(fake)  # none twice
+
+    rows = {row["rule"]: row for row in summary(result)}
+    needed = {rule: float(row["steps"].split()[0]) for rule, row in rows.items()}
+    assert needed["muon"] / needed["aurora"] == pytest.approx(2, rel=0.1)
+    assert next(iter(rows)) == "aurora"
+    assert rows["muon"]["from muon"] == ""
+    assert rows["aurora"]["published"] == ""
+    assert rows["muon"]["published"] == "3,250"
+    assert rows["riemannian_aurora"]["tried"] == 0
+
+
+def test_another_machine_goes_on_from_the_results(fake: Calls, tmp_path: Path) -> None:
+    first = run(tmp_path / "one", "--arms", "aurora", "--seeds", "1000", "1001")
+    before = len(fake)
+    (tmp_path / "two").mkdir()
+    first["runs"] = {name: told for name, told in first["runs"].items() if "seed=1001" not in name}
+    (tmp_path / "two/result.json").write_text(json.dumps(first), encoding="utf-8")
+    again = run(tmp_path / "two", "--arms", "aurora", "--seeds", "1000", "1001")
+    assert {seed for _, _, seed in fake[before:]} == {1001}
+    assert summary(again) == summary(run(tmp_path / "one", "--arms", "aurora", "--seeds", "1000", "1001"))
+
+
+def test_a_stop_keeps_what_has_ended(fake: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = arms.sweep
+
+    def stopped(recipe: str, cells: list[Cell], *rest: Any) -> list[Result]:
+        sweep(recipe, cells[:3], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arms, "sweep", stopped)
+    assert main([f"--out={tmp_path}", "--yes=true"]) == 130
+    assert len(json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["runs"]) == 3
+
+
+def test_a_rate_that_diverged_never_wins() -> None:
+    assert best_of([(0.1, 0.0, None), (0.2, 0.0, 5.0), (0.4, 0.0, None)]) == (0.2, 0.0)
+
+
+def test_steps_come_from_the_curve_within_and_beyond_it() -> None:
+    curve = [(steps, [3 - 0.3 * math.log(steps)]) for steps in (100, 200, 400)]
+    for steps in (50, 100, 141, 350, 400, 900):
+        assert steps_at(3 - 0.3 * math.log(steps), curve) == pytest.approx(steps)
+
+
+def test_p_is_holm_s_over_all_others() -> None:
+    rng = np.random.default_rng(0)
+    losses = {arm: (rng.normal(size=5) + 9 * (arm == "adamw")).tolist() for arm in ("muon", "aurora", "adamw")}
+    found = adjusted_p({arm: dict(val_loss=values) for arm, values in losses.items()})
+    raw = {arm: stats.ttest_rel(losses[arm], losses["muon"]).pvalue for arm in ("aurora", "adamw")}
+    assert found["adamw"] == pytest.approx(2 * raw["adamw"])
+    assert found["aurora"] == pytest.approx(max(raw["aurora"], 2 * raw["adamw"]))
+    diverged = dict(val_loss=[None] * 5)
+    assert adjusted_p(dict(muon=dict(val_loss=losses["muon"]), sgd=diverged)) == {}
+
+
+def test_the_correlation_says_how_wide_it_is() -> None:
+    def entries(order: int) -> dict[str, Any]:
+        ranked = sorted(PUBLISHED, key=PUBLISHED.__getitem__)[::order]
+        return dict(entries=[dict(arm=arm, val_loss=[float(place)] * 2) for place, arm in enumerate(ranked)])
+
+    assert correlation(entries(1)).startswith("rank correlation with the published steps: 0.9")  # with ties
+    assert "-0.9" in correlation(entries(-1))
+    assert "9 rules" in correlation(entries(1))
+    assert "too few" in correlation(dict(entries=entries(1)["entries"][:3]))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [(dict(arms=("none",)), "arms: 'none' is unknown"), (dict(seeds=(1000, 100)), "not 100, which is for tuning")],
+)
+def test_what_makes_no_league_is_said(words: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        completed(league.Options(**words))

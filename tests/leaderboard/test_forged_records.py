@@ -1,5 +1,6 @@
 """Forged records: each is caught, with its reason. Forgers bring summaries in line with the runs they changed."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from leaderboard import rank, tracks
 from leaderboard.page import render
 from leaderboard.records import load_record
 from leaderboard.runs import parse_log
-from leaderboard.verify import reasons, verify_all
+from leaderboard.verify import _of_declaration, reasons, verify_all
 from tests.record_fixtures import ALL, SEEDS, Rows, Texts, edit_summary, read_texts, set_facts, set_rows, write_texts
 
 # What is changed, and the reason that has to be among those found
@@ -90,6 +91,29 @@ def clock_set_back(texts: Texts) -> None:
 @forgery(r"the seeds are \[0, 1, 3\]")
 def seed_dropped(texts: Texts) -> None:
     del texts["seed_2"]
+
+
+@forgery(r"seed 0 declares num_seeds = 4, and there are 3 runs: a record is of as many as each run has declared")
+def last_seed_dropped(texts: Texts) -> None:
+    del texts["seed_3"]
+
+
+@forgery(r"seed 3 declares num_seeds = 0, and there are 4 runs")
+def number_of_seeds_undeclared(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].pop("num_seeds") and None)
+
+
+@forgery(r"seed 2 has data_start = 'first', the track's is 'seed'")
+def data_as_for_all_seeds(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].update(data_start="first"))
+
+
+@forgery(r"the seeds are \[0, 1, 2, 6\]; a record has 0 to n - 1, each once")
+def another_seed_than_declared(texts: Texts) -> None:
+    texts["seed_6"] = texts.pop("seed_3")
+    set_facts(texts["seed_6"], lambda facts: facts["config"].update(seed=6))
 
 
 @forgery(r"seed 3 and seed 4 have the same losses to the last digit: one run twice")
@@ -403,6 +427,94 @@ def test_a_forged_record_is_caught_with_its_reason(name: str, honest: Path) -> N
     write_texts(honest, texts)
     found = reasons(load_record(honest))
     assert any(re.search(reason, line) for line in found), found
+
+
+def test_declared_seeds_begin_at_the_tracks_first(honest: Path) -> None:
+    """Below it rates are tuned. What ran before there was the rule has 0 to n - 1, and nothing declared."""
+    record = load_record(honest)
+    track = dataclasses.replace(tracks.find_track("tiny"), first_seed=1000)
+    assert list(_of_declaration(record, track)) == [
+        "the seeds are [0, 1, 2, 3]; a record has 1000 to 1000 + n - 1, each once, so that none is picked or left out"
+    ]
+    for run in record.runs:
+        del run.config["num_seeds"], run.config["data_start"]
+    assert list(_of_declaration(record, dataclasses.replace(track, declared_from="2099-01-01"))) == []
+
+
+# A track by steps
+
+FIXED = """
+ranked_by = "steps"
+free = ["init_out", "init_down", "init_head", "fused"]
+[tiny.fixed]
+vocab_size = 48
+num_layers = 2
+num_heads = 2
+head_dim = 8
+model_dim = 16
+seq_len = 32
+batch_tokens = 192
+small_batch_steps = 0
+"""
+
+
+@pytest.fixture
+def by_steps(honest: Path, tmp_path: Path) -> Path:
+    """The honest record, on a track with fixed settings."""
+    with (tmp_path / "tracks.toml").open("a", encoding="utf-8") as file:
+        file.write(FIXED)
+    tracks._load.cache_clear()
+    return honest
+
+
+def in_all(key: str, value: Any) -> Callable[[Texts], Any]:
+    """A change of a setting in all runs."""
+    return lambda texts: [
+        set_facts(texts[folder], lambda facts: facts["config"].update({key: value})) for folder in ALL
+    ]
+
+
+def in_source(old: str, new: str) -> Callable[[Texts], Any]:
+    return lambda texts: replace(texts, "log.txt", old, new, *ALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_all("num_layers", 3), "num_layers = 3, and the track holds it fixed at 2"),
+        (in_all("batch_tokens", 384), "batch_tokens = 384, and the track holds it fixed at 192"),
+        (in_all("small_batch_steps", 4), "small_batch_steps = 4, and the track holds it fixed at 0"),
+        (in_all("value_embeds", 1), "value_embeds = 1, and the track holds it fixed at 0"),  # which it does not name
+        (in_source('"head_dim": 8,', '"head_size": 8,'), "head_dim = None, and the track holds it fixed at 8"),
+        (in_source("# file: model.py\n", "# file: model.py\n# mine\n"), "model.py is no version that tracks.toml kno"),
+        (in_source("(loss / targets.numel())", "(2 * loss / targets.numel())"), "t.py: train_step is no version"),
+        (in_source("\ndef warm_up", "\ntrain_step = trick\n\n\ndef warm_up"), "train_gpt.py: train_step is no version"),
+        (in_source("@torch.no_grad()\ndef evaluate", "@lower\n@torch.no_grad()\ndef evaluate"), ": evaluate is no"),
+        (in_source("        start = self.plan.first_token\n", "        start = 0\n"), ": Run.batch is no version"),
+        (in_source("loss_sum = train_step(run, *run.batch())", "loss_sum = [train_step(run, *run.batch()) for _ in "
+                   "range(2)][0]"), "train_gpt.py: take_steps is no version"),
+        (in_source("# file: model.py\n", "# model.py\n"), "may be modified: the log has no source of model.py"),
+        (in_source("# file: train_gpt.py\n", "# file: train_gpt.py\n(\n"), ": train_step is no version"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_a_track_by_steps_holds_fixed(change: Callable[[Texts], Any], reason: str, by_steps: Path) -> None:
+    texts = read_texts(by_steps)
+    change(texts)
+    write_texts(by_steps, texts)
+    found = reasons(load_record(by_steps))
+    assert any(reason in line for line in found), found
+
+
+def test_optimizer_schedule_and_initialisation_are_free_by_steps(by_steps: Path) -> None:
+    assert reasons(load_record(by_steps)) == []
+    texts = read_texts(by_steps)
+    for key, value in (("matrix_lr", 0.5), ("init_out", 0.02), ("cooldown_frac", 0.3), ("fused", ["none"])):
+        in_all(key, value)(texts)
+    in_source("# What changes over a run\n", "# What changes over a run, and how\n")(texts)
+    in_source("# file: optim/aurora.py\n", "# file: optim/aurora.py\n# better\n")(texts)
+    write_texts(by_steps, texts)
+    assert reasons(load_record(by_steps)) == []
 
 
 def test_neuron_statistics_are_one_reason(honest: Path) -> None:

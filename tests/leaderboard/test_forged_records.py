@@ -19,8 +19,9 @@ import leaderboard.__main__ as cli
 from leaderboard import rank, tracks
 from leaderboard.page import render
 from leaderboard.records import load_record
-from leaderboard.runs import parse_log
+from leaderboard.runs import Run, parse_log, read_run
 from leaderboard.verify import _of_declaration, reasons, verify_all
+from leaderboard.verify_run import of_track
 from tests.record_fixtures import ALL, SEEDS, Rows, Texts, edit_summary, read_texts, set_facts, set_rows, write_texts
 
 # What is changed, and the reason that has to be among those found
@@ -443,78 +444,60 @@ def test_declared_seeds_begin_at_the_tracks_first(honest: Path) -> None:
 
 # A track by steps
 
-FIXED = """
-ranked_by = "steps"
-free = ["init_out", "init_down", "init_head", "fused"]
-[tiny.fixed]
-vocab_size = 48
-num_layers = 2
-num_heads = 2
-head_dim = 8
-model_dim = 16
-seq_len = 32
-batch_tokens = 192
-small_batch_steps = 0
-"""
+
+def by_steps() -> tracks.Track:
+    """The tiny track with some settings fixed, and what a step computes."""
+    fixed = dict(vocab_size=48, num_layers=2, head_dim=8, model_dim=16, seq_len=32, batch_tokens=192)
+    steps = tracks.find_track("sotu-steps")
+    return dataclasses.replace(tracks.find_track("tiny"), fixed=fixed, free=steps.free, step=steps.step)
 
 
-@pytest.fixture
-def by_steps(honest: Path, tmp_path: Path) -> Path:
-    """The honest record, on a track with fixed settings."""
-    with (tmp_path / "tracks.toml").open("a", encoding="utf-8") as file:
-        file.write(FIXED)
-    tracks._load.cache_clear()
-    return honest
+def in_source(path: str, old: str, new: str) -> Callable[[Run], Any]:
+    def change(run: Run) -> None:
+        assert run.log.sources[path].count(old) == 1
+        run.log.sources[path] = run.log.sources[path].replace(old, new)
+
+    return change
 
 
-def in_all(key: str, value: Any) -> Callable[[Texts], Any]:
-    """A change of a setting in all runs."""
-    return lambda texts: [
-        set_facts(texts[folder], lambda facts: facts["config"].update({key: value})) for folder in ALL
-    ]
-
-
-def in_source(old: str, new: str) -> Callable[[Texts], Any]:
-    return lambda texts: replace(texts, "log.txt", old, new, *ALL)
+def sets(**settings: Any) -> Callable[[Run], Any]:
+    return lambda run: run.config.update(settings)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (in_all("num_layers", 3), "num_layers = 3, and the track holds it fixed at 2"),
-        (in_all("batch_tokens", 384), "batch_tokens = 384, and the track holds it fixed at 192"),
-        (in_all("small_batch_steps", 4), "small_batch_steps = 4, and the track holds it fixed at 0"),
-        (in_all("value_embeds", 1), "value_embeds = 1, and the track holds it fixed at 0"),  # which it does not name
-        (in_source('"head_dim": 8,', '"head_size": 8,'), "head_dim = None, and the track holds it fixed at 8"),
-        (in_source("# file: model.py\n", "# file: model.py\n# mine\n"), "model.py is no version that tracks.toml kno"),
-        (in_source("(loss / targets.numel())", "(2 * loss / targets.numel())"), "t.py: train_step is no version"),
-        (in_source("\ndef warm_up", "\ntrain_step = trick\n\n\ndef warm_up"), "train_gpt.py: train_step is no version"),
-        (in_source("@torch.no_grad()\ndef evaluate", "@lower\n@torch.no_grad()\ndef evaluate"), ": evaluate is no"),
-        (in_source("        start = self.plan.first_token\n", "        start = 0\n"), ": Run.batch is no version"),
-        (in_source("loss_sum = train_step(run, *run.batch())", "loss_sum = [train_step(run, *run.batch()) for _ in "
-                   "range(2)][0]"), "train_gpt.py: take_steps is no version"),
-        (in_source("# file: model.py\n", "# model.py\n"), "may be modified: the log has no source of model.py"),
-        (in_source("# file: train_gpt.py\n", "# file: train_gpt.py\n(\n"), ": train_step is no version"),
+        (sets(num_layers=3), "num_layers = 3, and the track holds it fixed at 2"),
+        (sets(batch_tokens=384), "batch_tokens = 384, and the track holds it fixed at 192"),
+        (sets(value_embeds=1), "value_embeds = 1, and the track holds it fixed at 0"),  # which it does not name
+        (lambda run: run.config.pop("head_dim"), "head_dim = None, and the track holds it fixed at 8"),
+        (in_source("model.py", "vocab_size = c.vocab_size if", "vocab_size = 2 if"), "model.py is no version that"),
+        (in_source("train_gpt.py", "(loss / targets.numel())", "(2 * loss)"), "train_gpt.py: train_step is no version"),
+        (in_source("train_gpt.py", "\ndef warm_up", "\ntrain_step = trick\n\ndef warm_up"), "train_step is no version"),
+        (in_source("train_gpt.py", "@torch.no_grad()", "@lower\n@torch.no_grad()"), ": evaluate is no version"),
+        (in_source("train_gpt.py", "  start = self.plan.first_token", "  start = 0"), ": Run.batch is no version"),
+        (in_source("train_gpt.py", "loss_sum = train_step(run, *", "loss_sum = twice(run, *"), "take_steps is no version"),
+        (lambda run: run.log.sources.pop("model.py"), "may be modified: the log has no source of model.py"),
+        (in_source("train_gpt.py", "import contextlib\n", "(\n"), "train_gpt.py: train_step is no version"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_a_track_by_steps_holds_fixed(change: Callable[[Texts], Any], reason: str, by_steps: Path) -> None:
-    texts = read_texts(by_steps)
-    change(texts)
-    write_texts(by_steps, texts)
-    found = reasons(load_record(by_steps))
+def test_what_a_track_by_steps_holds_fixed(
+    change: Callable[[Run], Any], reason: str, board: Path, tiny_runs: list[Path]
+) -> None:
+    run = read_run(tiny_runs[0])
+    change(run)
+    found = list(of_track(run, by_steps()))
     assert any(reason in line for line in found), found
 
 
-def test_optimizer_schedule_and_initialisation_are_free_by_steps(by_steps: Path) -> None:
-    assert reasons(load_record(by_steps)) == []
-    texts = read_texts(by_steps)
-    for key, value in (("matrix_lr", 0.5), ("init_out", 0.02), ("cooldown_frac", 0.3), ("fused", ["none"])):
-        in_all(key, value)(texts)
-    in_source("# What changes over a run\n", "# What changes over a run, and how\n")(texts)
-    in_source("# file: optim/aurora.py\n", "# file: optim/aurora.py\n# better\n")(texts)
-    write_texts(by_steps, texts)
-    assert reasons(load_record(by_steps)) == []
+def test_optimizer_schedule_and_initialisation_are_free_by_steps(board: Path, tiny_runs: list[Path]) -> None:
+    run = read_run(tiny_runs[0])
+    sets(matrix_lr=0.5, init_out=0.02, cooldown_frac=0.3, fused=["none"], micro_batch_tokens=96)(run)
+    in_source("train_gpt.py", "# What changes over a run\n", "# What changes over a run, and how\n")(run)
+    in_source("optim/aurora.py", "\nimport torch\n", "\nimport torch  # and more\n")(run)
+    del run.config["z_loss"]  # a setting that has come since
+    assert list(of_track(run, by_steps())) == []
 
 
 def test_neuron_statistics_are_one_reason(honest: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Sample = Sequence[float]
 
@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
     bootstrap: Interval | None  # 95%, bootstrap-t; None below three values a side, which say too little of a spread
     p: float  # two-sided, Welch
     effect: float  # Hedges' g: the difference in standard deviations, corrected for small samples
-    seeds_needed: float  # in each group, to see a difference of this size in 4 of 5 attempts (two-sided, 5%); or inf
+    detectable: float  # the true difference that samples of these sizes show in 4 of 5 attempts; as estimate
 
 
 def mean_interval(values: Sample) -> Interval:
@@ -67,7 +67,7 @@ def compare_times(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
 
     return logs._replace(
         estimate=-math.expm1(-logs.estimate), interval=fractions(logs.interval),
-        bootstrap=logs.bootstrap and fractions(logs.bootstrap),
+        bootstrap=logs.bootstrap and fractions(logs.bootstrap), detectable=-math.expm1(-logs.detectable),
     )  # fmt: skip
 
 
@@ -85,17 +85,16 @@ def compare_losses(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
     difference, degrees = float(np.mean(a) - np.mean(b)), len(a) + len(b) - 2
     pooled = math.sqrt(((len(a) - 1) * np.var(a, ddof=1) + (len(b) - 1) * np.var(b, ddof=1)) / degrees)
     effect = difference / pooled * (1 - 3 / (4 * degrees - 1))
-    return Comparison(difference, interval, bootstrap, float(welch.pvalue), effect, seeds_needed(abs(effect)))
+    return Comparison(difference, interval, bootstrap, float(welch.pvalue), effect, detectable(pooled, len(a), len(b)))
 
 
-def seeds_needed(effect: float) -> float:
-    """The least n a side with which a t-test at 5% sees this effect with a power of 80%; inf beyond 10,000."""
-    if effect < 0.04:  # sqrt(2 * 7.85 / 10_000)
-        return math.inf
-    n = max(2, math.floor(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / effect) ** 2))  # too few by two or so
-    while stats.nct.sf(stats.t.ppf(0.975, 2 * n - 2), 2 * n - 2, effect * math.sqrt(n / 2)) < 0.8:
-        n += 1
-    return n
+def detectable(sd: float, n_a: int, n_b: int) -> float:
+    """The true difference of two means that a t-test at 5%, two-sided, sees with a power of 80%, for populations of
+    standard deviation `sd`. Of the sizes and the spread alone: the observed difference says nothing about power."""
+    degrees = n_a + n_b - 2
+    edge = stats.t.ppf(0.975, degrees)
+    shift = optimize.brentq(lambda shift: stats.nct.sf(edge, degrees, shift) - 0.8, 0, 4 * edge)
+    return float(shift) * sd * math.sqrt(1 / n_a + 1 / n_b)
 
 
 def bootstrap_t(a: Sample, b: Sample, resamples: int) -> Interval:

@@ -11,6 +11,7 @@ from leaderboard.runs import Run, read_run
 from leaderboard.tracks import Track, find_track, hash_at, load_tracks
 from leaderboard.verify_run import of_track
 from tests.conftest import ROOT
+from train_gpt import load_config
 
 
 def test_the_tracks_know_the_source_of_this_repository() -> None:
@@ -22,6 +23,15 @@ def test_the_tracks_know_the_source_of_this_repository() -> None:
                 for folder in ("data", "kernels") for path in (ROOT / folder).glob("*.py")}  # fmt: skip
     unknown = {place: hash_at(sources, place) for place in known if hash_at(sources, place) not in known[place]}
     assert not unknown, f"add to leaderboard/tracks.toml, under [stream] or [step]: {unknown}"
+
+
+def test_the_recipe_of_the_steps_track_conforms() -> None:
+    config, track = load_config([str(ROOT / "configs/sotu_steps.toml")]), find_track("sotu-steps")
+    of_track = {key: getattr(track, key) for key in ("target_loss", "val_tokens", "tokenizer", "data_start")}
+    wanted = track.fixed | of_track | dict(track="sotu-steps", stop_at_target=False)
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    assert config.num_seeds >= 3
+    assert find_track("sotu-byte").data_start == load_config([str(ROOT / "configs/sotu_cpu.toml")]).data_start
 
 
 def by_steps() -> Track:

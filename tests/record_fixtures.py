@@ -122,6 +122,7 @@ def tiny_track(tiny_runs: list[Path]) -> str:
     settings = dict(
         target_loss=3.2, val_tokens=3840, tokenizer="none", val_fingerprint=summary["val_fingerprint"],
         train_fingerprint=summary["train_fingerprint"], data_start="seed", first_seed=0,
+        declared_from="2000-01-01",
     )  # fmt: skip
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
     return TRACKS.read_text(encoding="utf-8") + "\n[tiny]\n" + "".join(lines)

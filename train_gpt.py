@@ -313,7 +313,7 @@ def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss in nats over the validation tokens, of the weights' average if there is one; the same on any ranks."""
+    """Mean loss in nats over the validation tokens, of averaged weights if any; the same on any number of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     with run.averages.tail.in_place():
         for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):

@@ -85,15 +85,15 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
     p = stats.p_below(record.losses, track.target_loss) if all(map(math.isfinite, record.losses)) else 1.0
     if not p < SIGNIFICANCE:
         found = f"{len(runs)} seeds with mean loss {np.mean(record.losses):.5f}"
-        rule = f"one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; run all with more steps (none is added)"
+        rule = f"one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; take more steps (runs cannot be added)"
         yield f"{found} do not show that it is below {track.target_loss:g}: {rule}"
 
 
 def _of_declaration(record: Record, track: Track) -> Iterator[str]:
     """How many runs and which seeds, said before the first result: none is picked, left out, or added to lower p."""
-    runs, first = record.runs, 0
+    runs, first, n = record.runs, 0, len(record.runs)
     if max(str(run.log.facts.get("start_utc")) for run in runs) >= track.declared_from:
-        first, n = track.first_seed, len(runs)
+        first = track.first_seed
         for run in runs:
             declared, start = run.config.get("num_seeds", 0), run.config.get("data_start", "first")
             if declared != n:
@@ -101,9 +101,9 @@ def _of_declaration(record: Record, track: Track) -> Iterator[str]:
                 yield f"{run.name} declares num_seeds = {declared}, and there are {n} runs: {rule}"
             if start != track.data_start:
                 yield f"{run.name} has data_start = {start!r}, the track's is {track.data_start!r}"
-    if (seeds := [run.seed for run in runs]) != list(range(first, first + len(runs))):
-        which = f"{first} to {first} + n - 1" if first else "0 to n - 1"
-        yield f"the seeds are {seeds}; a record has {which}, each once, so that none is picked or left out"
+    if (seeds := [run.seed for run in runs]) != list(range(first, first + n)):
+        rule = f"{n} runs have {first} to {first + n - 1}, each once, so that none is picked or left out"
+        yield f"the seeds are {seeds}; {rule}"
 
 
 def _differ(what: str, one: Any, other: Any, name_one: str, name_other: str) -> Iterator[str]:

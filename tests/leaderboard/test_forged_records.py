@@ -110,7 +110,7 @@ def data_as_for_all_seeds(texts: Texts) -> None:
         set_facts(texts[folder], lambda facts: facts["config"].update(data_start="first"))
 
 
-@forgery(r"the seeds are \[0, 1, 2, 6\]; a record has 0 to n - 1, each once")
+@forgery(r"the seeds are \[0, 1, 2, 6\]; 4 runs have 0 to 3, each once")
 def another_seed_than_declared(texts: Texts) -> None:
     texts["seed_6"] = texts.pop("seed_3")
     set_facts(texts["seed_6"], lambda facts: facts["config"].update(seed=6))
@@ -434,7 +434,7 @@ def test_declared_seeds_begin_at_the_tracks_first(honest: Path) -> None:
     record = load_record(honest)
     track = dataclasses.replace(tracks.find_track("tiny"), first_seed=1000)
     assert list(_of_declaration(record, track)) == [
-        "the seeds are [0, 1, 2, 3]; a record has 1000 to 1000 + n - 1, each once, so that none is picked or left out"
+        "the seeds are [0, 1, 2, 3]; 4 runs have 1000 to 1003, each once, so that none is picked or left out"
     ]
     for run in record.runs:
         del run.config["num_seeds"], run.config["data_start"]

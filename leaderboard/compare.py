@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from leaderboard import stats
 from leaderboard.records import Record
 from leaderboard.tracks import Track, find_track
@@ -29,19 +31,22 @@ def time_sentence(a: str, b: str, times_a: Sequence[float], times_b: Sequence[fl
     def claim(verb: str, by: str) -> str:
         return f"{a} {verb} {by} faster than {b}"
 
-    return _sentence(found, sizes, claim, "of the logarithms", 100, 1, "%")
+    return _sentence(found, sizes, claim, "Welch's t of the logarithms", 100, 1, "%")
 
 
-def loss_sentence(a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[float]) -> str:
-    """Whose loss is lower, and the evidence in a second line."""
-    if stats.compare_losses(losses_a, losses_b).estimate > 0:
+def loss_sentence(
+    a: str, b: str, losses_a: Sequence[float], losses_b: Sequence[float], by_seed: bool = False
+) -> str:  # fmt: skip
+    """Whose loss is lower, and the evidence in a second line. by_seed: losses of the same seeds, in their order."""
+    if np.mean(losses_a) > np.mean(losses_b):
         a, b, losses_a, losses_b = b, a, losses_b, losses_a
-    found, sizes = stats.compare_losses(losses_b, losses_a), f"n={len(losses_a)}/{len(losses_b)}"
+    paired = by_seed and bool(np.ptp(np.subtract(losses_a, losses_b)))
+    found, sizes = stats.compare_losses(losses_b, losses_a, paired=paired), f"n={len(losses_a)}/{len(losses_b)}"
 
     def claim(verb: str, by: str) -> str:
         return f"{a}'s loss {verb} lower than {b}'s by {by}"
 
-    return _sentence(found, sizes, claim, "of the losses", 1, 4)
+    return _sentence(found, sizes, claim, "Paired t of losses by seed" if paired else "Welch's t of the losses", 1, 4)
 
 
 def _sentence(
@@ -63,7 +68,7 @@ def _sentence(
         sentence = f"The data cannot tell: {claim('comes out', by)} {evidence}; {seen}."
     bootstrap = f"; bootstrap: {interval(*found.bootstrap)}" if found.bootstrap else ""
     effect = f"effect (Hedges' g) {abs(found.effect):.1f} standard deviations"
-    return f"{sentence}\n  Welch's t {what}{bootstrap}; {effect}"
+    return f"{sentence}\n  {what}{bootstrap}; {effect}"
 
 
 def compare(a: Record, b: Record) -> str:
@@ -79,7 +84,9 @@ def compare(a: Record, b: Record) -> str:
         lines += ["Time to target: " + time_sentence(name_a, name_b, a.times, b.times), ""]
     if same := equal_steps(a, b):
         step, losses_a, losses_b = same
-        lines += [f"Loss at step {step}: " + loss_sentence(name_a, name_b, losses_a, losses_b), ""]
+        starts = [[(run.seed, run.config.get("data_start")) for run in record.runs] for record in (a, b)]
+        by_seed = starts[0] == starts[1] and all(start == "seed" for _, start in starts[0])  # the same text for both
+        lines += [f"Loss at step {step}: " + loss_sentence(name_a, name_b, losses_a, losses_b, by_seed), ""]
     else:
         lines += ["Loss: there is no step at which all runs of both were validated.", ""]
     lines += [_steps(a, b, track), ""]

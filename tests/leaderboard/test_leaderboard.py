@@ -361,6 +361,8 @@ def test_two_records_are_compared(two_records: tuple[Path, Path], capsys: pytest
         f"Loss at step 40: {two_records[0].name}'s loss is lower than {two_records[1].name}'s by 0.0515 (95% CI "
         in output
     )
+    assert "Welch's t of the logarithms" in output
+    assert "Paired t of losses by seed" in output  # their seeds began in the same places of the data
     assert "Settings that differ: matrix_optimizer 'aurora' / 'adamw'" in output
     assert "Source files that differ: none" in output
     assert cli.main(["compare", f"tiny/{two_records[0].name}", "tiny/none"]) == 2

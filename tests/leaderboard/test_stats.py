@@ -88,13 +88,15 @@ def test_two_singles_or_no_spread_do_not_compare() -> None:
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17), (3.0, 4)])
 def test_detectable_by_the_tables_of_power(effect: float, seeds: int) -> None:
     """Cohen (1988): two-sided t-test at 5%, power 80%."""
-    assert stats.detectable(2.0, seeds, seeds) <= 2 * effect < stats.detectable(2.0, seeds - 1, seeds - 1)
+    enough, too_few = (stats.detectable(2 * math.sqrt(2 / n), 2 * n - 2) for n in (seeds, seeds - 1))
+    assert enough <= 2 * effect < too_few
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (5, 5), (3, 10)], ids=str)
 def test_a_detectable_difference_is_seen_in_80_of_100(sizes: tuple[int, int]) -> None:
     """20,000 pairs of samples that far apart: within 5 standard deviations of the binomial, 1.4%."""
-    rng, difference = np.random.default_rng(3), stats.detectable(0.4, *sizes)
+    error = 0.4 * math.sqrt(1 / sizes[0] + 1 / sizes[1])
+    rng, difference = np.random.default_rng(3), stats.detectable(error, sum(sizes) - 2)
     a, b = rng.normal(1 + difference, 0.4, (20_000, sizes[0])), rng.normal(1, 0.4, (20_000, sizes[1]))
     seen = scipy_stats.ttest_ind(a, b, axis=1).pvalue < 0.05
     assert float(seen.mean()) == pytest.approx(0.8, abs=5 * math.sqrt(0.8 * 0.2 / 20_000))
@@ -105,7 +107,22 @@ def test_what_can_be_detected_is_not_what_was_observed() -> None:
     far = [b + 100 for b in B]
     assert stats.compare_losses(A, far).detectable == pytest.approx(stats.compare_losses(A, B).detectable)
     pooled = math.sqrt((np.var(np.log(A), ddof=1) + np.var(np.log(B), ddof=1)) / 2)
-    assert stats.compare_times(A, B).detectable == pytest.approx(1 - math.exp(-stats.detectable(pooled, 5, 5)))
+    assert stats.compare_times(A, B).detectable == pytest.approx(
+        1 - math.exp(-stats.detectable(pooled * math.sqrt(2 / 5), 8))
+    )
+
+
+def test_losses_of_the_same_seeds_compare_one_by_one() -> None:
+    """What a seed does to both of a pair is no noise: 0.01 shows beside a spread of 0.04, unpaired it does not."""
+    a, b = [1.25, 1.31, 1.23, 1.27, 1.28], [1.261, 1.321, 1.239, 1.279, 1.291]
+    found, right = stats.compare_losses(a, b, paired=True), scipy_stats.ttest_rel(a, b)
+    assert (found.p, *found.interval) == pytest.approx((right.pvalue, *right.confidence_interval(0.95)))
+    assert found.bootstrap is None
+    error = np.std(np.subtract(a, b), ddof=1) / math.sqrt(5)
+    assert found.detectable == pytest.approx(stats.detectable(error, 4))
+    assert loss_sentence("a", "b", b, a, by_seed=True).startswith("b's loss is lower than a's by 0.0102 (95% CI 0.00")
+    assert loss_sentence("a", "b", b, a).startswith("The data cannot tell: b's loss comes out lower")
+    assert loss_sentence("a", "b", a, a, by_seed=True).startswith("The data cannot tell")  # one source, another speed
 
 
 # The rule of a record: p < 0.01 for the number of runs declared beforehand

@@ -59,7 +59,8 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
     author: str = ""  # who ran it
     description: str = ""  # what is new about it
-    seed: Annotated[int, ">= 0", "< 9e18"] = 0  # of the initial weights
+    seed: Annotated[int, ">= 0", "< 9e18"] = 0  # of the initial weights, and of data_start
+    num_seeds: Annotated[int, ">= 0"] = 0  # runs of a leaderboard entry, declared before the first of them; 0: no entry
     run_dir: str = "runs"  # where run directories are made
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products; auto: bfloat16 where hardware has it
@@ -70,6 +71,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     # Data
     train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
     val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
+    data_start: Literal["first", "seed"] = "first"  # token that training begins at; seed: one that depends on the seed
     tokenizer: str = "byte"  # gpt2, byte, or none for token ids of your own (then set vocab_size)
     val_tokens: Annotated[int, "> 0"] = 131072  # validation tokens: the first ones of the validation shards
     # Schedule
@@ -123,11 +125,9 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
             raise ValueError(f"window_start = {self.window_start} is more than window = {self.window}; raise window")
         if self.short_row_steps and self.seq_len % 2:
             raise ValueError(f"short_row_steps cuts rows in two, and seq_len = {self.seq_len} is odd; 1024 is usual")
-        if self.tie_head_steps and self.embed_lr != self.head_lr:
-            rates = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}"
-            raise ValueError(f"tie_head_steps needs one rate for both, not {rates}; set --embed_lr={self.head_lr}")
-        if self.tie_head_steps and self.embed_betas != self.head_betas:
-            raise ValueError("tie_head_steps needs the same betas for both; set embed_betas and head_betas alike")
+        if self.tie_head_steps and (self.embed_lr, self.embed_betas) != (self.head_lr, self.head_betas):
+            found = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}; set --embed_lr={self.head_lr}, betas alike"
+            raise ValueError(f"tie_head_steps needs one rate and the same betas for both, not {found}")
 
 
 def load_config(argv: list[str]) -> Config:
@@ -258,7 +258,10 @@ class Run:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the step under way, [micro-batches, rows, tokens]."""
-        return self.loader.batch(self.plan.first_token, self.plan.batch_tokens, self.plan.row_tokens)
+        start = self.plan.first_token
+        if self.config.data_start == "seed":  # multiples of the golden ratio: a few seeds in a row are far apart
+            start += self.config.seed * 0x9E3779B97F4A7C15 % 2**64 * self.loader.stream.num_tokens >> 64
+        return self.loader.batch(start, self.plan.batch_tokens, self.plan.row_tokens)
 
 
 def set_up(config: Config, machine: Machine) -> Run:
@@ -278,10 +281,8 @@ def set_up(config: Config, machine: Machine) -> Run:
     loader.batch(0, first.batch_tokens, first.row_tokens)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
-    data = dict(
-        train_files=set_fingerprint(loader.stream.shards),
-        val_files=head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens),
-    )
+    val_fingerprint = head_fingerprint([val_stream.read(0, config.val_tokens)], config.val_tokens)
+    data = dict(train_files=set_fingerprint(loader.stream.shards), val_files=val_fingerprint)
     start = find_start(config, data, machine)
     refuse_overlap(loader.stream.files, val_stream.files)
     torch.manual_seed(config.seed)
@@ -312,8 +313,7 @@ def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterato
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss in nats over the validation tokens, of the average of weights if there is one; the same for any number
-    of ranks."""
+    """Mean loss in nats over the validation tokens, of averaged weights if any; the same on any number of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     with run.averages.tail.in_place():
         for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):

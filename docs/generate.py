@@ -18,13 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from data import console
 from data.files import whole_file
 from experiments import neuron_report, options, rules
 from experiments.grokking import findings as grokking
-from experiments.grokking.survival import holm
 from harness.machine import ROOT
 from harness.neuron_stats import THRESHOLDS
 from harness.results import RESULTS
@@ -163,18 +160,9 @@ def kept(name: str) -> Any:
 
 
 def options_section() -> str:
-    """Final losses of the model's options for equal training time; p by a paired t-test, then Holm's correction."""
-    result = kept("options")
-    rows = options.summary(result)
-    losses = {arm["arm"]: arm["val_loss"] for arm in result["arms"] if None not in arm["val_loss"]}
-    plain = losses.pop("plain")
-    p = {arm: float(stats.ttest_rel(of_arm, plain).pvalue) for arm, of_arm in losses.items()}
-    adjusted = holm(p)
-    for row in rows:
-        if (name := str(row["option"])) in p:
-            row |= {"p": p[name], "p, Holm": adjusted[name]}
-    shown = ("option", "step", "steps", "final loss", "difference", "95% interval", "p", "p, Holm")
-    return markdown(rows, dict(zip(shown, shown, strict=True)))
+    """Final losses of the model's options for equal training time."""
+    rows = options.summary(kept("options"))
+    return markdown(rows, {key: key for key in rows[0] if key != "pays"})
 
 
 def row_norms(runs: Sequence[dict[str, Any]]) -> list[Row]:

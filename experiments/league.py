@@ -31,7 +31,7 @@ from scipy import stats
 
 from data.files import check_writable, user_path, write_json
 from experiments import arms
-from experiments.options import compare
+from experiments.comparisons import against
 from experiments.rules import FROM_NOISE, OWN_SETTINGS, loss_of
 from experiments.sweep import Cell, Result, cell_name, load_sweep
 from harness.settings import parse_settings
@@ -75,7 +75,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Options:
-    recipe: str = "configs/sotu_base.toml"  # model, data and batch
+    recipe: str = "configs/sotu_steps.toml"  # model, data and batch
     arms: tuple[str, ...] = ()  # some rules; empty: all; muon is always among them
     seeds: tuple[int, ...] = (1000, 1001, 1002, 1003, 1004)  # reported ones
     steps: Annotated[int, ">= 1"] = 400  # of the schedule
@@ -216,8 +216,7 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each rule, the fewest steps first."""
     curve, steps, target = result["curve"], result["steps"], result["target"]
     known = {entry["arm"]: entry for entry in result["entries"]}
-    others = known[REFERENCE]["val_loss"]
-    adjusted = adjusted_p(known)
+    differences, adjusted = against({arm: entry["val_loss"] for arm, entry in known.items()}, REFERENCE)
     ranked = []
     for arm, entry in known.items():
         losses, tried = entry["val_loss"], entry["tried"]
@@ -230,27 +229,14 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
             continue
         needed = [steps * steps_at(target, curve) / steps_at(loss, curve) for loss in losses]
         half = float(stats.t.ppf(0.975, len(needed) - 1) * stats.sem(needed))
-        mean, low, high = compare(losses, others) if arm != REFERENCE and None not in others else (0.0, 0.0, 0.0)
         row |= {"final loss": mean_and_sd(losses, 4), "steps": f"{np.mean(needed):.0f} ± {half:.0f}"}
-        if arm in adjusted:
-            row |= {f"from {REFERENCE}": f"{mean:+.4f}", "95% interval": f"{low:+.4f} to {high:+.4f}"}
+        if found := differences.get(arm):
+            row |= {f"from {REFERENCE}": f"{found.mean:+.4f}", "95% interval": f"{found.low:+.4f} to {found.high:+.4f}"}
             row["p (Holm)"] = f"{adjusted[arm]:.2g}"
         ranked.append((float(np.mean(needed)), row))
     order = ("rule", "tried", "rate", "decay", "final loss", f"from {REFERENCE}", "95% interval", "p (Holm)", "steps",
              "published")  # fmt: skip
     return [{key: row.get(key, "") for key in order} for _, row in sorted(ranked, key=lambda pair: pair[0])]
-
-
-def adjusted_p(known: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Paired t-tests against the reference, Holm's correction over all."""
-    others = known[REFERENCE]["val_loss"]
-    raw = {arm: float(stats.ttest_rel(entry["val_loss"], others).pvalue) for arm, entry in known.items()
-           if arm != REFERENCE and None not in (*entry["val_loss"], *others)}  # fmt: skip
-    adjusted, highest = {}, 0.0
-    for place, arm in enumerate(sorted(raw, key=raw.__getitem__)):
-        highest = max(highest, min(1.0, raw[arm] * (len(raw) - place)))
-        adjusted[arm] = highest
-    return adjusted
 
 
 def correlation(result: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@
 Steps of every arm are timed first, arms taking turns in this process, a single CPU thread by what it computes; then
 each arm's schedule is given as many steps as fit into the time of the plain one's, and the runs themselves may share
 the machine: what counts is the loss at the end, and that does not depend on how fast it came. Differences from the
-plain model are of runs with the same seed, with a 95% interval by Student's t. An option pays when the interval is
-below zero.
+plain model are of runs with the same seed, with a 95% interval and p by Student's t. An option pays when it is lower
+with a p below 0.05 after Holm's correction for the number of options.
 
 The sources of the options are in model.py; batch and row lengths that grow are from GPT-3 (2005.14165) and from
 curriculum by sequence length (2108.06084).
@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
-from scipy import stats
 
 from data.files import check_writable, user_path, write_json
 from experiments import arms
 from experiments.arms import confirm, duration, names_of
+from experiments.comparisons import LEVEL, against
 from harness.machine import find_machine, versions
 from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
@@ -53,6 +52,7 @@ ARMS: dict[str, dict[str, str | float]] = {
     "window": dict(window="128"),
 }
 FIXED = dict(stop_at_target="false", target_loss="0", checkpoint_every="0", resume="", fused="norm,mlp,head,blocks")
+COMPARED = ("difference", "95% interval", "p", "p (Holm)", "pays")  # columns of the table
 TURNS = 25  # of timing a step of every arm
 
 
@@ -97,29 +97,22 @@ def step_seconds(options: Options, names: Sequence[str], steps: int) -> dict[str
     return {arm: shares[arm] * first + (1 - shares[arm]) * last for arm, (first, last) in seconds.items()}
 
 
-def compare(losses: Sequence[float], plain: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference of runs with the same seed, and its 95% interval (infinite for one seed)."""
-    differences = np.subtract(losses, plain)
-    mean, n = float(differences.mean()), len(differences)
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(differences)) if n > 1 else math.inf
-    return mean, mean - half, mean + half
-
-
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each arm, best first, the plain model on top."""
     plain, ranked = next(arm for arm in result["arms"] if arm["arm"] == "plain"), []
+    differences, adjusted = against({arm["arm"]: arm["val_loss"] for arm in result["arms"]}, "plain")
     for arm in result["arms"]:
-        rank, told = math.inf, ("diverged", "", "", "no")
-        if None not in arm["val_loss"] and None in plain["val_loss"]:
-            told = mean_and_sd(arm["val_loss"], 4), "", "", "cannot tell"
-        elif None not in arm["val_loss"]:
-            rank, low, high = compare(arm["val_loss"], plain["val_loss"])
-            pays = "yes" if high < 0 else "costs" if low > 0 else "cannot tell"
-            told = mean_and_sd(arm["val_loss"], 4), f"{rank:+.4f}", f"{low:+.4f} to {high:+.4f}", pays
+        name, has_diverged = arm["arm"], None in arm["val_loss"]
+        rank, told = math.inf, ("", "", "", "", "no" if has_diverged else "cannot tell")
         if arm is plain:
-            rank, told = -math.inf, (told[0], "", "", "")
-        row: Row = dict(option=arm["arm"], step=f"{arm['step_s'] / plain['step_s']:.2f}x", steps=arm["steps"])
-        row |= zip(("final loss", "difference", "95% interval", "pays"), told, strict=True)
+            rank, told = -math.inf, ("",) * 5
+        elif name in differences:
+            rank, low, high, p = differences[name]
+            pays = "cannot tell" if adjusted[name] >= LEVEL else "yes" if rank < 0 else "costs"
+            told = f"{rank:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.2g}", f"{adjusted[name]:.2g}", pays
+        row: Row = dict(option=name, step=f"{arm['step_s'] / plain['step_s']:.2f}x", steps=arm["steps"])
+        row["final loss"] = "diverged" if has_diverged else mean_and_sd(arm["val_loss"], 4)
+        row |= zip(COMPARED, told, strict=True)
         ranked.append((rank, row))
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 

@@ -8,8 +8,9 @@
 Every arm gets the same search for its learning rate on seed 100, which is not reported: three rates, a factor of two
 apart, then one more at a time beyond the best while that is at an end, up to seven; the lowest final validation
 loss wins. Then all seeds at that rate. Differences from the first arm are of runs with the same seed, with a 95%
-interval by Student's t; steps of all arms are timed first, taking turns in this process. --tuning_steps shortens the
-search, for all arms alike; a rate that wins in a short run may be too high for a long one. --rate leaves it out.
+interval by Student's t and p after Holm's correction for the number of arms. Steps of all arms are timed first, taking
+turns in this process. --tuning_steps shortens the search, for all arms alike; a rate that wins in a short run may be
+too high for a long one. --rate leaves it out.
 
 OUT/tuning and OUT/runs are sweeps: the same command goes on where it stopped. OUT/result.json keeps what the tables
 need. A diverged run is a result.
@@ -30,7 +31,7 @@ import torch
 
 from data.files import check_writable, user_path, write_json
 from experiments import arms
-from experiments.options import compare
+from experiments.comparisons import against
 from experiments.sweep import Result
 from harness.machine import find_machine, versions
 from harness.overrides import arguments, assignments
@@ -205,19 +206,19 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each arm, best first: its rate (marked where it is at an end of those tried), step time and losses, and
     how they differ from the first arm's."""
     first, *_ = result["arms"]
+    differences, adjusted = against({arm["arm"]: arm["val_loss"] for arm in result["arms"]}, first["arm"])
     ranked = []
     for arm in result["arms"]:
-        losses, others = arm["val_loss"], first["val_loss"]
-        rank, loss, difference, interval = math.inf, "diverged", "", ""
+        losses, rank, loss, difference, interval, p = arm["val_loss"], math.inf, "diverged", "", "", ""
         if None not in losses:
             rank, loss = sum(losses), mean_and_sd(losses, 4)
-            if arm is not first and None not in others:
-                mean, low, high = compare(losses, others)
-                difference, interval = f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"
+        if arm["arm"] in differences:
+            mean, low, high, _ = differences[arm["arm"]]
+            difference, interval, p = f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{adjusted[arm['arm']]:.2g}"
         edge = arms.EDGE if arms.at_edge(arm["rate"], [rate for rate, _ in arm["tried"]]) else ""
         row: Row = {result["question"]: arm["arm"], "rate": f"{arm['rate']:g}{edge}"}
         row |= {"state per weight": f"{arm['state_per_weight']:.2f}", "step": f"{arm['step_s'] / first['step_s']:.2f}x"}
-        row |= {"final loss": loss, f"from {first['arm']}": difference, "95% interval": interval}
+        row |= {"final loss": loss, f"from {first['arm']}": difference, "95% interval": interval, "p (Holm)": p}
         ranked.append((rank, row))
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 

@@ -23,13 +23,13 @@ from harness.runlog import WRITER, is_running, read_json
 # compared by their fingerprints, not by their names.
 FREE_TO_DIFFER = (
     "run_dir resume device fsdp compile compile_blocks kernels fused micro_batch_tokens log_every "
-    "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description require_target "
-    "train_files val_files"
+    "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description num_seeds "
+    "require_target train_files val_files"
 )
 # What --resume=PATH may not change: the race that is run, and what a checkpoint is of.
 FIXED = (
     "track tokenizer val_tokens matrix_optimizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden seq_len "
-    "softcap activation value_embeds embed_skip unet_skips mask_padding tie_head_steps small_batch_steps"
+    "softcap activation value_embeds embed_skip unet_skips mask_padding tie_head_steps small_batch_steps data_start"
 )
 
 

@@ -247,12 +247,12 @@ def publish() -> int:
     return write_report()
 
 
-def reproduce_record(record: Positional[Path], /, seed: int = 0, keep: bool = False) -> int:
+def reproduce_record(record: Positional[Path], /, seed: int | None = None, keep: bool = False) -> int:
     """Run a record's logged source and settings again on this machine and say whether it is consistent.
 
     Args:
         record: the record.
-        seed: which of its runs.
+        seed: which of its runs; default: the first.
         keep: save what came out as reproduced.json beside it.
     """
     found = _one_record(record)

@@ -1,5 +1,5 @@
-"""Tables of verified records: of each track those that duels connect, in the order of these; for each hardware the
-others, the fastest first."""
+"""Tables of verified records: on a track by steps the fewest first. On one by time those that duels connect, in the
+order of these; for each hardware the others, the fastest first."""
 
 import re
 from collections import Counter
@@ -35,17 +35,21 @@ def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> lis
     by_track = sorted(records, key=lambda record: record.path.parent.name)
     for track, group in groupby(by_track, key=lambda record: record.path.parent.name):
         of_track = list(group)
-        order = standings(duels, [record.path.name for record in of_track])
+        by_steps = find_track(track).ranked_by == "steps"
+        order = standings([] if by_steps else duels, [record.path.name for record in of_track])
         places = {name: place for place, name in enumerate(order.relative)}
 
-        def by_duels(record: Record, places: dict[str, int] = places) -> tuple[Any, ...]:
+        def standing(record: Record, by_steps: bool = by_steps, places: dict[str, int] = places) -> tuple[Any, ...]:
+            if by_steps:
+                return record.steps, record.summary["val_loss"]["mean"]
             place = places.get(record.path.name)
             return (0, place) if place is not None else (1, record.hardware, record.summary["time_s"]["mean"])
 
         rank = Counter[str]()
-        for record in sorted(of_track, key=by_duels):
-            name, is_placed = record.path.name, record.path.name in places
-            machine = f"duels on {order.hardware}" if is_placed else record.hardware
+        for record in sorted(of_track, key=standing):
+            name = record.path.name
+            machine = f"by duels on {order.hardware}" if name in places else f"on {record.hardware}"
+            machine = "by steps" if by_steps else machine
             rank[machine] += 1
             relative = dict(relative=order.relative.get(name), ahead=order.ahead.get(name))
             place = dict(track=track, machine=machine, hardware=record.hardware, rank=rank[machine], name=name)
@@ -78,15 +82,17 @@ def classes(table: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(heading, rows) of each table: those ranked by one machine's duels, or by measured times on one hardware."""
     found = []
     for (track, machine), group in groupby(table, key=lambda row: (row["track"], row["machine"])):
-        known, by = find_track(track), "by " if machine.startswith("duels ") else "on "
-        found.append((f"{track} (loss below {known.target_loss:g}) {by}{machine}", list(group)))
+        found.append((f"{track} (loss below {find_track(track).target_loss:g}) {machine}", list(group)))
     return found
 
 
 def columns_of(group: Sequence[Row], left_out: Sequence[str] = ()) -> dict[str, str]:
     """COLUMNS without what says nothing in this table."""
-    is_dueled = any(row["relative"] for row in group)
-    unsaid = {*left_out} | (set() if is_dueled else {"relative", "ahead", "hardware"})
+    unsaid = {*left_out}
+    if not any(row["relative"] for row in group):
+        unsaid |= {"relative", "ahead"}
+    if group[0]["machine"].startswith("on "):
+        unsaid.add("hardware")
     return {key: name for key, name in COLUMNS.items() if key not in unsaid}
 
 

@@ -268,10 +268,11 @@ def _readme(summary: dict[str, Any]) -> str:
     spread = f" ± {losses['sd']:.4f}" if losses["sd"] is not None else ""
     folder = f"{summary['track']}/{summary['date']}_{summary['name']}"
     again = source = ""
+    seeds = [run["seed"] for run in summary["runs"]]
     if foreign := summary["foreign"]:
         source = f"From {foreign['source']}; not run by this repository.\n\n"
     else:
-        again = f"    ./run.sh leaderboard/records/{folder}/config.toml --seed={summary['n']}\n"
+        again = f"    ./run.sh leaderboard/records/{folder}/config.toml --seed={max(seeds) + 1}\n"
         again += f"    ./run.sh leaderboard reproduce {folder}\n"
     return (
         f"# {summary['description']}\n\n{summary['author']}, {summary['date']}, track {summary['track']}, "

@@ -30,10 +30,10 @@ def unpack_source(run: Run, tree: Path) -> None:
     (tree / "record.toml").write_text(config_toml(run), encoding="utf-8")
 
 
-def run_again(record: Record, seed: int, tree: Path) -> Run:
-    """Train that seed below `tree`, its output on the terminal; what came out. Data that are missing and can be fetched
-    are. Raises ValueError if it failed."""
-    run = next((run for run in record.runs if run.seed == seed), None)
+def run_again(record: Record, seed: int | None, tree: Path) -> Run:
+    """Train that seed (None: the first) below `tree`, its output on the terminal; what came out. Data that are missing
+    and can be fetched are. Raises ValueError if it failed."""
+    run = next((run for run in record.runs if seed in (run.seed, None)), None)
     if run is None:
         raise ValueError(f"{record.name} has no seed {seed}; it has {[run.seed for run in record.runs]}")
     if record.is_foreign or "train_gpt.py" not in run.log.sources:
@@ -41,7 +41,7 @@ def run_again(record: Record, seed: int, tree: Path) -> Run:
     unpack_source(run, tree)
     files = {key: str(ROOT / user_path(run.config[key])) for key in ("train_files", "val_files")}
     ensure(**files, train_tokens=run.tokens_at(run.config["train_steps"]) + 1)
-    settings = {**files, "seed": str(seed), "run_dir": str(tree / "runs")}
+    settings = {**files, "seed": str(run.seed), "run_dir": str(tree / "runs")}
     world_size = int(run.log.facts["world_size"])
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []
     command = [sys.executable, *launch, "train_gpt.py", "record.toml"]
@@ -58,7 +58,7 @@ def run_again(record: Record, seed: int, tree: Path) -> Run:
     directories = [path.parent for path in (tree / "runs").glob("*/summary.json")]
     if status or not directories:
         raise ValueError(f"the record's source ended with status {status} here; its last lines are above")
-    return dataclasses.replace(read_run(directories[0]), name=f"seed {seed} again")
+    return dataclasses.replace(read_run(directories[0]), name=f"seed {run.seed} again")
 
 
 def judge(record: Record, again: Run) -> tuple[bool, list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Sample = Sequence[float]
 
@@ -24,11 +24,11 @@ class Comparison(NamedTuple):
     """How a differs from b: a relative difference of times, or a difference of losses in nats."""
 
     estimate: float
-    interval: Interval  # 95%, Welch
+    interval: Interval  # 95%, Welch, or paired
     bootstrap: Interval | None  # 95%, bootstrap-t; None below three values a side, which say too little of a spread
-    p: float  # two-sided, Welch
+    p: float  # two-sided, Welch, or paired
     effect: float  # Hedges' g: the difference in standard deviations, corrected for small samples
-    seeds_needed: float  # in each group, to see a difference of this size in 4 of 5 attempts (two-sided, 5%); or inf
+    detectable: float  # the true difference that samples of these sizes show in 4 of 5 attempts; as estimate
 
 
 def mean_interval(values: Sample) -> Interval:
@@ -67,35 +67,40 @@ def compare_times(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
 
     return logs._replace(
         estimate=-math.expm1(-logs.estimate), interval=fractions(logs.interval),
-        bootstrap=logs.bootstrap and fractions(logs.bootstrap),
+        bootstrap=logs.bootstrap and fractions(logs.bootstrap), detectable=-math.expm1(-logs.detectable),
     )  # fmt: skip
 
 
-def compare_losses(a: Sample, b: Sample, resamples: int = 9999) -> Comparison:
-    """mean(a) - mean(b). Raises ValueError for fewer than two values in either, none that differ, or no numbers."""
+def compare_losses(a: Sample, b: Sample, resamples: int = 9999, paired: bool = False) -> Comparison:
+    """mean(a) - mean(b). Raises ValueError for fewer than two values in either, none that differ, or no numbers.
+
+    paired: value by value, without a bootstrap; for losses of the same seeds where a seed is more than noise.
+    """
     if not np.isfinite([*a, *b]).all():
         raise ValueError("a value is not finite")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{len(a)} and {len(b)} seeds cannot be compared; two of each are the least")
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         raise ValueError("neither sample has any spread; a comparison needs one")
-    welch = stats.ttest_ind(a, b, equal_var=False)
-    interval = Interval(*map(float, welch.confidence_interval(0.95)))
-    bootstrap = bootstrap_t(a, b, resamples) if min(len(a), len(b)) > 2 else None
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    interval = Interval(*map(float, test.confidence_interval(0.95)))
+    bootstrap = bootstrap_t(a, b, resamples) if min(len(a), len(b)) > 2 and not paired else None
     difference, degrees = float(np.mean(a) - np.mean(b)), len(a) + len(b) - 2
     pooled = math.sqrt(((len(a) - 1) * np.var(a, ddof=1) + (len(b) - 1) * np.var(b, ddof=1)) / degrees)
     effect = difference / pooled * (1 - 3 / (4 * degrees - 1))
-    return Comparison(difference, interval, bootstrap, float(welch.pvalue), effect, seeds_needed(abs(effect)))
+    if paired:
+        least = detectable(float(stats.sem(np.subtract(a, b))), len(a) - 1)
+    else:
+        least = detectable(pooled * math.sqrt(1 / len(a) + 1 / len(b)), degrees)
+    return Comparison(difference, interval, bootstrap, float(test.pvalue), effect, least)
 
 
-def seeds_needed(effect: float) -> float:
-    """The least n a side with which a t-test at 5% sees this effect with a power of 80%; inf beyond 10,000."""
-    if effect < 0.04:  # sqrt(2 * 7.85 / 10_000)
-        return math.inf
-    n = max(2, math.floor(2 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) / effect) ** 2))  # too few by two or so
-    while stats.nct.sf(stats.t.ppf(0.975, 2 * n - 2), 2 * n - 2, effect * math.sqrt(n / 2)) < 0.8:
-        n += 1
-    return n
+def detectable(error: float, degrees: int) -> float:
+    """The true difference that a t-test at 5%, two-sided, sees with a power of 80%, from the standard error of the
+    difference and its degrees of freedom alone: what was observed says nothing about power."""
+    edge = stats.t.ppf(0.975, degrees)
+    shift = optimize.brentq(lambda shift: stats.nct.sf(edge, degrees, shift) - 0.8, 0, 4 * edge)
+    return float(shift) * error
 
 
 def bootstrap_t(a: Sample, b: Sample, resamples: int) -> Interval:

@@ -35,6 +35,8 @@ def reasons(record: Record) -> list[str]:
         checks = [verify_run.of_log(run)]
         if record.is_foreign:
             checks += [verify_run.of_foreign_log(run)]
+            if track.fixed:
+                found.append(f"{run.name}: a foreign log does not tell the settings and the source that are fixed here")
         else:
             checks += [verify_run.of_files(run), verify_run.of_track(run, track)]
         found += [f"{run.name}: {reason}" for check in checks for reason in _all_of(check)]
@@ -67,8 +69,7 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
             if [row.get("lr_scale") for row in run.metrics] != [row.get("lr_scale") for row in first.metrics]:
                 yield f"{run.name} had another learning-rate schedule than {first.name}"
     if not record.is_foreign:
-        if (seeds := [run.seed for run in runs]) != list(range(len(runs))):
-            yield f"the seeds are {seeds}; a record has 0 to n - 1, each once, so that none is picked or left out"
+        yield from _of_declaration(record, track)
         for run in runs:
             if run.name != f"seed {run.seed}":
                 yield f"{run.name} is a run of seed {run.seed}"
@@ -84,8 +85,25 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
     p = stats.p_below(record.losses, track.target_loss) if all(map(math.isfinite, record.losses)) else 1.0
     if not p < SIGNIFICANCE:
         found = f"{len(runs)} seeds with mean loss {np.mean(record.losses):.5f}"
-        rule = f"one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; add seeds or steps"
+        rule = f"one-sided p = {p:.2g}, less than {SIGNIFICANCE:g} is needed; take more steps (runs cannot be added)"
         yield f"{found} do not show that it is below {track.target_loss:g}: {rule}"
+
+
+def _of_declaration(record: Record, track: Track) -> Iterator[str]:
+    """How many runs and which seeds, said before the first result: none is picked, left out, or added to lower p."""
+    runs, first, n = record.runs, 0, len(record.runs)
+    if max(str(run.log.facts.get("start_utc")) for run in runs) >= track.declared_from:
+        first = track.first_seed
+        for run in runs:
+            declared, start = run.config.get("num_seeds", 0), run.config.get("data_start", "first")
+            if declared != n:
+                rule = "a record is of as many as each run has declared beforehand"
+                yield f"{run.name} declares num_seeds = {declared}, and there are {n} runs: {rule}"
+            if start != track.data_start:
+                yield f"{run.name} has data_start = {start!r}, the track's is {track.data_start!r}"
+    if (seeds := [run.seed for run in runs]) != list(range(first, first + n)):
+        rule = f"{n} runs have {first} to {first + n - 1}, each once, so that none is picked or left out"
+        yield f"the seeds are {seeds}; {rule}"
 
 
 def _differ(what: str, one: Any, other: Any, name_one: str, name_other: str) -> Iterator[str]:

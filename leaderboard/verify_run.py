@@ -3,6 +3,7 @@
 Each check yields its reasons against the run. Run (runs.py) has seen to it that numbers are numbers.
 """
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -12,7 +13,7 @@ from typing import Any
 
 from harness.log_format import Line, ending, step_line
 from leaderboard.runs import FACTS, FILES, Run, short
-from leaderboard.tracks import Track, load_tracks, source_hash
+from leaderboard.tracks import Track, hash_at
 
 LEAST_SHARE = 0.1  # of its run's median: a step that took less is time cut out of the log
 SAME = 1e-6  # relative difference of numbers worked out twice
@@ -203,12 +204,25 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
         known = getattr(track, key)
         if known and facts[key] != known:
             yield f"the {what} data is not the track's: fingerprint {facts[key]}, the track's is {known}"
-    for path, versions in load_tracks()[1].items():
-        source = run.log.sources.get(path)
-        if source is None:
-            yield f"the data stream may be modified: the log has no source of {path}"
-        elif source_hash(source) not in versions:
-            yield f"the data stream may be modified: {path} is no version that tracks.toml knows"
+    for what, known_versions in (("the data stream", track.stream), ("what a step computes", track.step)):
+        for place, versions in known_versions.items():
+            if place.partition(": ")[0] not in run.log.sources:
+                yield f"{what} may be modified: the log has no source of {place}"
+            elif hash_at(run.log.sources, place) not in versions:
+                yield f"{what} may be modified: {place} is no version that tracks.toml knows"
+    if track.fixed:
+        yield from _of_fixed_settings(run, track)
+
+
+def _of_fixed_settings(run: Run, track: Track) -> Iterator[str]:
+    """Settings that the track holds fixed; of the model also those that it does not name, at their defaults."""
+    from model import ModelConfig  # brings torch along, which reading a log does without
+
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in track.free}
+    for key, value in (defaults | track.fixed).items():
+        found = run.config.get(key, None if key in track.fixed else value)  # an older source lacks what has come since
+        if found != value:
+            yield f"{key} = {found!r}, and the track holds it fixed at {value!r}"
 
 
 def same(one: Any, other: Any) -> bool:

@@ -106,6 +106,7 @@ def tiny_runs(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """Run directories of seeds 0 to 3 of the tiny recipe, which fall below 3.2 nats."""
     folder = tmp_path_factory.mktemp("tiny_runs")
     told = ["--track=tiny", "--target_loss=3.2", "--author=A. Tester", "--description=as it is"]
+    told += [f"--num_seeds={SEEDS}", "--data_start=seed"]
     result = python(["-c", SEVERAL], tiny_recipe, *told, f"--run_dir={folder}")
     assert result.returncode == 0, result.stderr
     return sorted(
@@ -120,7 +121,8 @@ def tiny_track(tiny_runs: list[Path]) -> str:
     summary = json.loads((tiny_runs[0] / "summary.json").read_text(encoding="utf-8"))
     settings = dict(
         target_loss=3.2, val_tokens=3840, tokenizer="none", val_fingerprint=summary["val_fingerprint"],
-        train_fingerprint=summary["train_fingerprint"],
+        train_fingerprint=summary["train_fingerprint"], data_start="seed", first_seed=0,
+        declared_from="2000-01-01",
     )  # fmt: skip
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
     return TRACKS.read_text(encoding="utf-8") + "\n[tiny]\n" + "".join(lines)

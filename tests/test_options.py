@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import re
+from decimal import Decimal, localcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ PLAIN, FUSED = ["--fused=none"], ["--fused=norm,mlp,head,blocks"]
 EVERYTHING = [
     *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--unet_skips=true",
     "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
-    "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96",
+    "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96", "--data_start=seed", "--seed=1003",
     "--weight_decay=0.1", "--matrix_weight_decay=0.1", "--decay_schedule=rate", "--adamw_cautious", "--cautious",
     "--adamw_cooldown=cosine", "--adamw_cooldown_frac=0.3", "--momentum_warmup_steps=8", "--momentum_cooldown_steps=12",
     "--lookahead=0.3", "--lookahead_decay=0.9", "--lookahead_start=5", "--lookahead_end=25",
@@ -205,6 +206,25 @@ def test_two_ranks_with_everything_on_train_as_one(trainer: Trainer, tiny_recipe
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_seed_shifts_where_the_data_begin(tiny_recipe: Path) -> None:
+    """By multiples of the golden ratio, here in 60 digits, of the 7,001 tokens."""
+    starts = {}
+    for seed in (0, *range(1000, 1005), 10**6):
+        run = tiny_run(tiny_recipe, "--data_start=seed", f"--seed={seed}", "--small_batch_steps=1")
+        tokens = run.loader.stream.read(0, 7001)
+        with localcontext(prec=60):
+            starts[seed] = int((seed * (Decimal(5).sqrt() - 1) / 2 % 1) * 7001)
+        for step, count in enumerate([96, 192, 192]):
+            run.follow(plan := plan_step(run.config, step))
+            places = (starts[seed] + plan.first_token + np.arange(count + 1)) % 7001
+            for found, expected in zip(run.batch(), (places[:-1], places[1:]), strict=True):
+                np.testing.assert_array_equal(found.flatten(), tokens[expected])
+        run.loader.close()
+    assert starts[0] == 0
+    ordered = sorted(start for seed, start in starts.items() if 1000 <= seed < 1005)
+    assert min(np.diff([*ordered, ordered[0] + 7001])) > 7001 / 8  # five seeds in a row
+
+
 @pytest.mark.parametrize("matrix_optimizer", ["muon", "aurora"])
 def test_options_off_and_fused_parts_on_train_alike(trainer: Trainer, tmp_path: Path, matrix_optimizer: str) -> None:
     for name, options in (("plain", PLAIN), ("fused", FUSED)):
@@ -252,7 +272,7 @@ def test_every_option_is_known_to_resume() -> None:
     """What only changes how a step is computed may differ; what changes its result may not, unless it is asked for."""
     how = {"fused", "profile", "compile", "compile_blocks"}
     parameters = {"value_embeds", "embed_skip", "unet_skips", "activation"}
-    race = {"mask_padding", "tie_head_steps", "small_batch_steps"}  # another loss, tied matrices, another data order
+    race = {"mask_padding", "tie_head_steps", "small_batch_steps", "data_start"}  # another loss, tied matrices, data
     rest = {"doc_mask", "window", "window_start", "z_loss", "short_row_steps"}
     assert how <= set(FREE_TO_DIFFER.split())
     assert parameters | race <= set(FIXED.split())

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from experiments.arms import EDGE, at_edge
-from experiments.grokking.survival import holm, logrank, median, stratified_logrank
+from experiments.comparisons import holm
+from experiments.grokking.survival import logrank, median, stratified_logrank
 from experiments.grokking.tasks import TRAIN_SHARES
 from experiments.grokking.train import Settings
 from harness.figures import pyplot, save

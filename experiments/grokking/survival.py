@@ -10,14 +10,12 @@ is taken over all divisions of the runs into two groups.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-Name = TypeVar("Name")
 Times = Sequence[float | None]  # steps; None: not seen
 
 
@@ -74,10 +72,3 @@ def stratified_logrank(strata: Sequence[tuple[Times, Times]], draws: int = 9999)
         observed += scores[: len(times)].sum()
         drawn += rng.permuted(np.tile(scores, (draws, 1)), axis=1)[:, : len(times)].sum(1)
     return float(((np.abs(drawn) >= abs(observed) - 1e-9).sum() + 1) / (draws + 1))
-
-
-def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's adjusted p-values: rejecting those below a level keeps the chance of any false rejection below it."""
-    ordered = sorted(p_values, key=p_values.__getitem__)
-    scaled = (min(1.0, (len(ordered) - rank) * p_values[name]) for rank, name in enumerate(ordered))
-    return dict(zip(ordered, accumulate(scaled, max), strict=True))

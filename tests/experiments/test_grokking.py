@@ -387,8 +387,3 @@ def test_stratified_logrank_adds_up_what_settings_say() -> None:
     # settings of another scale are no confounders, as they are when all runs are thrown together
     shifted = [([100, 110, 120], [105, 115, 125]), ([800, 810, 820], [805, 815, 825])]
     assert survival.stratified_logrank(shifted) < survival.logrank(*map(sum, zip(*shifted, strict=True), ([], [])))
-
-
-def test_holm_by_hand() -> None:
-    assert survival.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert survival.holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0}

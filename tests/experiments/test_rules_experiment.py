@@ -106,12 +106,15 @@ def test_the_table_gives_paired_differences_from_the_first_arm_and_marks_ends() 
 
     rows = summary(dict(question="rules", arms=[
         arm("muon", [1.3, 1.4, 1.5], [1, 2, 4]), arm("new", [1.2, 1.31, 1.39], [1, 2]),
-        arm("wild", [1.1, None, 1.2], [2, 4]),
+        arm("wild", [1.1, None, 1.2], [2, 4]), arm("lower", [1.20, 1.34, 1.41], [1, 2, 4]),
     ]))  # fmt: skip
-    assert [(row["rules"], row["rate"]) for row in rows] == [("new", "2*"), ("muon", "2"), ("wild", "2*")]
+    assert [(row["rules"], row["rate"]) for row in rows] == [
+        ("new", "2*"), ("lower", "2"), ("muon", "2"), ("wild", "2*")
+    ]  # fmt: skip
     assert (rows[0]["from muon"], rows[0]["95% interval"]) == ("-0.1000", "-0.1248 to -0.0752")
-    assert rows[1]["from muon"] == ""
-    assert rows[2]["final loss"] == "diverged"
+    assert [row["p (Holm)"] for row in rows] == ["0.0066", "0.02", "", ""]  # of two arms: twice the lowest p
+    assert rows[2]["from muon"] == ""
+    assert rows[3]["final loss"] == "diverged"
 
 
 @pytest.mark.parametrize(

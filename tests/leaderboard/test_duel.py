@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import leaderboard.__main__ as cli
-from leaderboard import duel, verify_duel
+from leaderboard import duel, rank, verify_duel
 from leaderboard.duel import LEAST_ROUNDS, Turn, order, ratio, results
 from leaderboard.records import Record, load_record
 from leaderboard.standings import standings
@@ -104,6 +104,23 @@ def test_the_machine_that_connects_most_records_is_the_reference() -> None:
     assert list(standings([few, *many], "abc").relative) == ["a", "b", "c"]
     assert list(standings([few, *many], "ab").relative) == ["b", "a"]  # of equals the latest
     assert standings([few], "a").relative == {}
+
+
+def test_on_a_track_by_steps_the_fewest_steps_rank_first(
+    pair: dict[str, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever they were counted, and whatever duels say."""
+    record, twin = pair.values()
+    by_steps = dataclasses.replace(rank.find_track("tiny"), ranked_by="steps")
+    monkeypatch.setattr(rank, "find_track", lambda name: by_steps)
+    twin.summary = copy.deepcopy(record.summary) | {"steps": record.steps - 1, "hardware": "1 x Y"}
+    monkeypatch.setattr(Record, "steps", property(lambda self: self.summary["steps"]))
+    table = rank.rows([record, twin], [met(record.path.name, twin.path.name, 0.5)])
+    assert [(row["rank"], row["name"]) for row in table] == [(1, twin.path.name), (2, record.path.name)]
+    ((heading, group),) = rank.classes(table)
+    assert heading == "tiny (loss below 3.2) by steps"
+    assert "hardware" in rank.columns_of(group)
+    assert "relative" not in rank.columns_of(group)
 
 
 # Duels that are kept

@@ -1,5 +1,6 @@
 """Forged records: each is caught, with its reason. Forgers bring summaries in line with the runs they changed."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from leaderboard import rank, tracks
 from leaderboard.page import render
 from leaderboard.records import load_record
 from leaderboard.runs import parse_log
-from leaderboard.verify import reasons, verify_all
+from leaderboard.verify import _of_declaration, reasons, verify_all
 from tests.record_fixtures import ALL, SEEDS, Rows, Texts, edit_summary, read_texts, set_facts, set_rows, write_texts
 
 # What is changed, and the reason that has to be among those found
@@ -90,6 +91,29 @@ def clock_set_back(texts: Texts) -> None:
 @forgery(r"the seeds are \[0, 1, 3\]")
 def seed_dropped(texts: Texts) -> None:
     del texts["seed_2"]
+
+
+@forgery(r"seed 0 declares num_seeds = 4, and there are 3 runs: a record is of as many as each run has declared")
+def last_seed_dropped(texts: Texts) -> None:
+    del texts["seed_3"]
+
+
+@forgery(r"seed 3 declares num_seeds = 0, and there are 4 runs")
+def number_of_seeds_undeclared(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].pop("num_seeds") and None)
+
+
+@forgery(r"seed 2 has data_start = 'first', the track's is 'seed'")
+def data_as_for_all_seeds(texts: Texts) -> None:
+    for folder in ALL:
+        set_facts(texts[folder], lambda facts: facts["config"].update(data_start="first"))
+
+
+@forgery(r"the seeds are \[0, 1, 2, 6\]; 4 runs have 0 to 3, each once")
+def another_seed_than_declared(texts: Texts) -> None:
+    texts["seed_6"] = texts.pop("seed_3")
+    set_facts(texts["seed_6"], lambda facts: facts["config"].update(seed=6))
 
 
 @forgery(r"seed 3 and seed 4 have the same losses to the last digit: one run twice")
@@ -403,6 +427,18 @@ def test_a_forged_record_is_caught_with_its_reason(name: str, honest: Path) -> N
     write_texts(honest, texts)
     found = reasons(load_record(honest))
     assert any(re.search(reason, line) for line in found), found
+
+
+def test_declared_seeds_begin_at_the_tracks_first(honest: Path) -> None:
+    """Below it rates are tuned. What ran before there was the rule has 0 to n - 1, and nothing declared."""
+    record = load_record(honest)
+    track = dataclasses.replace(tracks.find_track("tiny"), first_seed=1000)
+    assert list(_of_declaration(record, track)) == [
+        "the seeds are [0, 1, 2, 3]; 4 runs have 1000 to 1003, each once, so that none is picked or left out"
+    ]
+    for run in record.runs:
+        del run.config["num_seeds"], run.config["data_start"]
+    assert list(_of_declaration(record, dataclasses.replace(track, declared_from="2099-01-01"))) == []
 
 
 def test_neuron_statistics_are_one_reason(honest: Path) -> None:

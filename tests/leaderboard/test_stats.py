@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 from leaderboard import stats
 from leaderboard.compare import loss_sentence, time_sentence
 from leaderboard.stats import Interval
+from leaderboard.tracks import SIGNIFICANCE
 
 # A published record's 20 final losses at step 3175; its README says p = 0.188, without the square root of n.
 PUBLISHED = [
@@ -84,10 +85,70 @@ def test_two_singles_or_no_spread_do_not_compare() -> None:
     assert stats.compare_losses([1.0, 1.1], [2.0, 2.1]).bootstrap is None
 
 
-@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17), (3.0, 4), (0.01, math.inf)])
-def test_seeds_needed_by_the_tables_of_power(effect: float, seeds: float) -> None:
+@pytest.mark.parametrize(("effect", "seeds"), [(0.2, 394), (0.5, 64), (0.8, 26), (1.0, 17), (3.0, 4)])
+def test_detectable_by_the_tables_of_power(effect: float, seeds: int) -> None:
     """Cohen (1988): two-sided t-test at 5%, power 80%."""
-    assert stats.seeds_needed(effect) == seeds
+    enough, too_few = (stats.detectable(2 * math.sqrt(2 / n), 2 * n - 2) for n in (seeds, seeds - 1))
+    assert enough <= 2 * effect < too_few
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (5, 5), (3, 10)], ids=str)
+def test_a_detectable_difference_is_seen_in_80_of_100(sizes: tuple[int, int]) -> None:
+    """20,000 pairs of samples that far apart: within 5 standard deviations of the binomial, 1.4%."""
+    error = 0.4 * math.sqrt(1 / sizes[0] + 1 / sizes[1])
+    rng, difference = np.random.default_rng(3), stats.detectable(error, sum(sizes) - 2)
+    a, b = rng.normal(1 + difference, 0.4, (20_000, sizes[0])), rng.normal(1, 0.4, (20_000, sizes[1]))
+    seen = scipy_stats.ttest_ind(a, b, axis=1).pvalue < 0.05
+    assert float(seen.mean()) == pytest.approx(0.8, abs=5 * math.sqrt(0.8 * 0.2 / 20_000))
+
+
+def test_what_can_be_detected_is_not_what_was_observed() -> None:
+    """The same spread and sizes, another difference: the same answer; of times as a share of the slower one's."""
+    far = [b + 100 for b in B]
+    assert stats.compare_losses(A, far).detectable == pytest.approx(stats.compare_losses(A, B).detectable)
+    pooled = math.sqrt((np.var(np.log(A), ddof=1) + np.var(np.log(B), ddof=1)) / 2)
+    assert stats.compare_times(A, B).detectable == pytest.approx(
+        1 - math.exp(-stats.detectable(pooled * math.sqrt(2 / 5), 8))
+    )
+
+
+def test_losses_of_the_same_seeds_compare_one_by_one() -> None:
+    """What a seed does to both of a pair is no noise: 0.01 shows beside a spread of 0.04, unpaired it does not."""
+    a, b = [1.25, 1.31, 1.23, 1.27, 1.28], [1.261, 1.321, 1.239, 1.279, 1.291]
+    found, right = stats.compare_losses(a, b, paired=True), scipy_stats.ttest_rel(a, b)
+    assert (found.p, *found.interval) == pytest.approx((right.pvalue, *right.confidence_interval(0.95)))
+    assert found.bootstrap is None
+    error = np.std(np.subtract(a, b), ddof=1) / math.sqrt(5)
+    assert found.detectable == pytest.approx(stats.detectable(error, 4))
+    assert loss_sentence("a", "b", b, a, by_seed=True).startswith("b's loss is lower than a's by 0.0102 (95% CI 0.00")
+    assert loss_sentence("a", "b", b, a).startswith("The data cannot tell: b's loss comes out lower")
+    assert loss_sentence("a", "b", a, a, by_seed=True).startswith("The data cannot tell")  # one source, another speed
+
+
+# The rule of a record: p < 0.01 for the number of runs declared beforehand
+
+
+def false_records(least: int, most: int, draws: int = 40_000) -> float:
+    """Share of recipes whose mean loss is exactly the target that show it below, with runs added one by one to p."""
+    losses = np.random.default_rng(4).normal(1.3, 0.003, (draws, most))
+    shown = np.zeros(draws, dtype=bool)
+    for n in range(least, most + 1):
+        shown |= scipy_stats.ttest_1samp(losses[:, :n], 1.3, axis=1, alternative="less").pvalue < SIGNIFICANCE
+    for row in losses[:20, :most].tolist():
+        assert stats.p_below(row, 1.3) == pytest.approx(scipy_stats.ttest_1samp(row, 1.3, alternative="less").pvalue)
+    return float(shown.mean())
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_a_record_at_the_target_is_accepted_in_1_of_100(n: int) -> None:
+    """Within 5 standard deviations of the binomial: 0.25%."""
+    assert false_records(n, n) == pytest.approx(0.01, abs=5 * math.sqrt(0.01 * 0.99 / 40_000))
+
+
+@pytest.mark.parametrize(("runs", "share"), [((5, 10), 0.028), ((3, 20), 0.054)], ids=str)
+def test_runs_added_until_p_is_small_accept_more(runs: tuple[int, int], share: float) -> None:
+    """Why n is declared. The share that docs/leaderboard.md gives, within 5 standard deviations of the binomial."""
+    assert false_records(*runs) == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 40_000))
 
 
 def test_the_step_rule_between_two_records() -> None:
@@ -146,6 +207,6 @@ def test_what_the_data_cannot_tell_is_said() -> None:
     close = [61.3, 63.2, 60.9, 64.4, 61.7]
     sentence = time_sentence("a", "b", A, close)
     assert sentence.startswith("The data cannot tell: a comes out 0.")
-    assert "takes about" in sentence
+    least = f"{100 * stats.compare_times(A, close).detectable:.1f}%"
+    assert sentence.splitlines()[0].endswith(f"; as many runs would show a difference of {least} in 4 of 5 attempts.")
     assert loss_sentence("a", "b", A, close).startswith("The data cannot tell: a's loss comes out lower than b's by 0.")
-    assert "no number of seeds" in loss_sentence("a", "b", [1.0, 2.0, 3.0], [1.001, 2.001, 3.0])

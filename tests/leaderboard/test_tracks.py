@@ -1,0 +1,89 @@
+"""What tracks hold a run to: source that they know, and settings that are the same for all."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leaderboard.runs import Run, read_run
+from leaderboard.tracks import Track, find_track, hash_at, load_tracks
+from leaderboard.verify_run import of_track
+from tests.conftest import ROOT
+from train_gpt import load_config
+
+
+def test_the_tracks_know_the_source_of_this_repository() -> None:
+    """When the stream's files change and every step still gets the same tokens, or what a step computes changes and is
+    still one pass with the same loss, the new version goes into tracks.toml beside the old ones."""
+    known = {place: of for track in load_tracks().values() for place, of in (track.stream | track.step).items()}
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    sources |= {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8")
+                for folder in ("data", "kernels") for path in (ROOT / folder).glob("*.py")}  # fmt: skip
+    unknown = {place: hash_at(sources, place) for place in known if hash_at(sources, place) not in known[place]}
+    assert not unknown, f"add to leaderboard/tracks.toml, under [stream] or [step]: {unknown}"
+
+
+def test_the_recipe_of_the_steps_track_conforms() -> None:
+    config, track = load_config([str(ROOT / "configs/sotu_steps.toml")]), find_track("sotu-steps")
+    of_track = {key: getattr(track, key) for key in ("target_loss", "val_tokens", "tokenizer", "data_start")}
+    wanted = track.fixed | of_track | dict(track="sotu-steps", stop_at_target=False)
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    assert config.num_seeds >= 3
+    assert find_track("sotu-byte").data_start == load_config([str(ROOT / "configs/sotu_cpu.toml")]).data_start
+
+
+def by_steps() -> Track:
+    """The tiny track with some settings fixed, and what a step computes."""
+    fixed = dict(vocab_size=48, num_layers=2, head_dim=8, model_dim=16, seq_len=32, batch_tokens=192)
+    steps = find_track("sotu-steps")
+    return dataclasses.replace(find_track("tiny"), fixed=fixed, free=steps.free, step=steps.step)
+
+
+def in_source(path: str, old: str, new: str) -> Callable[[Run], Any]:
+    def change(run: Run) -> None:
+        assert run.log.sources[path].count(old) == 1
+        run.log.sources[path] = run.log.sources[path].replace(old, new)
+
+    return change
+
+
+def sets(**settings: Any) -> Callable[[Run], Any]:
+    return lambda run: run.config.update(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (sets(num_layers=3), "num_layers = 3, and the track holds it fixed at 2"),
+        (sets(batch_tokens=384), "batch_tokens = 384, and the track holds it fixed at 192"),
+        (sets(value_embeds=1), "value_embeds = 1, and the track holds it fixed at 0"),  # which it does not name
+        (lambda run: run.config.pop("head_dim"), "head_dim = None, and the track holds it fixed at 8"),
+        (in_source("model.py", "vocab_size = c.vocab_size if", "vocab_size = 2 if"), "model.py is no version that"),
+        (in_source("train_gpt.py", "(loss / targets.numel())", "(2 * loss)"), "train_gpt.py: train_step is no version"),
+        (in_source("train_gpt.py", "\ndef warm_up", "\ntrain_step = trick\n\ndef warm_up"), "train_step is no version"),
+        (in_source("train_gpt.py", "@torch.no_grad()", "@lower\n@torch.no_grad()"), ": evaluate is no version"),
+        (in_source("train_gpt.py", "  start = self.plan.first_token", "  start = 0"), ": Run.batch is no version"),
+        (in_source("train_gpt.py", "loss_sum = train_step(run, *", "loss_sum = twice(run, *"), ": take_steps is no"),
+        (lambda run: run.log.sources.pop("model.py"), "may be modified: the log has no source of model.py"),
+        (in_source("train_gpt.py", "import contextlib\n", "(\n"), "train_gpt.py: train_step is no version"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_a_track_by_steps_holds_fixed(
+    change: Callable[[Run], Any], reason: str, board: Path, tiny_runs: list[Path]
+) -> None:
+    run = read_run(tiny_runs[0])
+    change(run)
+    found = list(of_track(run, by_steps()))
+    assert any(reason in line for line in found), found
+
+
+def test_optimizer_schedule_and_initialisation_are_free_by_steps(board: Path, tiny_runs: list[Path]) -> None:
+    run = read_run(tiny_runs[0])
+    sets(matrix_lr=0.5, init_out=0.02, cooldown_frac=0.3, fused=["none"], micro_batch_tokens=96)(run)
+    in_source("train_gpt.py", "# What changes over a run\n", "# What changes over a run, and how\n")(run)
+    in_source("optim/aurora.py", "\nimport torch\n", "\nimport torch  # and more\n")(run)
+    del run.config["z_loss"]  # a setting that has come since
+    assert list(of_track(run, by_steps())) == []

@@ -275,7 +275,7 @@ def duel_records(a: Positional[Path], b: Positional[Path], /, rounds: int = duel
     Args:
         a: a record of one process; or a .toml file, for this checkout's source.
         b: another one.
-        rounds: a step of each kind from both sides; an even number.
+        rounds: of each of six sittings, a step of each kind from both sides; an even number.
         keep: save it under leaderboard/duels, where `rank` finds it; of records.
     """
     one, other = _duelist(a), _duelist(b)

@@ -3,15 +3,16 @@
 Wall time on a shared machine varies by half from one run to the next. Here both sides feel the same slow moments. Each
 is a process of its own with its own logged source (duelist.py); one of them is at work at a time. A round has a step of
 every kind from one side, then from the other, and the next round begins with the other: A B, B A, A B ... A side's time
-is the sum over its kinds of step of their number in the run times the time of such a step.
+is the sum over its kinds of step of their number in the run times the time of such a step. After some rounds both start
+anew: where a process happens to lie in memory makes all of its steps faster or slower, by half a percent here.
 
 The ratio is of step times alone: batches are read before the turn, and what a source does outside of train_step is not
 seen. It says nothing of the loss.
 
-The interval is of log(time of A / time of B), a value for each pair of rounds, in which the order cancels. Pairs go, in
-their order, into ten batches. The estimate is the mean of the batches' medians, which single disturbed steps hardly
-move. Its error is Student's, of those ten, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation (corrected
-for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
+The interval is of log(time of A / time of B), a value for each pair of rounds, in which the order cancels. A sitting,
+from one start to the next, is the median of its pairs, which single disturbed steps hardly move; the estimate is the
+mean of the sittings. Its error is Student's, of these, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation
+(corrected for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
 """
 
 import json
@@ -40,9 +41,9 @@ from leaderboard.records import Record, shared_config
 from leaderboard.reproduce import ROOT, unpack_source
 from leaderboard.runs import Run
 
-ROUNDS = 120
-BATCHES = 10
-LEAST_ROUNDS = 4 * BATCHES
+SITTINGS = 6
+ROUNDS = 20  # of a sitting
+LEAST_ROUNDS = 8
 DECIDES = "wall"  # what a leaderboard's clock shows; CPU time is told beside it
 CLOCKS = {"wall": 0, "cpu": 1}
 
@@ -63,27 +64,27 @@ class Ratio(NamedTuple):
     high: float
 
 
-def ratio(logs: Sequence[float]) -> Ratio:
-    """Of the rounds' log ratios, in their order; an even number of at least LEAST_ROUNDS."""
-    pairs = np.asarray(logs, dtype=float).reshape(-1, 2).mean(1)
-    medians = np.array([np.median(batch) for batch in np.array_split(pairs, BATCHES)])
-    deviations = medians - medians.mean()
+def ratio(logs: Sequence[Sequence[float]]) -> Ratio:
+    """Of the log ratios of each round of each sitting; rounds are even in number."""
+    medians = np.median(np.asarray(logs, dtype=float).reshape(len(logs), -1, 2).mean(2), axis=1)
+    n, deviations = len(medians), medians - medians.mean()
     square = float(deviations @ deviations)
     r = float(deviations[1:] @ deviations[:-1]) / square if square else 0.0
-    r = min(0.9, max(0.0, r + (1 + 3 * r) / BATCHES))
-    error = np.sqrt(square / (BATCHES - 1) / BATCHES * (1 + r) / (1 - r))
-    half = stats.t.ppf(0.975, BATCHES - 1) * error
+    r = min(0.9, max(0.0, r + (1 + 3 * r) / n))
+    error = np.sqrt(square / (n - 1) / n * (1 + r) / (1 - r))
+    half = stats.t.ppf(0.975, n - 1) * error
     return Ratio(*(float(np.exp(medians.mean() + shift)) for shift in (0, -half, half)))
 
 
 def order(round_index: int, kinds: dict[str, int]) -> list[tuple[str, int]]:
-    """The turns of a round: (side, kind), every kind of one side, then of the other."""
+    """The turns of a sitting's round: (side, kind), every kind of one side, then of the other."""
     sides = ("a", "b") if round_index % 2 == 0 else ("b", "a")
     return [(side, kind) for side in sides for kind in range(kinds[side])]
 
 
 def results(turns: Sequence[Turn], counts: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
-    """What the turns amount to, by clock: seconds of a whole run of each side (from medians), and the ratio."""
+    """What the turns amount to, by clock: seconds of a whole run of each side (from medians) and of all its turns, and
+    the ratio."""
     found = {}
     for clock, place in CLOCKS.items():
         rounds, seconds = {}, {}
@@ -92,7 +93,8 @@ def results(turns: Sequence[Turn], counts: Mapping[str, Sequence[int]]) -> dict[
                               for kind in range(len(of_kinds))])  # fmt: skip
             rounds[side] = np.asarray(of_kinds) @ times
             seconds[f"{side}_s"] = float(np.asarray(of_kinds) @ np.median(times, axis=1))
-        logs = np.log(rounds["a"]) - np.log(rounds["b"])
+            seconds[f"{side}_turns_s"] = float(times.sum())
+        logs = (np.log(rounds["a"]) - np.log(rounds["b"])).reshape(SITTINGS, -1)
         found[clock] = seconds | ratio(logs.tolist())._asdict()
     return found
 
@@ -183,31 +185,31 @@ def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
 
 
 def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
-    """Let them take turns; what is kept of it. Raises ValueError."""
+    """Let them take turns, `rounds` in each sitting; what is kept of it. Raises ValueError."""
     if rounds < LEAST_ROUNDS or rounds % 2:
         raise ValueError(f"rounds = {rounds} must be even and at least {LEAST_ROUNDS}; {ROUNDS} is usual")
     check(a, b)
-    started = datetime.now(UTC)
-    with ExitStack() as stack:
-        sides = {}
-        for key, which in dict(a=a, b=b).items():
-            print(f"{which.name}: setting up ...", flush=True)
-            sides[key] = stack.enter_context(side(which, prepared(which)))
-        kinds = {key: len(each.kinds) for key, each in sides.items()}
-        turns = list[Turn]()
-        for index in tqdm(range(rounds), desc="taking turns", unit="round", leave=False, disable=None):
-            for key, kind in order(index, kinds):
-                start, wall, cpu = sides[key].ask(kind)
-                turns.append(Turn(key, kind, start, wall, cpu))
-        first = turns[0].start_s
-        turns = [Turn(*turn[:2], *(round(s, 6) for s in (turn.start_s - first, *turn[3:]))) for turn in turns]
-        facts = sides["a"].run.log.facts
-        counts = {key: [kind["steps"] for kind in each.kinds] for key, each in sides.items()}
-        return dict(
-            start_utc=f"{started:%Y-%m-%dT%H:%M:%SZ}", hardware=sides["a"].run.hardware, dtype=facts["dtype"],
-            versions=facts["versions"], threads=os.cpu_count(), a=sides["a"].described(), b=sides["b"].described(),
-            decides=DECIDES, results=results(turns, counts), turns=turns,
-        )  # fmt: skip
+    both, started, turns = dict(a=a, b=b), datetime.now(UTC), list[Turn]()
+    data_files = {key: prepared(which) for key, which in both.items()}
+    bar = tqdm(total=SITTINGS * rounds, desc="taking turns", unit="round", leave=False, disable=None)
+    for sitting in range(SITTINGS):
+        with ExitStack() as stack:
+            keys = list(both)[:: 1 if sitting % 2 == 0 else -1]
+            sides = {key: stack.enter_context(side(both[key], data_files[key])) for key in keys}
+            kinds = {key: len(each.kinds) for key, each in sides.items()}
+            for index in range(rounds):
+                turns += [Turn(key, kind, *sides[key].ask(kind)) for key, kind in order(index, kinds)]
+                bar.update()
+    bar.close()
+    first, run = turns[0].start_s, sides["a"].run
+    turns = [Turn(*turn[:2], *(round(s, 6) for s in (turn.start_s - first, *turn[3:]))) for turn in turns]
+    return dict(
+        start_utc=f"{started:%Y-%m-%dT%H:%M:%SZ}", hardware=run.hardware, dtype=run.log.facts["dtype"],
+        versions=run.log.facts["versions"], threads=os.cpu_count(), a=sides["a"].described(),
+        b=sides["b"].described(), decides=DECIDES,
+        results=results(turns, {key: [kind["steps"] for kind in each.kinds] for key, each in sides.items()}),
+        turns=turns,
+    )  # fmt: skip
 
 
 def prepared(which: Record | Path) -> dict[str, str]:
@@ -224,7 +226,7 @@ def prepared(which: Record | Path) -> dict[str, str]:
 def sentences(found: dict[str, Any]) -> list[str]:
     """What a duel says, as strongly as it can."""
     a, b = found["a"]["name"], found["b"]["name"]
-    lines = [f"{found['hardware']}, {found['dtype']}; {len(found['turns']):,} turns"]
+    lines = [f"{found['hardware']}, {found['dtype']}; {SITTINGS} sittings, {len(found['turns']):,} turns"]
     for clock, result in found["results"].items():
         told = f"{a} {result['a_s']:.2f} s, {b} {result['b_s']:.2f} s"
         interval = f"{result['estimate']:.4f} (95% CI {result['low']:.4f} to {result['high']:.4f})"

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from leaderboard.duel import DECIDES, LEAST_ROUNDS, Turn, duels_folder, file_name, fingerprint, order, results
+from leaderboard.duel import DECIDES, LEAST_ROUNDS, SITTINGS, Turn, duels_folder, file_name, fingerprint, order, results
 from leaderboard.records import MAX_BYTES, Record
 from leaderboard.runs import short
 from leaderboard.verify_run import same
@@ -74,14 +74,15 @@ def _of_sides(found: dict[str, Any], track: str, records: Mapping[str, Record]) 
 def _of_turns(found: dict[str, Any]) -> Iterator[str]:
     """The same number of turns for both in the order that is meant, one after the other, of times that can be."""
     kinds = {side: len(found[side]["kinds"]) for side in ("a", "b")}
-    turns, rounds = found["turns"], len(found["turns"]) / sum(kinds.values())
+    turns, rounds = found["turns"], len(found["turns"]) / sum(kinds.values()) / SITTINGS
     if rounds < LEAST_ROUNDS or rounds % 2:
-        yield f"{len(turns)} turns are {rounds:g} rounds; an even number of at least {LEAST_ROUNDS} is needed"
+        rule = f"an even number of at least {LEAST_ROUNDS} is needed"
+        yield f"{len(turns)} turns are {rounds:g} rounds in each of {SITTINGS} sittings; {rule}"
         return
     if not all(len(turn) == 5 and all(type(s) is float and math.isfinite(s) for s in turn[2:]) for turn in turns):
         yield "a turn is a side, a kind, and three times in seconds"
         return
-    meant = [turn for index in range(int(rounds)) for turn in order(index, kinds)]
+    meant = SITTINGS * [turn for index in range(int(rounds)) for turn in order(index, kinds)]
     for index, (turn, place) in enumerate(zip(turns, meant, strict=True)):
         side, kind, start, wall, cpu = turn
         if (side, kind) != place:

@@ -44,6 +44,7 @@ from leaderboard.runs import Run
 SITTINGS = 6
 ROUNDS = 20  # of a sitting
 LEAST_ROUNDS = 8
+OF_A_DUEL = ("train_files", "val_files", "log_every", "val_every")  # settings that are a duel's own
 DECIDES = "wall"  # what a leaderboard's clock shows; CPU time is told beside it
 CLOCKS = {"wall": 0, "cpu": 1}
 
@@ -100,8 +101,10 @@ def results(turns: Sequence[Turn], counts: Mapping[str, Sequence[int]]) -> dict[
 
 
 def fingerprint(run: Run) -> str:
-    """Of a run's source and settings, those left aside in which the runs of a record differ."""
-    content = json.dumps([run.log.sources, shared_config(run)], sort_keys=True)
+    """Of a run's source and settings, as it logged them; without those in which the runs of a record and a duel of it
+    differ."""
+    settings = {key: value for key, value in shared_config(run).items() if key not in OF_A_DUEL}
+    content = json.dumps([run.log.sources, settings], sort_keys=True)
     return sha256(content.encode()).hexdigest()
 
 

@@ -280,6 +280,7 @@ def test_a_record_and_this_checkout_take_turns(
     assert told == [(12, batch // 2), (8, batch), (10, batch)]
     assert len({kind["shape"] for kind in b["kinds"]}) == 3
     assert len(found["turns"]) == 2 * 8 * 4
+    assert a["fingerprint"] == duel.fingerprint(record.runs[0]) != b["fingerprint"]
     assert found["results"]["wall"]["low"] < found["results"]["wall"]["estimate"] < found["results"]["wall"]["high"]
     assert duel.sentences(found)[-1].endswith("(wall time decides).")
 

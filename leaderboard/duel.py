@@ -4,7 +4,7 @@ Wall time on a shared machine varies by half from one run to the next. Here both
 is a process of its own with its own logged source (duelist.py); one of them is at work at a time. A round has a step of
 every kind from one side, then from the other, and the next round begins with the other: A B, B A, A B ... A side's time
 is the sum over its kinds of step of their number in the run times the time of such a step. After some rounds both start
-anew: where a process happens to lie in memory makes all of its steps faster or slower, by half a percent here.
+anew, since a process can have a speed of its own, a percent away from that of the next one.
 
 The ratio is of step times alone: batches are read before the turn, and what a source does outside of train_step is not
 seen. It says nothing of the loss.

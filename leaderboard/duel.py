@@ -11,8 +11,10 @@ seen. It says nothing of the loss.
 
 The interval is of log(time of A / time of B), a value for each pair of rounds, in which the order cancels. A sitting,
 from one start to the next, is the median of its pairs, which single disturbed steps hardly move; the estimate is the
-mean of the sittings. Its error is Student's, of these, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation
-(corrected for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
+mean of the sittings. What most steps of a kind do not do, a costly update in every third, say, the median does not see;
+where the ratio of means is outside of the interval, `sentences` says so. The error is Student's, of these, times
+sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation (corrected for its bias, Kendall 1954; at least 0), which
+slow changes of the ratio make large.
 """
 
 import json
@@ -199,6 +201,9 @@ def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
         with ExitStack() as stack:
             keys = list(both)[:: 1 if sitting % 2 == 0 else -1]
             sides = {key: stack.enter_context(side(both[key], data_files[key])) for key in keys}
+            machines = {key: each.run.hardware for key, each in sides.items()}
+            if machines["a"] != machines["b"]:
+                raise ValueError(f"a runs on {machines['a']}, b on {machines['b']}; set one device in both recipes")
             kinds = {key: len(each.kinds) for key, each in sides.items()}
             for index in range(rounds):
                 turns += [Turn(key, kind, *sides[key].ask(kind)) for key, kind in order(index, kinds)]
@@ -226,6 +231,16 @@ def prepared(which: Record | Path) -> dict[str, str]:
     return files
 
 
+def ratio_of_means(found: dict[str, Any]) -> float:
+    """A's wall time over B's, by the mean of each kind of step."""
+    seconds = dict[str, float]()
+    for key in ("a", "b"):
+        times = [[turn[3] for turn in found["turns"] if tuple(turn[:2]) == (key, kind)]
+                 for kind in range(len(found[key]["kinds"]))]  # fmt: skip
+        seconds[key] = float(np.mean(times, axis=1) @ [kind["steps"] for kind in found[key]["kinds"]])
+    return seconds["a"] / seconds["b"]
+
+
 def sentences(found: dict[str, Any]) -> list[str]:
     """What a duel says, as strongly as it can."""
     a, b = found["a"]["name"], found["b"]["name"]
@@ -240,6 +255,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
     else:
         faster, slower, share = (a, b, result["estimate"]) if result["high"] < 1 else (b, a, 1 / result["estimate"])
         lines.append(f"{faster} takes {share:.1%} of the time of {slower} ({found['decides']} time decides).")
+    if not result["low"] <= (of_means := ratio_of_means(found)) <= result["high"]:
+        why = "the machine was busy, or some steps do work that most do not, which the ratio above leaves out"
+        lines.append(f"By means instead of medians the ratio is {of_means:.4f}: {why}.")
     return lines
 
 

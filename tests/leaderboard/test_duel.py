@@ -32,21 +32,20 @@ def autocorrelated(rng: np.random.Generator, rho: float, sd: float, shape: tuple
 @pytest.mark.parametrize(("rho", "least"), [(0.0, 0.93), (0.5, 0.93), (0.8, 0.91), (0.95, 0.82)])
 def test_the_interval_covers_although_times_hang_together(rho: float, least: float) -> None:
     """2% of noise of the ratio itself, correlated from round to round; 0.4% that the two processes of a sitting have
-    for good; 1% more for whoever is second; and one turn in twenty disturbed."""
+    for good; and one step in twenty disturbed."""
     rng, duels, truth = np.random.default_rng(0), 300, 0.057
     rounds = SITTINGS * ROUNDS
-    logs = truth + autocorrelated(rng, rho, 0.02, (duels, rounds)) + np.where(np.arange(rounds) % 2, 0.01, -0.01)
+    logs = truth + autocorrelated(rng, rho, 0.02, (duels, rounds))
     logs += (rng.random((duels, rounds)) < 0.05) * rng.exponential(0.5, (duels, rounds)) * rng.choice([-1, 1], rounds)
-    logs = logs.reshape(duels, SITTINGS, ROUNDS) + 0.004 * rng.normal(size=(duels, SITTINGS, 1))
+    logs = logs.reshape(duels, SITTINGS, ROUNDS)[:, :, 2::2] + 0.004 * rng.normal(size=(duels, SITTINGS, 1))
     intervals = [ratio(each.tolist()) for each in logs]
     covered = np.mean([each.low <= np.exp(truth) <= each.high for each in intervals])
     assert covered >= least, covered
     assert np.median([each.estimate for each in intervals]) == pytest.approx(np.exp(truth), abs=0.002)
 
 
-def test_what_is_constant_has_no_width_and_the_order_cancels() -> None:
+def test_what_is_constant_has_no_width() -> None:
     assert ratio([[np.log(2)] * 8] * 6) == pytest.approx((2, 2, 2))
-    assert ratio([[np.log(2) + 0.1, np.log(2) - 0.1] * 4] * 6) == pytest.approx((2, 2, 2))
 
 
 def test_a_process_that_is_slow_for_good_widens_the_interval() -> None:
@@ -75,9 +74,14 @@ def turns_of(a: list[float], b: list[float], rounds: int = SITTINGS * LEAST_ROUN
 def test_a_side_s_time_is_that_of_all_its_steps() -> None:
     found = results(turns_of([0.1, 0.2], [0.3], busy=0.05), dict(a=[10, 20], b=[10]))
     assert found["wall"]["estimate"] == pytest.approx(5 / 3, rel=1e-4)
-    assert found["wall"]["a_s"] / found["wall"]["b_s"] == pytest.approx(5 / 3, rel=1e-4)
+    assert found["wall"]["a_s"] / found["wall"]["b_s"] == pytest.approx(5 / 3, rel=0.01)
     assert found["cpu"]["estimate"] == pytest.approx(5 / 3, rel=1e-4)
-    exact = results(turns_of([0.1, 0.2], [0.3]), dict(a=[10, 20], b=[10]))
+    turns = turns_of([0.1, 0.2], [0.3])
+    after_the_other_s = [i > 0 and turn.side != turns[i - 1].side for i, turn in enumerate(turns)]
+    slowed = [turn._replace(wall_s=2 * turn.wall_s) if is_first else turn
+              for turn, is_first in zip(turns, after_the_other_s, strict=True)]  # fmt: skip
+    exact = results(slowed, dict(a=[10, 20], b=[10]))  # they do not count
+    assert exact["wall"]["high"] == pytest.approx(5 / 3, rel=1e-4)
     assert [exact["wall"]["a_s"], exact["cpu"]["b_s"]] == pytest.approx([5, 1.5])
 
 

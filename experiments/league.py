@@ -8,8 +8,9 @@
    seed that is not reported; then two weight decays beside none at the best rate. A rule of SAME_AS takes another's.
 2. Five seeds at the best of these.
 3. One curve: Muon's loss at the end of schedules of several lengths. A rule that ends a schedule of STEPS with a loss
-   that Muon has after T steps is STEPS / T times as fast; it would reach the target in that share of Muon's steps. This
-   takes for granted that the factor is the same at every length.
+   that Muon has after T steps is T / STEPS times as fast; it would reach the target in STEPS / T of Muon's steps. This
+   takes for granted that the factor is the same at every length. A loss is first taken relative to Muon's with the same
+   seed, which meets the same text; the interval of a rule's steps is of that, with Muon's own steps as given.
 
 Differences from Muon are of runs with the same seed; p is Holm's, over all other rules. Beside each rule stand the
 steps that others have published for it on the GPU optimization track, where the rule stands alone there.
@@ -212,11 +213,17 @@ def steps_at(loss: float, curve: Sequence[tuple[int, Sequence[float]]]) -> float
     return math.exp(y[place - 1] + slope * (loss - x[place - 1]))
 
 
+def loss_at(steps: int, curve: Sequence[tuple[int, Sequence[float]]]) -> float:
+    """The reference's loss at the end of a schedule of that length; the inverse of `steps_at` within the curve."""
+    return float(np.interp(math.log(steps), [math.log(n) for n, _ in curve], [np.mean(losses) for _, losses in curve]))
+
+
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each rule, the fewest steps first."""
     curve, steps, target = result["curve"], result["steps"], result["target"]
     known = {entry["arm"]: entry for entry in result["entries"]}
     differences, adjusted = against({arm: entry["val_loss"] for arm, entry in known.items()}, REFERENCE)
+    reference, at_steps, to_target = known[REFERENCE]["val_loss"], loss_at(steps, curve), steps_at(target, curve)
     ranked = []
     for arm, entry in known.items():
         losses, tried = entry["val_loss"], entry["tried"]
@@ -227,9 +234,11 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
         if None in losses:
             ranked.append((math.inf, row | {"final loss": "diverged"}))
             continue
-        needed = [steps * steps_at(target, curve) / steps_at(loss, curve) for loss in losses]
+        relative = [at_steps + loss - other for loss, other in zip(losses, reference, strict=True)]
+        needed = [steps * to_target / steps_at(loss, curve) for loss in relative]
         half = float(stats.t.ppf(0.975, len(needed) - 1) * stats.sem(needed))
-        row |= {"final loss": mean_and_sd(losses, 4), "steps": f"{np.mean(needed):.0f} ± {half:.0f}"}
+        told = f"{np.mean(needed):.0f}" + (f" ± {half:.0f}" if arm != REFERENCE else "")
+        row |= {"final loss": mean_and_sd(losses, 4), "steps": told}
         if found := differences.get(arm):
             row |= {f"from {REFERENCE}": f"{found.mean:+.4f}", "95% interval": f"{found.low:+.4f} to {found.high:+.4f}"}
             row["p (Holm)"] = f"{adjusted[arm]:.2g}"

@@ -160,7 +160,7 @@ def _take_named(
             instead = "name another, or its directory for the newest that is whole"
             raise ValueError(f"{named}: not a checkpoint, or damaged ({error}); {instead}") from None
     changed = differences(defaults | state["config"], config)
-    for key in FIXED.split():
+    for key in [*FIXED.split(), *(["seed"] if config.get("data_start") == "seed" else [])]:
         if key in changed:
             then, now = changed[key]
             raise ValueError(f"{named}: {key} is {then!r} there and {now!r} here; set --{key}={then}")

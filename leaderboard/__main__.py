@@ -113,8 +113,7 @@ def verify(records: Places = (), /) -> int:
 
 def _verify_duels(records: Sequence[Record]) -> dict[Path, list[str]]:
     """Reasons by duel; records: those that hold."""
-    by_name = {record.name: record for record in records}
-    return {path: verify_duel.reasons(path, by_name) for path in verify_duel.find_duels()}
+    return verify_duel.verify_all({record.name: record for record in records})
 
 
 def _holding_duels(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -2,16 +2,21 @@
 
 Wall time on a shared machine varies by half from one run to the next. Here both sides feel the same slow moments. Each
 is a process of its own with its own logged source (duelist.py); one of them is at work at a time. A round has a step of
-every kind from one side, then from the other, and the next round begins with the other: A B, B A, A B ... A side's time
-is the sum over its kinds of step of their number in the run times the time of such a step. After some rounds both start
-anew, since a process can have a speed of its own, a percent away from that of the next one.
+every kind from one side, then from the other, and the next round begins with the other: A B, B A, A B ... After some
+rounds both start anew, since a process can have a speed of its own, a percent away from that of the next one.
+
+A step that follows the other side's takes 4 to 7% longer here than one that follows its own, as every step does in
+training. So in each round only the steps of the side that also ended the round before count. A side's time is the sum
+over its kinds of step of their number in the run times the time of such a step.
 
 The ratio is of step times alone: batches are read before the turn, and what a source does outside of train_step is not
 seen. It says nothing of the loss.
 
-The interval is of log(time of A / time of B), a value for each pair of rounds, in which the order cancels. A sitting,
-from one start to the next, is the median of its pairs, which single disturbed steps hardly move; the estimate is the
-mean of the sittings. Its error is Student's, of these, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation
+The interval is of log(time of A / time of B), a value for each round in which A counts, with B's of the rounds before
+and after it: what changes steadily cancels. A sitting, from one start to the next, is the median of these, which single
+disturbed steps hardly move; the estimate is the mean of the sittings. What most steps of a kind do not do, a costly
+update in every third, say, the median does not see; where the ratio of means is outside of the interval, `sentences`
+says so. The error is Student's, of the sittings, times sqrt((1 + r) / (1 - r)) with r their lag-1 autocorrelation
 (corrected for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
 """
 
@@ -66,8 +71,8 @@ class Ratio(NamedTuple):
 
 
 def ratio(logs: Sequence[Sequence[float]]) -> Ratio:
-    """Of the log ratios of each round of each sitting; rounds are even in number."""
-    medians = np.median(np.asarray(logs, dtype=float).reshape(len(logs), -1, 2).mean(2), axis=1)
+    """Of the log ratios of each sitting."""
+    medians = np.median(np.asarray(logs, dtype=float), axis=1)
     n, deviations = len(medians), medians - medians.mean()
     square = float(deviations @ deviations)
     r = float(deviations[1:] @ deviations[:-1]) / square if square else 0.0
@@ -84,20 +89,31 @@ def order(round_index: int, kinds: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def results(turns: Sequence[Turn], counts: Mapping[str, Sequence[int]]) -> dict[str, dict[str, float]]:
-    """What the turns amount to, by clock: seconds of a whole run of each side (from medians) and of all its turns, and
-    the ratio."""
+    """What the turns amount to, by clock: seconds of a whole run of each side (from medians of the steps that count)
+    and of all its turns, and the ratio."""
     found = {}
     for clock, place in CLOCKS.items():
-        rounds, seconds = {}, {}
-        for side, of_kinds in counts.items():  # [kinds, rounds]
-            times = np.array([[turn[3 + place] for turn in turns if turn[:2] == (side, kind)]
-                              for kind in range(len(of_kinds))])  # fmt: skip
-            rounds[side] = np.asarray(of_kinds) @ times
-            seconds[f"{side}_s"] = float(np.asarray(of_kinds) @ np.median(times, axis=1))
-            seconds[f"{side}_turns_s"] = float(times.sum())
-        logs = (np.log(rounds["a"]) - np.log(rounds["b"])).reshape(SITTINGS, -1)
-        found[clock] = seconds | ratio(logs.tolist())._asdict()
+        times = {side: turn_times(turns, side, len(of_kinds), place) for side, of_kinds in counts.items()}
+        seconds = {f"{side}_s": float(np.median(own(times[side], side), axis=(1, 2)) @ of_kinds)
+                   for side, of_kinds in counts.items()}  # fmt: skip
+        a, b = (np.tensordot(counts[side], own(times[side], side), 1) for side in ("a", "b"))  # [sittings, rounds]
+        logs = np.log(a) - (np.log(b[:, :-1]) + np.log(b[:, 1:])) / 2
+        turns_s = {f"{side}_turns_s": float(of_side.sum()) for side, of_side in times.items()}
+        found[clock] = seconds | turns_s | ratio(logs.tolist())._asdict()
     return found
+
+
+def turn_times(turns: Sequence[Sequence[Any]], side: str, kinds: int, place: int) -> np.ndarray:
+    """Seconds of a side's turns by one clock, [kinds, rounds]."""
+    of_kinds = [[turn[3 + place] for turn in turns if tuple(turn[:2]) == (side, kind)] for kind in range(kinds)]
+    return np.array(of_kinds, dtype=float)
+
+
+def own(times: np.ndarray, side: str) -> np.ndarray:
+    """Of [kinds, rounds] those that follow the side's own, [kinds, sittings, rounds]: B's of every second round, and
+    A's between two of these."""
+    pairs = times.reshape(len(times), SITTINGS, -1, 2)
+    return pairs[..., 1:, 0] if side == "a" else pairs[..., 1]
 
 
 def fingerprint(run: Run) -> str:
@@ -199,6 +215,9 @@ def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
         with ExitStack() as stack:
             keys = list(both)[:: 1 if sitting % 2 == 0 else -1]
             sides = {key: stack.enter_context(side(both[key], data_files[key])) for key in keys}
+            machines = {key: each.run.hardware for key, each in sides.items()}
+            if machines["a"] != machines["b"]:
+                raise ValueError(f"a runs on {machines['a']}, b on {machines['b']}; set one device in both recipes")
             kinds = {key: len(each.kinds) for key, each in sides.items()}
             for index in range(rounds):
                 turns += [Turn(key, kind, *sides[key].ask(kind)) for key, kind in order(index, kinds)]
@@ -226,6 +245,16 @@ def prepared(which: Record | Path) -> dict[str, str]:
     return files
 
 
+def ratio_of_means(found: dict[str, Any]) -> float:
+    """A's wall time over B's, by the mean of each kind of step."""
+    seconds = dict[str, float]()
+    for key in ("a", "b"):
+        counts = [kind["steps"] for kind in found[key]["kinds"]]
+        counted = own(turn_times(found["turns"], key, len(counts), CLOCKS["wall"]), key)
+        seconds[key] = float(counted.mean(axis=(1, 2)) @ counts)
+    return seconds["a"] / seconds["b"]
+
+
 def sentences(found: dict[str, Any]) -> list[str]:
     """What a duel says, as strongly as it can."""
     a, b = found["a"]["name"], found["b"]["name"]
@@ -240,6 +269,9 @@ def sentences(found: dict[str, Any]) -> list[str]:
     else:
         faster, slower, share = (a, b, result["estimate"]) if result["high"] < 1 else (b, a, 1 / result["estimate"])
         lines.append(f"{faster} takes {share:.1%} of the time of {slower} ({found['decides']} time decides).")
+    if not result["low"] <= (of_means := ratio_of_means(found)) <= result["high"]:
+        why = "the machine was busy, or some steps do work that most do not, which the ratio above leaves out"
+        lines.append(f"By means instead of medians the ratio is {of_means:.4f}: {why}.")
     return lines
 
 

@@ -36,7 +36,8 @@ def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> lis
     for track, group in groupby(by_track, key=lambda record: record.path.parent.name):
         of_track = list(group)
         by_steps = find_track(track).ranked_by == "steps"
-        order = standings([] if by_steps else duels, [record.path.name for record in of_track])
+        of_duels = [] if by_steps else [duel for duel in duels if duel["track"] == track]
+        order = standings(of_duels, [record.path.name for record in of_track])
         places = {name: place for place, name in enumerate(order.relative)}
 
         def standing(record: Record, by_steps: bool = by_steps, places: dict[str, int] = places) -> tuple[Any, ...]:

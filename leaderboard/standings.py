@@ -1,8 +1,11 @@
 """The order of a track's records by their duels: times relative to the fastest, on one reference machine.
 
 Every duel says log(time of A / time of B) with an error. All duels of one machine between records of a track are put
-together by weighted least squares, so that records which never met compare through those that both met. Where several
-ways between two records disagree by more than their errors say, all errors grow by that factor (Birge 1932).
+together by least squares, so that records which never met compare through those that both met. All duels weigh alike:
+an error of six sittings is too uncertain to weigh by (ten duels of one pair, weighed by it, cover the truth in 90 of
+100). Each adds its own error to the interval, which is Student's with the degrees of freedom of Welch and Satterthwaite
+(1946). Where several ways between two records disagree by more than their errors say, all errors grow by that factor
+(Birge 1932).
 """
 
 import math
@@ -12,10 +15,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from leaderboard.duel import Ratio
+from leaderboard.duel import SITTINGS, Ratio
 
-Z = 1.959964  # 95%
+DEGREES = SITTINGS - 1  # of freedom, of a duel's error
+T = float(stats.t.ppf(0.975, DEGREES))
 
 
 class Standings(NamedTuple):
@@ -59,17 +64,21 @@ def solve(duels: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[dict[s
         result = duel["results"][duel["decides"]]
         differences[i, [place[duel["a"]["name"]], place[duel["b"]["name"]]]] = 1, -1
         values[i] = math.log(result["estimate"])
-        errors[i] = max(1e-6, math.log(result["high"] / result["low"]) / 2 / Z)
-    scaled = differences / errors[:, None]
-    covariance = np.linalg.pinv(scaled.T @ scaled)
-    logs = covariance @ scaled.T @ (values / errors)
-    degrees = len(duels) - len(names) + 1
-    misfit = float((((differences @ logs - values) / errors) ** 2).sum())
-    inflation = math.sqrt(max(1.0, misfit / degrees)) if degrees else 1.0
+        errors[i] = max(1e-6, math.log(result["high"] / result["low"]) / 2 / T)
+    shares, variances = np.linalg.pinv(differences), errors**2  # shares: [names, duels], of each duel in each log time
+    logs = shares @ values
+    misfit = values - differences @ logs
+    inflation = 1.0
+    if len(duels) >= len(names):  # several ways between two records
+        expected = float((1 - np.diag(differences @ shares)) @ variances)
+        inflation = math.sqrt(max(1.0, float(misfit @ misfit) / expected))
 
     def between(i: int, j: int) -> Ratio:
-        error = inflation * math.sqrt(max(0.0, covariance[i, i] + covariance[j, j] - 2 * covariance[i, j]))
-        return Ratio(*(math.exp(logs[i] - logs[j] + shift) for shift in (0, -Z * error, Z * error)))
+        parts = (shares[i] - shares[j]) ** 2 * variances
+        variance = float(parts.sum())
+        degrees = DEGREES * variance**2 / float(parts @ parts) if variance else math.inf
+        half = inflation * float(stats.t.ppf(0.975, degrees)) * math.sqrt(variance)
+        return Ratio(*(math.exp(logs[i] - logs[j] + shift) for shift in (0, -half, half)))
 
     ordered = sorted(range(len(names)), key=lambda i: logs[i])
     relative = {names[i]: between(i, ordered[0]) for i in ordered}

@@ -4,9 +4,12 @@ that were invented whole, with every second of them. A duel on another machine c
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from leaderboard.duel import DECIDES, LEAST_ROUNDS, SITTINGS, Turn, duels_folder, file_name, fingerprint, order, results
@@ -16,6 +19,7 @@ from leaderboard.verify_run import same
 
 KEYS = {"start_utc", "hardware", "dtype", "versions", "threads", "a", "b", "decides", "results", "turns"}
 TICK_S = 0.011  # CPU time may come in ticks of 10 ms
+LONGER, GAP_S = 3, 0.001  # of the pauses after the turns of one side, which the turns' lengths do not touch
 
 
 def find_duels() -> list[Path]:
@@ -23,7 +27,8 @@ def find_duels() -> list[Path]:
 
 
 def load_duel(path: Path) -> dict[str, Any]:
-    """The file as it is; ValueError for one that is no JSON object with the keys of a duel."""
+    """The file as it is, and the track in whose folder it lies: names of records are a track's own. ValueError for one
+    that is no JSON object with the keys of a duel."""
     if path.stat().st_size >= MAX_BYTES:
         raise ValueError(f"it has {path.stat().st_size:,} bytes; less than {MAX_BYTES:,} can be committed")
     try:
@@ -32,21 +37,35 @@ def load_duel(path: Path) -> dict[str, Any]:
         raise ValueError(f"it cannot be read as JSON ({error})") from None
     if not isinstance(found, dict) or found.keys() != KEYS:
         raise ValueError(f"it has to be an object with {', '.join(sorted(KEYS))}")
-    return found
+    return dict(found, track=path.parent.name)
 
 
 def reasons(path: Path, records: Mapping[str, Record]) -> list[str]:
     """Why the duel in this file does not hold; records: those that hold, by track/name."""
     try:
         found = load_duel(path)
-        problems = [*_of_sides(found, path.parent.name, records), *_of_turns(found)]
+        problems = [*_of_sides(found, records), *_of_turns(found)]
         return problems or list(_of_results(found, path))
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         return [f"it cannot be checked: something is not what it should be ({type(error).__name__}: {error})"]
 
 
-def _of_sides(found: dict[str, Any], track: str, records: Mapping[str, Record]) -> Iterator[str]:
+def verify_all(records: Mapping[str, Record]) -> dict[Path, list[str]]:
+    """The reasons of each duel that was kept. The later copy of one does not hold: it would count twice."""
+    found, owners = dict[Path, list[str]](), dict[Path, set[tuple[float, ...]]]()
+    for path in find_duels():
+        found[path] = reasons(path, records)
+        if not found[path]:
+            turns = {tuple(turn[3:]) for turn in load_duel(path)["turns"]}
+            copied = [other.name for other, theirs in owners.items() if len(turns & theirs) > len(turns) / 2]
+            found[path] += [f"most of its turns are those of {other} to the last digit" for other in copied]
+            owners[path] = turns
+    return found
+
+
+def _of_sides(found: dict[str, Any], records: Mapping[str, Record]) -> Iterator[str]:
     """Each side is a record's source and settings, with all of its steps."""
+    track = found["track"]
     for key in ("a", "b"):
         said = found[key]
         record = records.get(f"{track}/{said['name']}")
@@ -62,11 +81,18 @@ def _of_sides(found: dict[str, Any], track: str, records: Mapping[str, Record]) 
             yield f"{said['name']}: every kind of step has a number of steps and of tokens"
             continue
         steps = sum(kind["steps"] for kind in said["kinds"])
-        tokens = sum(kind["steps"] * kind["tokens"] for kind in said["kinds"])
+        taken, meant = Counter[int](), Counter[int]()
+        for kind in said["kinds"]:
+            taken[kind["tokens"]] += kind["steps"]
+        for step in range(record.steps):
+            meant[run.tokens_at(step + 1) - run.tokens_at(step)] += 1
         if {said["steps"], steps} != {record.steps}:
             yield f"{said['name']} has {record.steps} steps, and its kinds of step {steps} of {said['steps']}"
-        elif tokens != run.tokens_at(record.steps):
-            yield f"{said['name']} takes {run.tokens_at(record.steps):,} tokens, and its kinds of step {tokens:,}"
+        elif taken != meant:
+            right, wrong = (
+                " and ".join(f"{n} x {tokens:,}" for tokens, n in sorted(each.items())) for each in (meant, taken)
+            )
+            yield f"{said['name']} has steps of {right} tokens, and its kinds of step {wrong}"
     if found["a"]["name"] == found["b"]["name"]:
         yield f"{short(found['a']['name'])} stands on both sides"
 
@@ -91,6 +117,13 @@ def _of_turns(found: dict[str, Any]) -> Iterator[str]:
             yield f"turn {index}: {cpu} s of CPU in {wall} s of wall time cannot be with {found['threads']} threads"
         if index and start < turns[index - 1][2] + turns[index - 1][3] - 2e-6:
             yield f"turn {index} began before turn {index - 1} had ended"
+    gaps: dict[str, list[float]] = dict(a=[], b=[])
+    for (side, _, start, wall, _), after in pairwise(turns):
+        gaps[side].append(after[2] - start - wall)
+    (less, _), (more, side) = sorted((median(times), side) for side, times in gaps.items())
+    if more > LONGER * less + GAP_S:
+        told = f"{1000 * more:.2f} ms go by after {side}'s turns, {1000 * less:.2f} ms after the other's"
+        yield f"until the next one begins {told}: turns were shortened"
 
 
 def _of_results(found: dict[str, Any], path: Path) -> Iterator[str]:

@@ -133,6 +133,17 @@ def test_steps_come_from_the_curve_within_and_beyond_it() -> None:
         assert steps_at(3 - 0.3 * math.log(steps), curve) == pytest.approx(steps)
 
 
+def test_steps_are_relative_to_muon_s_at_the_same_seed() -> None:
+    """What a seed's text does to both, and that the curve has fewer seeds, makes no difference."""
+    curve = [(steps, [3 - 0.3 * math.log(steps) + shift for shift in (0.0, 0.1)]) for steps in (250, 400, 600)]
+    muon = [curve[1][1][0], curve[1][1][1], curve[1][1][0] - 0.2]
+    faster = [loss - 0.3 * math.log(2) for loss in muon]
+    entries = [dict(arm=arm, val_loss=losses, tried=[], rate=0.1, decay=0.0)
+               for arm, losses in (("muon", muon), ("aurora", faster))]  # fmt: skip
+    rows = summary(dict(curve=curve, steps=400, target=3.05 - 0.3 * math.log(500), entries=entries))
+    assert {row["rule"]: row["steps"] for row in rows} == {"aurora": "250 ± 0", "muon": "500"}
+
+
 def test_the_correlation_says_how_wide_it_is() -> None:
     def entries(order: int) -> dict[str, Any]:
         ranked = sorted(PUBLISHED, key=PUBLISHED.__getitem__)[::order]

@@ -356,6 +356,10 @@ def test_a_path_refuses_another_run_and_names_the_difference(
     refused("the data of val_files", "tiny_val", val_files=tiny_data / "tiny_train_*.bin")
     refused("val_tokens is 3840 there and 1920 here", val_tokens=1920)
     refused("step 20", "train_steps = 20", train_steps=20)
+    state = torch.load(interrupted / "checkpoint_000020.pt", weights_only=True)
+    state["config"]["data_start"] = "seed"
+    torch.save(state, tmp_path / "of_seed.pt")
+    refused("seed is 0 there and 1 here", resume=str(tmp_path / "of_seed.pt"), data_start="seed", seed=1)
     refused("nothing.pt", "No such file", resume="nothing.pt")
     refused("no whole checkpoint there", resume=str(tiny_data))
 

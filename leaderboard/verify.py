@@ -92,7 +92,8 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
 def _of_declaration(record: Record, track: Track) -> Iterator[str]:
     """How many runs and which seeds, said before the first result: none is picked, left out, or added to lower p."""
     runs, first, n = record.runs, 0, len(record.runs)
-    if max(str(run.log.facts.get("start_utc")) for run in runs) >= track.declared_from:
+    is_later = max(str(run.log.facts.get("start_utc")) for run in runs) >= track.declared_from
+    if is_later or any("num_seeds" in run.config for run in runs):  # a clock set back does not free from it
         first = track.first_seed
         for run in runs:
             declared, start = run.config.get("num_seeds", 0), run.config.get("data_start", "first")

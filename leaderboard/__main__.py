@@ -161,6 +161,7 @@ def rank_table(
     if not table:
         print("there is no record yet", file=sys.stderr)
     if out:
+        user_path(out).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(user_path(out)) as file:
             file.write(written)
     else:
@@ -227,6 +228,7 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
     check_writable(out.parent, "choose another file, such as --out=/tmp/records.html")
     shown = _holding(records)
     document = page.render(shown, _holding_duels(shown) if not records else ())
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
         file.write(document)
     print(out)

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +160,7 @@ def rank_table(
     if not table:
         print("there is no record yet", file=sys.stderr)
     if out:
+        user_path(out).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(user_path(out)) as file:
             file.write(written)
     else:
@@ -225,6 +227,7 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
     check_writable(out.parent, "choose another file, such as --out=/tmp/records.html")
     shown = _holding(records)
     document = page.render(shown, _holding_duels(shown) if not records else ())
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
         file.write(document)
     print(out)
@@ -278,7 +281,12 @@ def duel_records(a: Positional[Path], b: Positional[Path], /, rounds: int = duel
         keep: save it under leaderboard/duels, where `rank` finds it; of records.
     """
     one, other = _duelist(a), _duelist(b)
-    track = one.path.parent.name if isinstance(one, Record) and isinstance(other, Record) else ""
+    track = ""
+    if isinstance(one, Record) and isinstance(other, Record):
+        track, today = one.path.parent.name, f"{datetime.now(UTC):%Y-%m-%d}"
+        there = duel.place(track, dict(start_utc=today, a=dict(name=one.path.name), b=dict(name=other.path.name)))
+        if keep and there.exists():
+            raise ValueError(f"{there} exists; leave out --keep, or remove it first")
     if keep and not track:
         raise ValueError("only duels of two records are kept; leave out --keep")
     if keep:

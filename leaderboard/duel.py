@@ -20,6 +20,7 @@ says so. The error is Student's, of the sittings, times sqrt((1 + r) / (1 - r)) 
 (corrected for its bias, Kendall 1954; at least 0), which slow changes of the ratio make large.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -38,12 +39,11 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from data.files import user_path, whole_file
-from data.prepare import ensure
+from data.files import whole_file
 from data.processes import die_with_parent, end_group
 from leaderboard import records
 from leaderboard.records import Record, shared_config
-from leaderboard.reproduce import ROOT, unpack_source
+from leaderboard.reproduce import ROOT, fetched, unpack_source
 from leaderboard.runs import Run
 
 SITTINGS = 6
@@ -167,7 +167,7 @@ def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
             name, steps, recipe, source = which.path.name, which.steps, str(tree / "record.toml"), tree
             unpack_source(which.runs[0], tree)
         else:
-            name, steps, recipe, source = which.stem, 0, str(which.resolve()), ROOT
+            name, steps, recipe, source = str(which), 0, str(which.resolve()), ROOT
         settings = dict(data_files, run_dir=str(tree / "runs"), log_every=str(10**6), val_every=str(10**6))
         ours, theirs = socket.socketpair()
         said = stack.enter_context((tree / "said.txt").open("w+", encoding="utf-8", errors="replace"))
@@ -181,21 +181,20 @@ def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
         )  # fmt: skip
         stack.callback(end_group, process)
         theirs.close()
-        channel = stack.enter_context(ours.makefile("rw", encoding="utf-8"))
-        ours.close()
+        stack.enter_context(ours)
+        answers = stack.enter_context(ours.makefile(encoding="utf-8"))
 
-        def hear() -> Any:
+        def hear(question: str = "") -> Any:
             try:
-                return json.loads(channel.readline())
+                ours.sendall(question.encode())
+                return json.loads(answers.readline())
             except (ValueError, OSError):
                 said.seek(0)
                 last = "\n".join(said.read().strip().splitlines()[-8:])
                 raise ValueError(f"{name} ended before the duel did; its last lines:\n{last}") from None
 
         def ask(kind: int) -> list[float]:
-            channel.write(f"{kind}\n")
-            channel.flush()
-            return hear()
+            return hear(f"{kind}\n")
 
         ready = hear()
         (log,) = (tree / "runs").glob("*/log.txt")
@@ -210,19 +209,18 @@ def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
     check(a, b)
     both, started, turns = dict(a=a, b=b), datetime.now(UTC), list[Turn]()
     data_files = {key: prepared(which) for key, which in both.items()}
-    bar = tqdm(total=SITTINGS * rounds, desc="taking turns", unit="round", leave=False, disable=None)
-    for sitting in range(SITTINGS):
-        with ExitStack() as stack:
-            keys = list(both)[:: 1 if sitting % 2 == 0 else -1]
-            sides = {key: stack.enter_context(side(both[key], data_files[key])) for key in keys}
-            machines = {key: each.run.hardware for key, each in sides.items()}
-            if machines["a"] != machines["b"]:
-                raise ValueError(f"a runs on {machines['a']}, b on {machines['b']}; set one device in both recipes")
-            kinds = {key: len(each.kinds) for key, each in sides.items()}
-            for index in range(rounds):
-                turns += [Turn(key, kind, *sides[key].ask(kind)) for key, kind in order(index, kinds)]
-                bar.update()
-    bar.close()
+    with tqdm(total=SITTINGS * rounds, desc="taking turns", unit="round", leave=False, disable=None) as bar:
+        for sitting in range(SITTINGS):
+            with ExitStack() as stack:
+                keys = list(both)[:: 1 if sitting % 2 == 0 else -1]
+                sides = {key: stack.enter_context(side(both[key], data_files[key])) for key in keys}
+                machines = {key: each.run.hardware for key, each in sides.items()}
+                if machines["a"] != machines["b"]:
+                    raise ValueError(f"a runs on {machines['a']}, b on {machines['b']}; set one device in both recipes")
+                kinds = {key: len(each.kinds) for key, each in sides.items()}
+                for index in range(rounds):
+                    turns += [Turn(key, kind, *sides[key].ask(kind)) for key, kind in order(index, kinds)]
+                    bar.update()
     first, run = turns[0].start_s, sides["a"].run
     turns = [Turn(*turn[:2], *(round(s, 6) for s in (turn.start_s - first, *turn[3:]))) for turn in turns]
     return dict(
@@ -235,14 +233,15 @@ def duel(a: Record | Path, b: Record | Path, rounds: int) -> dict[str, Any]:
 
 
 def prepared(which: Record | Path) -> dict[str, str]:
-    """The settings that name a record's data, which are fetched if they are missing; none for a recipe, which its own
-    trainer looks after."""
-    if not isinstance(which, Record):
-        return {}
-    run = which.runs[0]
-    files = {key: str(ROOT / user_path(run.config[key])) for key in ("train_files", "val_files")}
-    ensure(**files, train_tokens=run.tokens_at(run.config["train_steps"]) + 1)
-    return files
+    """The settings that name its data; those that are missing and can be fetched are. Raises ValueError, also for a
+    recipe that the trainer refuses."""
+    if isinstance(which, Record):
+        run = which.runs[0]
+        return fetched(run.config, run.tokens_at(run.config["train_steps"]))
+    from train_gpt import load_config, plan_step  # brings torch along, which reading a log does without
+
+    config = load_config([str(which)])
+    return fetched(dataclasses.asdict(config), plan_step(config, config.train_steps).first_token)
 
 
 def ratio_of_means(found: dict[str, Any]) -> float:
@@ -283,9 +282,14 @@ def duels_folder() -> Path:
     return records.RECORDS.with_name("duels")
 
 
+def place(track: str, found: dict[str, Any]) -> Path:
+    """Of a duel that is kept: of two records in this order, one a day."""
+    return duels_folder() / track / file_name(found)
+
+
 def save(found: dict[str, Any], track: str) -> Path:
     """Write it to its place; returns that."""
-    path = duels_folder() / track / file_name(found)
+    path = place(track, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     turns = ",\n".join(json.dumps(turn) for turn in found["turns"])
     head = json.dumps({key: value for key, value in found.items() if key != "turns"}, indent=1).removesuffix("\n}")

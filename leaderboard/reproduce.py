@@ -4,8 +4,9 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -30,6 +31,14 @@ def unpack_source(run: Run, tree: Path) -> None:
     (tree / "record.toml").write_text(config_toml(run), encoding="utf-8")
 
 
+def fetched(config: Mapping[str, Any], train_tokens: int) -> dict[str, str]:
+    """The settings that name a run's data, found where run.sh has them; what is missing and can be fetched is."""
+    base = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
+    files = {key: str(base / user_path(config[key])) for key in ("train_files", "val_files")}
+    ensure(**files, train_tokens=train_tokens + 1)
+    return files
+
+
 def run_again(record: Record, seed: int | None, tree: Path) -> Run:
     """Train that seed (None: the first) below `tree`, its output on the terminal; what came out. Data that are missing
     and can be fetched are. Raises ValueError if it failed."""
@@ -39,8 +48,7 @@ def run_again(record: Record, seed: int | None, tree: Path) -> Run:
     if record.is_foreign or "train_gpt.py" not in run.log.sources:
         raise ValueError(f"{record.name} is a foreign log; its source is not this repository's to run")
     unpack_source(run, tree)
-    files = {key: str(ROOT / user_path(run.config[key])) for key in ("train_files", "val_files")}
-    ensure(**files, train_tokens=run.tokens_at(run.config["train_steps"]) + 1)
+    files = fetched(run.config, run.tokens_at(run.config["train_steps"]))
     settings = {**files, "seed": str(run.seed), "run_dir": str(tree / "runs")}
     world_size = int(run.log.facts["world_size"])
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"] if world_size > 1 else []

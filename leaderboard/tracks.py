@@ -31,6 +31,7 @@ class Track:
     ranked_by: Literal["time", "steps"] = "time"
     # Of tracks by steps; without `fixed` there is none of these
     fixed: dict[str, Any] = field(default_factory=dict)  # setting -> the value that all runs have
+    num_params: int = 0  # of the model, as each run counts them
     free: tuple[str, ...] = ()  # settings of the model that may differ; others that are not fixed are as by default
     step: dict[str, list[str]] = field(default_factory=dict)  # what a step computes: as `stream`
 
@@ -64,12 +65,48 @@ def source_hash(source: str) -> str:
 
 
 def hash_at(sources: Mapping[str, str], place: str) -> str | None:
-    """`source_hash` of a file, or of a function in it (`train_gpt.py: train_step`, `train_gpt.py: Run.batch`) with its
-    decorators. None without the file, or where the name is not bound exactly once."""
+    """`source_hash` of a file, or of a function or class in it (`train_gpt.py: train_step`, `train_gpt.py: Run.batch`)
+    with its decorators. None without the file, or where the name is not bound exactly once."""
     path, _, name = place.partition(": ")
     if path not in sources:
         return None
     return _function_hash(sources[path], name) if name else source_hash(sources[path])
+
+
+def patches(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Path -> what that file assigns in what it imports from the others, such as model.GPT.forward: a function that is
+    not the one at its place then runs. Only what is written out as an assignment or a setattr can be seen."""
+    own = frozenset(path.removesuffix(".py").partition("/")[0] for path in sources)
+    return {path: found for path, source in sources.items() if (found := _patches(source, own))}
+
+
+@cache
+def _patches(source: str, own: frozenset[str]) -> list[str]:
+    """own: names that modules and packages of this repository begin with."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    imported = {"sys.modules"}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported |= {name.asname or name.name.partition(".")[0] for name in node.names
+                         if name.name.partition(".")[0] in own}  # fmt: skip
+        elif isinstance(node, ast.ImportFrom) and (node.level or str(node.module).partition(".")[0] in own):
+            imported |= {name.asname or name.name for name in node.names}
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            owner: ast.AST = node.value
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and node.args:
+            owner = node.args[0]
+        else:
+            continue
+        while isinstance(owner, ast.Attribute | ast.Subscript) and ast.unparse(owner) != "sys.modules":
+            owner = owner.value
+        if ast.unparse(owner) in imported:
+            found.append(ast.unparse(node)[:100])
+    return found
 
 
 @cache  # all seeds of a record, and most records, have the same source
@@ -83,7 +120,7 @@ def _function_hash(source: str, name: str) -> str | None:
         if len(bound) != 1:
             return None
         node = bound[0]
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
         return None
     return source_hash("\n".join(str(ast.get_source_segment(source, each)) for each in (*node.decorator_list, node)))
 

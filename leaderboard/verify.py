@@ -93,8 +93,7 @@ def _of_declaration(record: Record, track: Track) -> Iterator[str]:
     """How many runs and which seeds, said before the first result: none is picked, left out, or added to lower p."""
     runs, first, n = record.runs, 0, len(record.runs)
     is_later = max(str(run.log.facts.get("start_utc")) for run in runs) >= track.declared_from
-    knows_rule = any("num_seeds" in run.config for run in runs)  # its source is from after it, whatever the clock said
-    if is_later or knows_rule:
+    if is_later or any("num_seeds" in run.config for run in runs):  # a clock set back does not free from it
         first = track.first_seed
         for run in runs:
             declared, start = run.config.get("num_seeds", 0), run.config.get("data_start", "first")

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.log_format import Line, ending, step_line
 from leaderboard.runs import FACTS, FILES, Run, short
-from leaderboard.tracks import Track, hash_at
+from leaderboard.tracks import Track, hash_at, patches
 
 LEAST_SHARE = 0.1  # of its run's median: a step that took less is time cut out of the log
 SAME = 1e-6  # relative difference of numbers worked out twice
@@ -210,7 +210,11 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
                 yield f"{what} may be modified: the log has no source of {place}"
             elif hash_at(run.log.sources, place) not in versions:
                 yield f"{what} may be modified: {place} is no version that tracks.toml knows"
+    for path, targets in patches(run.log.sources).items():
+        yield f"what runs may not be what its source says: {path} changes what it imports: {', '.join(targets)}"
     if track.fixed:
+        if run.summary.get("num_params") != track.num_params:
+            yield f"num_params = {short(run.summary.get('num_params'))}, the track's model has {track.num_params:,}"
         yield from _of_fixed_settings(run, track)
 
 

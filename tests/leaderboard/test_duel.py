@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,3 +373,28 @@ def test_what_cannot_duel_is_one_line(
 ) -> None:
     assert cli.main(["duel", *(word.format(honest=honest.name) for word in words)]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_kept_duel_is_not_written_over(
+    pair: dict[str, Record], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the minutes that a duel takes, which nothing is lost by."""
+    a, b = pair.values()
+    monkeypatch.setattr(cli, "_one_record", lambda place: a if place.name == "a" else b)
+    monkeypatch.setattr(cli.duel, "duel", pytest.fail)
+    sides = dict(a=dict(name=a.path.name), b=dict(name=b.path.name))
+    there = duel.place("tiny", dict(sides, start_utc=datetime.now(UTC).isoformat()))
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert cli.main(["duel", "a", "b", "--keep"]) == 2
+    assert f"{there} exists; leave out --keep" in capsys.readouterr().err
+
+
+def test_a_recipe_s_data_are_looked_for_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('train_files = "data/none/x_*.bin"\n', encoding="utf-8")
+    assert cli.main(["duel", str(recipe), str(recipe)]) == 2
+    assert "data/none/x_*.bin': found no file" in capsys.readouterr().err
+    recipe.write_text("trian_steps = 3\n", encoding="utf-8")
+    assert cli.main(["duel", str(recipe), str(recipe)]) == 2
+    assert f"error: {recipe}: trian_steps is not a setting" in capsys.readouterr().err

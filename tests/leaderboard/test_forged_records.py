@@ -436,11 +436,11 @@ def test_declared_seeds_begin_at_the_tracks_first(honest: Path) -> None:
     assert list(_of_declaration(record, track)) == [
         "the seeds are [0, 1, 2, 3]; 4 runs have 1000 to 1003, each once, so that none is picked or left out"
     ]
-    earlier = dataclasses.replace(track, declared_from="2099-01-01")
-    assert list(_of_declaration(record, earlier)) == list(_of_declaration(record, track))  # a clock that is put back
+    before = dataclasses.replace(track, declared_from="2099-01-01")
+    assert len(list(_of_declaration(record, before))) == 1  # its source knows the rule, whatever its clock says
     for run in record.runs:
         del run.config["num_seeds"], run.config["data_start"]
-    assert list(_of_declaration(record, earlier)) == []
+    assert list(_of_declaration(record, before)) == []
 
 
 def test_neuron_statistics_are_one_reason(honest: Path) -> None:

@@ -158,9 +158,9 @@ def test_places_may_be_in_the_home_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir("/")
     assert cli.main(["verify", f"~/records/tiny/{honest.name}"]) == 0
-    assert cli.main(["rank", "--format=json", "--out=~/table.json"]) == 0
-    assert cli.main(["report", "--out", "~/page.html"]) == 0
-    assert (tmp_path / "table.json").exists() and (tmp_path / "page.html").exists()
+    assert cli.main(["rank", "--format=json", "--out=~/new/table.json"]) == 0
+    assert cli.main(["report", "--out", "~/newer/page.html"]) == 0
+    assert (tmp_path / "new/table.json").exists() and (tmp_path / "newer/page.html").exists()
     assert cli.main(["add", "~/none", "--into=~/more"]) == 2
     assert f"error: {tmp_path}/none is not the directory of a run" in capsys.readouterr().err
 

@@ -34,11 +34,12 @@ def test_the_recipe_of_the_steps_track_conforms() -> None:
     assert find_track("sotu-byte").data_start == load_config([str(ROOT / "configs/sotu_cpu.toml")]).data_start
 
 
-def by_steps() -> Track:
-    """The tiny track with some settings fixed, and what a step computes."""
+def by_steps(run: Run) -> Track:
+    """The tiny track with some settings fixed, this run's number of parameters, and what a step computes."""
     fixed = dict(vocab_size=48, num_layers=2, head_dim=8, model_dim=16, seq_len=32, batch_tokens=192)
     steps = find_track("sotu-steps")
-    return dataclasses.replace(find_track("tiny"), fixed=fixed, free=steps.free, step=steps.step)
+    of_steps = dict(fixed=fixed, free=steps.free, step=steps.step, num_params=run.summary["num_params"])
+    return dataclasses.replace(find_track("tiny"), **of_steps)
 
 
 def in_source(path: str, old: str, new: str) -> Callable[[Run], Any]:
@@ -47,6 +48,10 @@ def in_source(path: str, old: str, new: str) -> Callable[[Run], Any]:
         run.log.sources[path] = run.log.sources[path].replace(old, new)
 
     return change
+
+
+def begins(lines: str) -> Callable[[Run], Any]:
+    return in_source("optim/aurora.py", "\nimport torch\n", f"\nimport torch\n{lines}\n")
 
 
 def sets(**settings: Any) -> Callable[[Run], Any]:
@@ -66,6 +71,14 @@ def sets(**settings: Any) -> Callable[[Run], Any]:
         (in_source("train_gpt.py", "@torch.no_grad()", "@lower\n@torch.no_grad()"), ": evaluate is no version"),
         (in_source("train_gpt.py", "  start = self.plan.first_token", "  start = 0"), ": Run.batch is no version"),
         (in_source("train_gpt.py", "loss_sum = train_step(run, *", "loss_sum = twice(run, *"), ": take_steps is no"),
+        (in_source("train_gpt.py", "row_tokens=config.seq_len // 2 if", "row_tokens=512 if"), ": plan_step is no"),
+        (in_source("train_gpt.py", "self.plan = plan\n", "self.plan = long(plan)\n"), ": Run.follow is no"),
+        (in_source("train_gpt.py", "    is_tied: bool  #", "    odd = 1\n    is_tied: bool  #"), ": StepPlan is no"),
+        (in_source("train_gpt.py", "    return ModelConfig(**{", "    return big(**{"), ": model_config is no version"),
+        (begins("import model as m\nm.GPT.forward = f"), "optim/aurora.py changes what it imports: m.GPT.forward"),
+        (begins("from model import GPT\nsetattr(GPT, 'a', 1)"), "changes what it imports: setattr(GPT, 'a', 1)"),
+        (begins("import sys\nsys.modules['__main__'].evaluate = f"), "imports: sys.modules['__main__'].evaluate"),
+        (lambda run: run.summary.update(num_params=9), "num_params = 9, the track's model has"),
         (lambda run: run.log.sources.pop("model.py"), "may be modified: the log has no source of model.py"),
         (in_source("train_gpt.py", "import contextlib\n", "(\n"), "train_gpt.py: train_step is no version"),
     ],
@@ -75,8 +88,9 @@ def test_what_a_track_by_steps_holds_fixed(
     change: Callable[[Run], Any], reason: str, board: Path, tiny_runs: list[Path]
 ) -> None:
     run = read_run(tiny_runs[0])
+    track = by_steps(run)
     change(run)
-    found = list(of_track(run, by_steps()))
+    found = list(of_track(run, track))
     assert any(reason in line for line in found), found
 
 
@@ -86,4 +100,4 @@ def test_optimizer_schedule_and_initialisation_are_free_by_steps(board: Path, ti
     in_source("train_gpt.py", "# What changes over a run\n", "# What changes over a run, and how\n")(run)
     in_source("optim/aurora.py", "\nimport torch\n", "\nimport torch  # and more\n")(run)
     del run.config["z_loss"]  # a setting that has come since
-    assert list(of_track(run, by_steps())) == []
+    assert list(of_track(run, by_steps(run))) == []

@@ -1,6 +1,6 @@
 """Every update rule of optim/ with one schedule, equal tuning and the same seeds: how many steps to the target?
 
-    ./run.sh league --jobs 2                                         everything (about three hours on two cores)
+    ./run.sh league --jobs 2                                         everything (about six hours on two cores)
     ./run.sh league --arms muon aurora adamw --jobs 2                some rules
     ./run.sh league --table experiments/results/league.json          run nothing
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nanogpt_aurora import Aurora
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import load, save  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from toy import TinyTransformer, process_group, sequences
+from toy import TinyTransformer, check, process_group, sequences
 
 STEPS = 60
 
@@ -54,21 +54,13 @@ def train(folder: str, first: int = 0) -> tuple[nn.Module, float]:
     return model, loss.item()
 
 
-def full(p: Any) -> Tensor:
-    """The whole of a parameter that lies on the ranks in shards."""
-    return p.full_tensor()
-
-
 def main() -> None:
     with process_group() as folder:
         with torch.no_grad():
             first = TinyTransformer()(sequences(64, seed=0)).item()
         whole, last = train(folder)
         resumed, _ = train(folder, first=STEPS // 2)
-        print(f"rank {dist.get_rank()}: loss {first:.2f} -> {last:.2f}")
-        assert last < 0.5 * first
-        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
-            assert torch.equal(full(p), full(q)), "the resumed run is another one"
+        check(first, last, whole, resumed, f"rank {dist.get_rank()}: ")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from nanogpt_aurora import Aurora, CombinedOptimizer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from toy import TinyTransformer, sequences
+from toy import TinyTransformer, check, sequences
 
 STEPS = 80
 
@@ -59,10 +59,7 @@ def main() -> None:
         train(TinyTransformer(), Path(folder, "half.pt"), stop_at=STEPS // 2)
         resumed = TinyTransformer()
         train(resumed, Path(folder, "half.pt"))
-    print(f"loss {first:.2f} -> {last:.2f}")
-    assert last < 0.5 * first
-    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q), "the resumed run is another one"
+    check(first, last, model, resumed)
 
 
 if __name__ == "__main__":

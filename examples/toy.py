@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,19 @@ class TinyTransformer(nn.Module):
             x_BTD = block(x_BTD, src_mask=mask, is_causal=True)
         logits_BTV = self.head(self.norm(x_BTD))
         return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def check(first: float, last: float, whole: nn.Module, resumed: nn.Module, who: str = "") -> None:
+    """Say how the loss fell, and fail if it did not, or if the run that was resumed ended with other weights."""
+    print(f"{who}loss {first:.2f} -> {last:.2f}")
+    assert last < 0.5 * first
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(whole_tensor(p), whole_tensor(q)), "the resumed run is another one"
+
+
+def whole_tensor(p: Any) -> Tensor:
+    """A parameter, which may lie on the ranks in shards."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 @contextmanager

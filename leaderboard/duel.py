@@ -143,19 +143,16 @@ class Side:
 
 def check(a: Record | Path, b: Record | Path) -> None:
     """Raises ValueError for what cannot take turns."""
-    if all(isinstance(each, Record) for each in (a, b)):
-        assert isinstance(a, Record)
-        assert isinstance(b, Record)
-        if a.path == b.path:
-            raise ValueError(f"{a.name} cannot duel with itself; name two records")
-        if a.path.parent.name != b.path.parent.name:
-            raise ValueError(f"{a.name} and {b.name} are of two tracks; name two records of one track")
-    for each in (a, b):
-        if isinstance(each, Record):
-            if each.is_foreign:
-                raise ValueError(f"{each.name} is a foreign log; its source is not this repository's to run")
-            if each.runs[0].log.facts["world_size"] != 1:
-                raise ValueError(f"{each.name} ran on several ranks; a duel takes one process each")
+    entered = [each for each in (a, b) if isinstance(each, Record)]
+    if len(entered) == 2 and entered[0].path == entered[1].path:
+        raise ValueError(f"{entered[0].name} cannot duel with itself; name two records")
+    if len({record.path.parent.name for record in entered}) == 2:
+        raise ValueError(f"{entered[0].name} and {entered[1].name} are of two tracks; name two records of one track")
+    for record in entered:
+        if record.is_foreign:
+            raise ValueError(f"{record.name} is a foreign log; its source is not this repository's to run")
+        if record.runs[0].log.facts["world_size"] != 1:
+            raise ValueError(f"{record.name} ran on several ranks; a duel takes one process each")
 
 
 @contextmanager
@@ -174,8 +171,7 @@ def side(which: Record | Path, data_files: dict[str, str]) -> Iterator[Side]:
         variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
         process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("duelist.py")), str(theirs.fileno()), str(steps),
-             recipe,
-             *(f"--{key}={value}" for key, value in settings.items())],
+             recipe, *(f"--{key}={value}" for key, value in settings.items())],
             cwd=source, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**variables, "PYTHONUTF8": "1"},
             pass_fds=[theirs.fileno()], start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip

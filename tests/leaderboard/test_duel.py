@@ -358,6 +358,20 @@ def test_a_record_and_this_checkout_take_turns(
     assert duel.sentences(found)[-1].endswith("(wall time decides).")
 
 
+def test_records_of_two_tracks_of_others_or_of_several_ranks_are_refused(pair: dict[str, Record]) -> None:
+    record, twin = pair.values()
+    duel.check(record, twin)
+    elsewhere = dataclasses.replace(twin, path=twin.path.parent.with_name("other") / twin.path.name)
+    with pytest.raises(ValueError, match=r"honest and other/.* are of two tracks"):
+        duel.check(record, elsewhere)
+    foreign = dataclasses.replace(twin, summary=twin.summary | {"foreign": {"source": "a page"}})
+    with pytest.raises(ValueError, match="twin is a foreign log"):
+        duel.check(record, foreign)
+    record.runs[0].log.facts["world_size"] = 2
+    with pytest.raises(ValueError, match="honest ran on several ranks"):
+        duel.check(record, Path("configs/sotu_cpu.toml"))
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

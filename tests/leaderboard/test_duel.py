@@ -406,9 +406,9 @@ def test_a_kept_duel_is_not_written_over(
 
 def test_a_recipe_s_data_are_looked_for_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text('train_files = "data/none/x_*.bin"\n', encoding="utf-8")
+    recipe.write_text('train_files = "data/none/x_*.bin"\nval_files = "data/none/y_*.bin"\n', encoding="utf-8")
     assert cli.main(["duel", str(recipe), str(recipe)]) == 2
-    assert "data/none/x_*.bin': found no file" in capsys.readouterr().err
+    assert "_*.bin': found no file" in capsys.readouterr().err
     recipe.write_text("trian_steps = 3\n", encoding="utf-8")
     assert cli.main(["duel", str(recipe), str(recipe)]) == 2
     assert f"error: {recipe}: trian_steps is not a setting" in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """Every update rule of optim/ with one schedule, equal tuning and the same seeds: how many steps to the target?
 
-    ./run.sh league --jobs 2                                         everything (about six hours on two cores)
+    ./run.sh league --jobs 2                                         everything (about five hours on two cores)
     ./run.sh league --arms muon aurora adamw --jobs 2                some rules
     ./run.sh league --table experiments/results/league.json          run nothing
 
-1. Six learning rates for each rule, a factor of two apart, around the best of `./run.sh rules` with 150 steps, on a
-   seed that is not reported; then two weight decays beside none at the best rate. A rule of SAME_AS takes another's.
+1. For each rule the best of `./run.sh rules` with 150 steps, twice and half that learning rate, on a seed that is not
+   reported; while the best is at an end, a factor of two beyond it, up to six rates. Then two weight decays beside none
+   at the best rate. What is put around a rule (SAME_AS), or costs several times as much, takes that rule's.
 2. Five seeds at the best of these.
 3. One curve: Muon's loss at the end of schedules of several lengths. A rule that ends a schedule of STEPS with a loss
    that Muon has after T steps is T / STEPS times as fast; it would reach the target in STEPS / T of Muon's steps. This
@@ -39,7 +40,8 @@ from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
 from optim import RULES, TORCH_OPTIMIZERS
 
-FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # of the unit: the rates that are tried
+FACTORS = (0.5, 1.0, 2.0)  # of the unit: the rates that are tried first
+MOST_RATES = 6
 DECAYS = (0.025, 0.1)
 TUNING_SEED = 100
 REFERENCE = "muon"  # of differences, and whose curve turns losses into steps
@@ -60,18 +62,22 @@ ARMS: dict[str, dict[str, str]] = {
 # The best rates with 150 steps (experiments/results/rules_rules.json), or that of the rule underneath; sgd, rmsprop and
 # soaph by a few trial runs
 UNITS = {
-    "muon": 0.02, "aurora": 0.08, "aurora warm": 0.08, "normuon": 0.04, "unormuon": 0.04, "muon_squared": 0.04,
-    "soap": 0.016, "soap_muon": 0.04, "muown": 0.005, "adamh": 0.02, "muon_eq": 0.04, "muon_plus": 0.02,
-    "adamuon": 0.005, "polar_grad": 2.0, "adamw": 0.002, "sgd": 0.1, "rmsprop": 0.0001, "normuon long": 0.04,
-    "muonh": 0.16, "soaph": 0.08, "muon floor": 0.02, "muon brake": 0.02, "muon look-ahead": 0.02,
-    "muon average": 0.02,
+    "muon": 0.02, "aurora": 0.08, "normuon": 0.04, "unormuon": 0.04, "muon_squared": 0.04, "soap": 0.016,
+    "soap_muon": 0.04, "muown": 0.005, "adamh": 0.02, "muon_eq": 0.04, "muon_plus": 0.02, "adamuon": 0.005,
+    "polar_grad": 2.0, "adamw": 0.002, "sgd": 0.1, "rmsprop": 0.0001, "muonh": 0.16, "soaph": 0.08,
+    "muon floor": 0.02,
 }  # fmt: skip
-SAME_AS = {"riemannian_aurora": "aurora"}  # three times a step's time: no search of its own
+SAME_AS = {
+    "riemannian_aurora": "aurora", "aurora warm": "aurora", "normuon long": "normuon", "muon brake": "muon",
+    "muon look-ahead": "muon", "muon average": "muon",
+}  # fmt: skip
 # Steps to 3.28 of modded-nanogpt's optimization track at f411b3d; where it has several results, the latest.
 PUBLISHED = {
     "adamw": 5625, "muon": 3250, "normuon long": 3250, "adamh": 4875, "muonh": 3250, "muon_squared": 3325,
     "soaph": 3125, "muown": 3075, "muon look-ahead": 3125,
 }  # fmt: skip
+
+Tried = tuple[float, float, float | None]  # learning rate, weight decay, loss; None if the run diverged
 
 
 @dataclass(frozen=True)
@@ -158,23 +164,34 @@ def decays_of(arm: str) -> tuple[float, ...]:
 def tune(runs: Runs) -> dict[str, dict[str, Any]]:
     """{arm: rate, decay, and every (rate, decay, loss) that was tried}."""
     searched = [arm for arm in runs.options.arms if arm not in SAME_AS]
-    tried: dict[str, list[tuple[float, float, float | None]]] = {arm: [] for arm in searched}
-    chosen: dict[str, dict[str, Any]] = {}
-    for decays_too in (False, True):
-        wanted = [(arm, UNITS[arm] * factor, 0.0) for arm in searched for factor in FACTORS]
-        if decays_too:
-            wanted = [(arm, best_of(tried[arm])[0], decay) for arm in searched for decay in decays_of(arm)]
-        cells = [cell(*each) for each in wanted]
-        losses = runs.losses(cells, [TUNING_SEED], runs.options.steps)
+    tried: dict[str, list[Tried]] = {arm: [] for arm in searched}
+
+    def run(wanted: Sequence[tuple[str, float, float]]) -> None:
+        losses = runs.losses([cell(*each) for each in wanted], [TUNING_SEED], runs.options.steps)
         for i, (arm, rate, decay) in enumerate(wanted):
             tried[arm].append((rate, decay, losses[i, TUNING_SEED]))
+
+    wanted = [(arm, UNITS[arm] * factor, 0.0) for arm in searched for factor in FACTORS]
+    while wanted:
+        run(wanted)
+        wanted = [(arm, rate, 0.0) for arm in searched if (rate := rate_beyond(tried[arm]))]
+    run([(arm, best_of(tried[arm])[0], decay) for arm in searched for decay in decays_of(arm)])
+    chosen: dict[str, dict[str, Any]] = {}
     for arm in runs.options.arms:
         rate, decay = best_of(tried[SAME_AS.get(arm, arm)])
         chosen[arm] = dict(rate=rate, decay=decay, tried=tried.get(arm, []))
     return chosen
 
 
-def best_of(tried: Sequence[tuple[float, float, float | None]]) -> tuple[float, float]:
+def rate_beyond(tried: Sequence[Tried]) -> float | None:
+    """The next rate to try: a factor of two beyond the best where that is at an end; None once it is within."""
+    rates, (best, _) = sorted({rate for rate, _, _ in tried}), best_of(tried)
+    if len(rates) >= MOST_RATES or not arms.at_edge(best, rates):
+        return None
+    return best / 2 if best == rates[0] else best * 2
+
+
+def best_of(tried: Sequence[Tried]) -> tuple[float, float]:
     """Rate and decay of the lowest loss; a run that diverged never wins."""
     rate, decay, _ = min(tried, key=lambda each: math.inf if each[2] is None else each[2])
     return rate, decay
@@ -183,7 +200,7 @@ def best_of(tried: Sequence[tuple[float, float, float | None]]) -> tuple[float, 
 def experiment(options: Options) -> dict[str, Any]:
     """Confirm, tune, run, measure the curve; the content of result.json."""
     searched = sum(arm not in SAME_AS for arm in options.arms)
-    most = searched * (len(FACTORS) + len(DECAYS)) + len(options.arms) * len(options.seeds)
+    most = searched * (MOST_RATES + len(DECAYS)) + len(options.arms) * len(options.seeds)
     most += len(LENGTHS) * CURVE_SEEDS
     runs = Runs(options)
     arms.confirm([f"up to {most} runs of about {options.steps} steps, {options.jobs} at a time; "

@@ -13,6 +13,7 @@ from experiments.league import (
     DECAYS,
     FACTORS,
     LENGTHS,
+    MOST_RATES,
     PUBLISHED,
     SAME_AS,
     TUNING_SEED,
@@ -22,6 +23,7 @@ from experiments.league import (
     correlation,
     decays_of,
     main,
+    rate_beyond,
     steps_at,
     summary,
 )  # fmt: skip
@@ -41,9 +43,9 @@ def test_every_rule_is_an_arm_that_the_trainer_takes() -> None:
 
 
 def loss(sets: Cell, steps: int, seed: int) -> float:
-    """Lower with more steps; Aurora is twice as fast as Muon, and best at 0.16 and a decay of 0.1."""
+    """Lower with more steps; Aurora is twice as fast as Muon, and best at 0.32 and a decay of 0.1."""
     speed = 2.0 if sets["matrix_optimizer"] == "aurora" else 1.0
-    off = abs(math.log2(float(sets["matrix_lr"]) / (0.16 if speed == 2 else 0.01))) / 10
+    off = abs(math.log2(float(sets["matrix_lr"]) / (0.32 if speed == 2 else 0.02))) / 10
     decay = float(sets.get("matrix_weight_decay", 0)) / 100
     return 3.0 - 0.3 * math.log(speed * steps) + 0.001 * (seed % 7) ** speed + off - decay
 
@@ -82,12 +84,13 @@ def test_tuning_then_seeds_then_the_curve(fake: Calls, tmp_path: Path) -> None:
     result = run(tmp_path, "--arms", "aurora", "riemannian_aurora", "--seeds", "1000", "1001", "1002")
     entries = {entry["arm"]: entry for entry in result["entries"]}
     assert list(entries) == ["muon", "aurora", "riemannian_aurora"]
-    assert (entries["aurora"]["rate"], entries["aurora"]["decay"]) == (0.16, 0.1)
-    assert (entries["riemannian_aurora"]["rate"], entries["riemannian_aurora"]["tried"]) == (0.16, [])
-    assert len(entries["aurora"]["tried"]) == len(FACTORS) + len(DECAYS)
+    assert (entries["aurora"]["rate"], entries["aurora"]["decay"]) == (0.32, 0.1)
+    assert (entries["riemannian_aurora"]["rate"], entries["riemannian_aurora"]["tried"]) == (0.32, [])
+    assert [rate for rate, decay, _ in entries["aurora"]["tried"] if not decay] == [0.04, 0.08, 0.16, 0.32, 0.64]
+    assert len(entries["muon"]["tried"]) == len(FACTORS) + len(DECAYS)
     assert {seed for _, steps, seed in fake if steps != 400} == {1000, 1001, 1002}
     assert {steps for _, steps, _ in fake} == set(LENGTHS)
-    assert sum(seed == TUNING_SEED for _, _, seed in fake) == 2 * (len(FACTORS) + len(DECAYS))
+    assert sum(seed == TUNING_SEED for _, _, seed in fake) == 2 * (len(FACTORS) + len(DECAYS)) + 2
     assert len({(str(sets), steps, seed) for sets, steps, seed in fake}) == len(fake)  # none twice
 
     rows = {row["rule"]: row for row in summary(result)}
@@ -125,6 +128,13 @@ def test_a_stop_keeps_what_has_ended(fake: Calls, tmp_path: Path, monkeypatch: p
 
 def test_a_rate_that_diverged_never_wins() -> None:
     assert best_of([(0.1, 0.0, None), (0.2, 0.0, 5.0), (0.4, 0.0, None)]) == (0.2, 0.0)
+
+
+def test_the_search_goes_on_while_the_best_rate_is_at_an_end() -> None:
+    assert rate_beyond([(1.0, 0.0, 3.0), (2.0, 0.0, 2.0), (0.5, 0.0, 4.0)]) == 4.0
+    assert rate_beyond([(1.0, 0.0, 3.0), (2.0, 0.0, None), (0.5, 0.0, 2.0)]) == 0.25
+    assert rate_beyond([(1.0, 0.0, 3.0), (2.0, 0.0, 4.0), (0.5, 0.0, 4.0)]) is None
+    assert rate_beyond([(2.0**i, 0.0, 3.0 - i) for i in range(MOST_RATES)]) is None
 
 
 def test_steps_come_from_the_curve_within_and_beyond_it() -> None:

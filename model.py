@@ -52,10 +52,12 @@ class ModelConfig:
     model_dim: Annotated[int, "> 0"] = 128  # width of the residual stream
     mlp_hidden: Annotated[int, ">= 0"] = 0  # hidden width of the MLP; 0: as many weights as two matrices of 4 widths
     seq_len: Annotated[int, "> 0"] = 256  # tokens in a training row
+    architecture: Literal["gpt", "track3"] = "gpt"  # this file's, or that of the optimization track (model_track3.py)
     activation: Literal["swiglu", "squared_relu"] = "swiglu"  # of the MLP
     softcap: Annotated[float, "> 0"] = 15.0  # logits are kept within +- this
     init_out: Annotated[float, ">= 0"] = 0.0  # standard deviation of attention's output projection at the start
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
+    init_up: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's input matrices; 0: the architecture's own
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
     fused: tuple[FusedPart, ...] = ("auto",)  # see fused_parts; auto: norm,head,blocks on a CPU, none on a GPU
@@ -77,6 +79,8 @@ class ModelConfig:
             raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
         if "head" in self.fused and self.softcap > LARGEST_SOFTCAP:
             raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g}, not {self.softcap}; 15 is usual")
+        if "head" in self.fused and self.architecture != "gpt":
+            raise ValueError(f"fused = 'head' is not for architecture = {self.architecture!r}; leave it out")
         if 2 * self.value_embeds > self.num_layers:
             rule = f"at most half of num_layers = {self.num_layers}: each table serves two blocks; 1 to 3 are usual"
             raise ValueError(f"value_embeds = {self.value_embeds} must be {rule}")
@@ -96,11 +100,8 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head: a multiple of 64 keeps the head's matmul on the fast path.
-
-        Without mask_padding it stays in the softmax, as in the records this repository compares itself with; the
-        loss pushes those logits down within the first steps.
-        """
+        """Rows of the embedding and head: a multiple of 64 keeps the head's matmul on the fast path. Without
+        mask_padding it stays in the softmax, as in the records of the field; the loss soon pushes its logits down."""
         return round_up(self.vocab_size, 64)
 
     def fused_parts(self, device_type: str) -> set[str]:
@@ -108,8 +109,8 @@ class ModelConfig:
 
         norm: gradients of RMSNorm and rotation written out, for models that are not compiled; mlp: the neurons' outputs
         are made again in the backward pass, which saves memory and costs time; head: logits and loss a chunk of rows at
-        a time; blocks: attention a block of queries at a time, for CPUs. "auto" is norm, head and blocks on a CPU and
-        none on a GPU, where none has been measured.
+        a time; blocks: attention a block of queries at a time, for CPUs. "auto" is norm, head (where there is one) and
+        blocks on a CPU and none on a GPU, where none has been measured.
         """
         if device_type == "cuda" and "blocks" in self.fused:
             raise ValueError("fused = 'blocks' is for CPUs, and this runs on a GPU; leave it out, or write 'auto'")
@@ -117,8 +118,8 @@ class ModelConfig:
             raise ValueError(f"head_dim = {self.head_dim} must be 16 or more for flex_attention; 64 or 128 are usual")
         if self.fused != ("auto",):
             return {part for part in self.fused if part != "none"}
-        on_cpu = {"norm", "blocks", *(["head"] if self.softcap <= LARGEST_SOFTCAP else [])}
-        return on_cpu if device_type == "cpu" else set()
+        has_head = self.softcap <= LARGEST_SOFTCAP and self.architecture == "gpt"
+        return {"norm", "blocks", *(["head"] if has_head else [])} if device_type == "cpu" else set()
 
 
 def empty(*shape: int) -> Tensor:
@@ -126,9 +127,9 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., D] times one matrix [M, D], or several stacked [N, M, D] as one product [..., N M], in x's dtype."""
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype))
+    return F.linear(x, weight.flatten(0, -2).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Rotary(nn.Module):
@@ -179,27 +180,32 @@ class MLP(nn.Module):
 
     def activations(self, x_BTD: Tensor) -> Tensor:
         """The neurons' outputs, [B, T, F]."""
-        return self._activate(linear(x_BTD, self.gate_up))
+        return self.activate(self.begin(x_BTD))
 
-    def _activate(self, product_BTF: Tensor) -> Tensor:
+    def begin(self, x_BTD: Tensor) -> Tensor:
+        return linear(x_BTD, self.gate_up)
+
+    def activate(self, product_BTF: Tensor) -> Tensor:
         return self.activation(*product_BTF.chunk(self.num_gates, dim=-1))
 
-    def _finish(self, product_BTF: Tensor) -> Tensor:
-        return linear(self._activate(product_BTF), self.down)
+    def finish(self, product_BTF: Tensor) -> Tensor:
+        return linear(self.activate(product_BTF), self.down)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        product_BTF = linear(x_BTD, self.gate_up)
+        product_BTF = self.begin(x_BTD)
         if self.is_fused and torch.is_grad_enabled():  # keeps the product alone, half of what autograd would keep
-            return checkpoint(self._finish, product_BTF, use_reentrant=False, preserve_rng_state=False)
-        return self._finish(product_BTF)
+            return checkpoint(self.finish, product_BTF, use_reentrant=False, preserve_rng_state=False)
+        return self.finish(product_BTF)
 
 
 class Block(nn.Module):
+    attention_type, mlp_type = Attention, MLP
+
     def __init__(self, config: ModelConfig, parts: set[str]) -> None:
         super().__init__()
         self.norm = partial(rms_norm, is_fused="norm" in parts)
-        self.attention = Attention(config, parts)
-        self.mlp = MLP(config, parts)
+        self.attention = self.attention_type(config, parts)
+        self.mlp = self.mlp_type(config, parts)
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, attend: Attend, value_BTHK: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.norm(x_BTD), rotary, attend, value_BTHK)
@@ -220,15 +226,17 @@ class GPT(nn.Module):
     `doc_token` begins a document, for config.doc_mask.
     """
 
+    block_type, rotary_type = Block, Rotary
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, doc_token: int | None = None) -> None:
         super().__init__()
         self.config, self.dtype, self.doc_token = config, dtype, doc_token if config.doc_mask else None
         self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim, dtype=torch.float32)
         self.parts = config.fused_parts(self.embed.weight.device.type)
         self.norm = partial(rms_norm, is_fused="norm" in self.parts)
-        self.blocks = nn.ModuleList([Block(config, self.parts) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([self.block_type(config, self.parts) for _ in range(config.num_layers)])
         self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)
-        self.rotary = Rotary(config.head_dim, config.seq_len, "norm" in self.parts)
+        self.rotary = self.rotary_type(config.head_dim, config.seq_len, "norm" in self.parts)
         self.value_embeds = nn.ModuleList(
             nn.Embedding(config.padded_vocab_size, config.num_heads * config.head_dim, dtype=torch.float32)
             for _ in range(config.value_embeds)
@@ -248,8 +256,8 @@ class GPT(nn.Module):
         self.embed.weight.normal_()
         for block in self.blocks:
             assert isinstance(block, Block)
-            for weight in (block.attention.qkv, block.mlp.gate_up):
-                bound = math.sqrt(3) * 0.5 / math.sqrt(weight.size(-1))  # standard deviation 0.5 / sqrt(fan-in)
+            for weight, std in ((block.attention.qkv, 0.0), (block.mlp.gate_up, c.init_up)):
+                bound = math.sqrt(3) * std or math.sqrt(3) * 0.5 / math.sqrt(weight.size(-1))  # 0.5 / sqrt(fan-in)
                 weight.uniform_(-bound, bound)
             normal_or_zero(block.attention.out, c.init_out)
             normal_or_zero(block.mlp.down, c.init_down)
@@ -279,10 +287,8 @@ class GPT(nn.Module):
         return attend, values, self.norm(self.embed(inputs_BT).to(self.dtype))
 
     def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
-        """Token ids (int32 or int64) to the normalised last hidden state [B, T, D].
-
-        `window` and `kind` of attention stand in for the config's; see kernels/attention.py.
-        """
+        """Token ids (int32 or int64) to the normalised last hidden state [B, T, D]. `window` and `kind` of attention
+        stand in for the config's; see kernels/attention.py."""
         c, num_blocks = self.config, len(self.blocks)
         attend, values, embedded_BTD = self.enter(inputs_BT, window, kind)
         x_BTD, num_values = embedded_BTD, len(values) // 2
@@ -328,7 +334,7 @@ class GPT(nn.Module):
         return loss
 
     def num_params(self, embedding: bool = True) -> int:
-        """Number of parameters, with or without embeddings (lookups: they cost no FLOPs)."""
+        """With or without embeddings (lookups: they cost no FLOPs)."""
         total = sum(p.numel() for p in self.parameters())
         tables = sum(table.weight.numel() for table in (self.embed, *self.value_embeds))
         return total if embedding else total - tables

@@ -32,7 +32,7 @@ from data import console
 from data.files import is_file, user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
-from data.tokenizer import end_of_text, vocab_size
+from data.tokenizer import check_vocab_size, end_of_text
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
 from harness.compiling import compile_model
@@ -45,6 +45,7 @@ from harness.runlog import RunLog, check_name, write_loss
 from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
+from model_track3 import ARCHITECTURES
 from optim import OptimizerConfig
 from optim.averages import Averages, AveragesConfig
 
@@ -73,6 +74,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
     data_start: Literal["first", "seed"] = "first"  # token that training begins at; seed: one that depends on the seed
     tokenizer: str = "byte"  # gpt2, byte, or none for token ids of your own (then set vocab_size)
+    shard_tail: Literal["keep", "drop"] = "keep"  # tokens at a shard's end that fill no batch; drop: as modded-nanogpt
     val_tokens: Annotated[int, "> 0"] = 131072  # validation tokens: the first ones of the validation shards
     # Schedule
     train_steps: Annotated[int, "> 0"] = 300  # optimizer steps of the whole schedule
@@ -114,11 +116,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
         check_fsdp(self)
         if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
             optim.find_rule(self.matrix_optimizer)
-        if self.tokenizer != "none" and self.vocab_size != vocab_size(self.tokenizer):
-            raise ValueError(
-                f"vocab_size = {self.vocab_size} does not fit tokenizer = {self.tokenizer!r}, which has "
-                f"{vocab_size(self.tokenizer)} tokens; set that, or tokenizer = 'none' for ids of your own"
-            )
+        check_vocab_size(self.vocab_size, self.tokenizer)
         if self.doc_mask and self.tokenizer == "none":
             raise ValueError("doc_mask needs a tokenizer, whose <|endoftext|> begins documents; set tokenizer = 'gpt2'")
         if self.window_start > self.window:
@@ -267,10 +265,9 @@ class Run:
 def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
     clock, first = Clock(machine.device), plan_step(config, 0)
-    loader = TokenLoader(
-        TokenStream(find_shards(config.train_files), config.vocab_size), config.micro_batch_tokens, machine.rank,
-        machine.world_size, machine.device,
-    )  # fmt: skip
+    unit = config.batch_tokens if config.shard_tail == "drop" else 0
+    stream = TokenStream(find_shards(config.train_files), config.vocab_size, unit)
+    loader = TokenLoader(stream, config.micro_batch_tokens, machine.rank, machine.world_size, machine.device)
     loader.shape(config.batch_tokens, config.seq_len)
     for plan in plans_to_warm_up(config, 0, windows_count=False):
         try:
@@ -287,7 +284,8 @@ def set_up(config: Config, machine: Machine) -> Run:
     refuse_overlap(loader.stream.files, val_stream.files)
     torch.manual_seed(config.seed)
     with machine.device:
-        model = GPT(model_config(config), machine.dtype, end_of_text(config.tokenizer) if config.doc_mask else None)
+        doc_token = end_of_text(config.tokenizer) if config.doc_mask else None
+        model = ARCHITECTURES[config.architecture](model_config(config), machine.dtype, doc_token)
     place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
     averages = Averages(model, optimizers, config)

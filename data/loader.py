@@ -7,6 +7,9 @@ last one is only a target); its row j of T tokens is
 
 Rank r of R takes the r-th contiguous 1/R of the rows, in order, cut into micro-batches. So the rows of a batch depend
 on neither R nor the micro-batch, and a run resumes from a position alone.
+
+A stream made with a `unit`, the tokens of a batch, drops the tails of shards as modded-nanogpt's loader does: of a
+shard of n tokens the first (n - 2) // unit units count, and the target of their last token is that shard's next one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,13 +29,15 @@ class TokenStream:
     """Shards, in the order given, as one circular stream of `num_tokens` tokens. `shards` holds the mapped
     arrays, for fingerprints."""
 
-    def __init__(self, files: Sequence[str | Path], vocab_size: int) -> None:
+    def __init__(self, files: Sequence[str | Path], vocab_size: int, unit: int = 0) -> None:
         if not files:
             raise DataError("token stream: found no shard files, expected at least one")
         self.files = [Path(file) for file in files]
         self.vocab_size = vocab_size
         self.shards: list[Tokens] = [np.asarray(open_shard(file)) for file in self.files]
-        self._starts = np.cumsum([0, *map(len, self.shards)])  # of each shard in the stream; the last is its end
+        self._targets_after = int(unit > 0)  # tokens after those that count, for the targets of the last ones
+        sizes = [max(0, len(shard) - 2) // unit * unit if unit else len(shard) for shard in self.shards]
+        self._starts = np.cumsum([0, *sizes])  # of each shard in the stream; the last is its end
         self.num_tokens = int(self._starts[-1])
 
     def read(self, start: int, count: int) -> Tokens:
@@ -43,8 +48,9 @@ class TokenStream:
         while filled < count:
             position = (start + filled) % self.num_tokens
             index = int(np.searchsorted(self._starts, position, side="right")) - 1
-            offset = position - int(self._starts[index])
-            piece = self.shards[index][offset : offset + count - filled]
+            first, end = int(self._starts[index]), int(self._starts[index + 1])
+            offset, stop = position - first, position + count - filled
+            piece = self.shards[index][offset : (stop if stop <= end + self._targets_after else end) - first]
             tokens[filled : filled + len(piece)] = piece
             check_tokens(tokens[filled : filled + len(piece)], self.vocab_size, self.files[index], offset)
             filled += len(piece)

@@ -45,6 +45,15 @@ def vocab_size(name: str) -> int:
     return VOCAB_SIZES[name]
 
 
+def check_vocab_size(size: int, name: str) -> None:
+    """ValueError unless it is the tokenizer's own; `none` has ids of the user's."""
+    if name != "none" and size != vocab_size(name):
+        raise ValueError(
+            f"vocab_size = {size} does not fit tokenizer = {name!r}, which has {vocab_size(name)} tokens; set that, or "
+            "tokenizer = 'none' for ids of your own"
+        )
+
+
 def end_of_text(name: str) -> int:
     """The id of <|endoftext|>, which stands before every document."""
     return vocab_size(name) - 1

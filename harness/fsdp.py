@@ -24,6 +24,10 @@ def check_fsdp(config: Any) -> None:
     """Raises ValueError for settings that do not go with `fsdp`."""
     if config.fsdp and config.neuron_stats:
         raise ValueError(f"neuron_stats = {config.neuron_stats} needs whole weights; set it to 0, or fsdp = false")
+    if config.fsdp and config.architecture == "track3":
+        raise ValueError(
+            "fsdp gathers embedding and head in one dtype, and track3's embedding has its own; leave it off"
+        )
     if config.fsdp and config.compile and not config.compile_blocks:
         raise ValueError("fsdp gathers block by block, and compile_blocks = false makes one graph; leave it on")
 

@@ -25,6 +25,7 @@ class Track:
     val_fingerprint: str  # of the first val_tokens validation tokens; empty: not known yet
     train_fingerprint: str  # of all training shards; empty: any
     data_start: str = "first"  # of declared runs
+    shard_tail: str = "keep"
     sigma: float = 0.0  # known standard deviation of a run's final loss; 0: not known
     step_threshold: float = 0.0  # nats; 0: the track has no rule for steps
     nats_per_100_steps: float = 0.0

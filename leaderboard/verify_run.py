@@ -196,6 +196,8 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
     for key in ("target_loss", "val_tokens", "tokenizer"):
         if config[key] != getattr(track, key):
             yield f"{key} = {config[key]!r}, the track's is {getattr(track, key)!r}"
+    if (tail := config.get("shard_tail", "keep")) != track.shard_tail:  # older sources know no other
+        yield f"shard_tail = {tail!r}, the track's is {track.shard_tail!r}"
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
         to_do = "check it against the source and add it to tracks.toml"

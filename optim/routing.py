@@ -68,8 +68,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
-    module `head` or `lm_head`, and what else has two dimensions or more is a matrix. AdamW is left out where nothing is
-    left for it.
+    module `head` or `lm_head`, what else has two dimensions or more is a matrix, and less, such as a head's bias, a
+    scalar. AdamW is left out where nothing is left for it.
     `config` has the fields of OptimizerConfig; a rule's option without a field keeps its default. Raises ValueError for
     an unknown `matrix_optimizer`, a model without matrices and whatever the optimizers refuse.
     """
@@ -83,8 +83,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     heads = head_parameters(model)
     routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
     for name, p in model.named_parameters():
-        kind = "matrix" if p.ndim >= 2 else "scalar"
-        routes["embed" if p in embeddings else "head" if p in heads else kind].append((name, p))
+        kind = "embed" if p in embeddings else "head" if p in heads else "matrix"
+        routes[kind if p.ndim >= 2 else "scalar"].append((name, p))
     if not routes["matrix"]:
         raise ValueError(
             f"matrix_optimizer = {config.matrix_optimizer!r}: the model has no matrices beside embeddings and head; "

@@ -16,13 +16,15 @@ VOCAB_SIZE = 1000
 SIZES = (101, 1, 37, 250)  # odd, tiny, and one longer than a batch
 
 
-def make_stream(folder: Path, sizes: Sequence[int] = SIZES) -> tuple[TokenStream, np.ndarray]:
+def make_stream(
+    folder: Path, sizes: Sequence[int] = SIZES, unit: int = 0
+) -> tuple[TokenStream, np.ndarray]:  # fmt: skip
     """A stream over shards of these sizes, and the same tokens 20 times over as one array."""
     tokens = np.random.default_rng(sum(sizes)).integers(0, VOCAB_SIZE, sum(sizes), dtype=np.uint16)
     paths = [folder / f"{index}.bin" for index in range(len(sizes))]
     for path, part in zip(paths, np.split(tokens, np.cumsum(sizes)[:-1]), strict=True):
         write_shard(path, part)
-    return TokenStream(paths, VOCAB_SIZE), np.tile(tokens, 20)
+    return TokenStream(paths, VOCAB_SIZE, unit), np.tile(tokens, 20)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (5,), (1, 1, 1)], ids=str)
@@ -34,6 +36,28 @@ def test_read_is_a_slice_of_the_endless_stream(tmp_path: Path, sizes: tuple[int,
             tokens = stream.read(start, count)
             assert tokens.dtype == np.uint16
             np.testing.assert_array_equal(tokens, naive[start : start + count])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("sizes", [(97, 98, 99), (193, 2, 500, 194), (97, 290)], ids=str)
+def test_tails_of_shards_are_dropped_as_by_the_optimization_track(
+    tmp_path: Path, sizes: tuple[int, ...], world_size: int
+) -> None:
+    """A pointer that leaves a shard where position + batch + 1 reaches its end, over more than an epoch."""
+    batch, (stream, tokens) = 96, make_stream(tmp_path, sizes, unit=96)
+    shards = np.split(tokens[: sum(sizes)], np.cumsum(sizes)[:-1])
+    loaders = [TokenLoader(stream, 8, rank, world_size) for rank in range(world_size)]
+    shard, position = 0, 0
+    for step in range(12):
+        while position + batch + 1 >= len(shards[shard]):
+            shard, position = (shard + 1) % len(shards), 0
+        batches = [loader.batch(step * batch, batch, 8) for loader in loaders]
+        inputs, targets = (torch.cat([pair[index].flatten() for pair in batches]).numpy() for index in (0, 1))
+        np.testing.assert_array_equal(inputs, shards[shard][position : position + batch])
+        np.testing.assert_array_equal(targets, shards[shard][position + 1 : position + batch + 1])
+        position += batch
+    for loader in loaders:
+        loader.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

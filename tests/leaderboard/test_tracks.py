@@ -1,17 +1,21 @@
 """What tracks hold a run to: source that they know, and settings that are the same for all."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from leaderboard.runs import Run, read_run
 from leaderboard.tracks import Track, find_track, hash_at, load_tracks
+from leaderboard.verify import lacking_proof
 from leaderboard.verify_run import of_track
+from model_track3 import ARCHITECTURES
 from tests.conftest import ROOT
-from train_gpt import load_config
+from train_gpt import load_config, model_config
 
 
 def test_the_tracks_know_the_source_of_this_repository() -> None:
@@ -32,6 +36,28 @@ def test_the_recipe_of_the_steps_track_conforms() -> None:
     assert {key: getattr(config, key) for key in wanted} == wanted
     assert config.num_seeds >= 3
     assert find_track("sotu-byte").data_start == load_config([str(ROOT / "configs/sotu_cpu.toml")]).data_start
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("track3_*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_of_the_optimization_track_conform(recipe: Path) -> None:
+    config, track = load_config([str(recipe)]), find_track("fineweb-steps")
+    of_track = {
+        key: getattr(track, key) for key in ("target_loss", "val_tokens", "tokenizer", "data_start", "shard_tail")
+    }
+    wanted = track.fixed | of_track | dict(track="fineweb-steps", stop_at_target=False, name=recipe.stem)
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    with torch.device("meta"):
+        assert ARCHITECTURES[config.architecture](model_config(config)).num_params() == track.num_params
+
+
+def test_a_known_spread_takes_the_place_of_the_sample_s_on_the_optimization_track() -> None:
+    """Ten runs as close together as those that are published, and two that no t-test would pass."""
+    track, published = find_track("fineweb-steps"), [3.2787] * 9 + [3.2788]
+    assert not lacking_proof(published, track)
+    assert not lacking_proof([3.2771, 3.2772], track)
+    assert "0.00255, 0.004 or more" in lacking_proof([3.2782, 3.2782], track)
+    assert "-inf" in lacking_proof([3.2, math.nan], track)
+    assert "p = 1" in lacking_proof([3.2782, 3.2782], find_track("fineweb-3.28"))
 
 
 def by_steps(run: Run) -> Track:

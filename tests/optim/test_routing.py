@@ -134,12 +134,13 @@ def test_a_parametrized_embedding_is_one() -> None:
     assert routes(model)["embed"] == set(model.embed.parameters())
 
 
-def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_the_head_s() -> None:
+def test_a_head_of_a_block_is_a_matrix_and_a_bias_of_the_head_is_a_scalar() -> None:
     model = tiny_gpt()
     model.blocks[0].attention.head = nn.Linear(16, 4, bias=False)
     model.head = nn.Linear(16, 64)
     assert model.blocks[0].attention.head.weight in routes(model)["matrix"]
-    assert routes(model)["head"] == set(model.head.parameters())
+    assert routes(model)["head"] == {model.head.weight}
+    assert routes(model)["scalar"] == {model.head.bias}
 
 
 def test_a_tied_head_and_a_bag_are_embeddings() -> None:

@@ -9,8 +9,8 @@ Shape suffixes: B batch, T sequence, D model width, H heads, K head dimension, F
 
 Sources: RMSNorm arXiv 1910.07467, rotary 2104.09864, SwiGLU 2002.05202, squared ReLU 2109.08668, QK-norm 2010.04245,
 soft cap 2408.00118; zero-initialised output projections as in muP (2203.03466) and the nanoGPT speedruns. Options:
-value embeddings from the nanoGPT speedruns (K. Koszarsky), after value residuals (2410.17897); U-net skips, the
-embedding as a further input of every block and a head that is untied late from the same; z-loss 2204.02311.
+value embeddings (K. Koszarsky, after value residuals, 2410.17897), tables by hashed n-grams, the embedding as an input
+of every block and a head that is untied late from the nanoGPT speedruns; z-loss 2204.02311.
 """
 
 import math
@@ -29,6 +29,7 @@ from kernels.fused import rms_norm, rotate
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
 FusedPart = Literal["auto", "none", "norm", "mlp", "head", "blocks"]
+HASH_FACTORS = 36313, 27191, 51647, 21377  # of a token and those before it; the first two are the speedruns'
 IGNORE_INDEX = -1  # targets with this value add nothing to the loss
 
 # The MLP's activation, of the stacked products [..., G F] of its G input matrices: the function and G.
@@ -38,8 +39,8 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
 }
 
 
-def round_up(value: float, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
+def multiple_of_64(value: float) -> int:
+    return math.ceil(value / 64) * 64
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class ModelConfig:
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
     value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
+    ngrams: Annotated[tuple[int, ...], ">= 2", "<= 4"] = ()  # tables by the last 2, 3, ... tokens, beside the embedding
+    ngram_rows: Annotated[int, ">= 2"] = 16384  # of each of these tables, into which the tokens are hashed
     embed_skip: bool = False  # every block also sees the embedding
-    unet_skips: bool = False  # the second half of the blocks also see the first half's outputs, last first
     mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax
     z_loss: Annotated[float, ">= 0"] = 0.0  # weight of log sum exp(logits) squared in training; 1e-4 is usual
     tie_head_steps: Annotated[int, ">= 0"] = 0  # first steps in which embedding and head are one matrix
@@ -77,17 +79,13 @@ class ModelConfig:
             raise ValueError(f"head_dim = {self.head_dim} must be even for rotary positions; 64 or 128 are usual")
         if {"auto", "none"} & set(self.fused) and len(self.fused) > 1:
             raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
-        if "head" in self.fused and self.softcap > LARGEST_SOFTCAP:
-            raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g}, not {self.softcap}; 15 is usual")
-        if "head" in self.fused and self.architecture != "gpt":
-            raise ValueError(f"fused = 'head' is not for architecture = {self.architecture!r}; leave it out")
-        if 2 * self.value_embeds > self.num_layers:
-            rule = f"at most half of num_layers = {self.num_layers}: each table serves two blocks; 1 to 3 are usual"
-            raise ValueError(f"value_embeds = {self.value_embeds} must be {rule}")
+        if "head" in self.fused and not self.can_fuse_head:
+            found = f"not {self.softcap} and {self.architecture!r}; leave it out"
+            raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and architecture = 'gpt', {found}")
+        if 2 * (n := self.value_embeds) > self.num_layers:
+            raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")
         if self.tie_head_steps and self.init_head:
             raise ValueError(f"init_head = {self.init_head}: a tied head starts as the embedding; set init_head = 0")
-        if self.unet_skips and self.num_layers < 2:
-            raise ValueError(f"unet_skips needs two blocks or more, and num_layers = {self.num_layers}")
 
     @property
     def num_gates(self) -> int:
@@ -96,30 +94,29 @@ class ModelConfig:
 
     @property
     def hidden_dim(self) -> int:
-        return self.mlp_hidden or round_up(8 * self.model_dim / (self.num_gates + 1), 64)
+        return self.mlp_hidden or multiple_of_64(8 * self.model_dim / (self.num_gates + 1))
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and head: a multiple of 64 keeps the head's matmul on the fast path. Without
         mask_padding it stays in the softmax, as in the records of the field; the loss soon pushes its logits down."""
-        return round_up(self.vocab_size, 64)
+        return multiple_of_64(self.vocab_size)
 
     def fused_parts(self, device_type: str) -> set[str]:
-        """Which parts are computed with fewer passes over memory or less of it, by `fused`.
-
-        norm: gradients of RMSNorm and rotation written out, for models that are not compiled; mlp: the neurons' outputs
-        are made again in the backward pass, which saves memory and costs time; head: logits and loss a chunk of rows at
-        a time; blocks: attention a block of queries at a time, for CPUs. "auto" is norm, head (where there is one) and
-        blocks on a CPU and none on a GPU, where none has been measured.
-        """
+        """Which parts are computed with fewer passes over memory or less of it (docs/speed.md), by `fused`. auto: norm,
+        blocks and, where it can be, head on a CPU; none on a GPU, where none has been measured."""
         if device_type == "cuda" and "blocks" in self.fused:
             raise ValueError("fused = 'blocks' is for CPUs, and this runs on a GPU; leave it out, or write 'auto'")
         if device_type == "cuda" and (self.doc_mask or self.window) and self.head_dim < 16:
             raise ValueError(f"head_dim = {self.head_dim} must be 16 or more for flex_attention; 64 or 128 are usual")
         if self.fused != ("auto",):
             return {part for part in self.fused if part != "none"}
-        has_head = self.softcap <= LARGEST_SOFTCAP and self.architecture == "gpt"
-        return {"norm", "blocks", *(["head"] if has_head else [])} if device_type == "cpu" else set()
+        on_cpu = {"norm", "blocks", *(["head"] if self.can_fuse_head else [])}
+        return on_cpu if device_type == "cpu" else set()
+
+    @property
+    def can_fuse_head(self) -> bool:
+        return self.softcap <= LARGEST_SOFTCAP and self.architecture == "gpt"
 
 
 def empty(*shape: int) -> Tensor:
@@ -212,7 +209,16 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.norm(x_BTD))
 
 
-@torch.no_grad()
+def hashed_ngrams(tokens_BT: Tensor, n: int, rows: int) -> Tensor:
+    """The rows of a table for each token and the n - 1 before it, int64 [B, T]; the last one where there are fewer."""
+    hash_BT = torch.zeros_like(tokens_BT, dtype=torch.int64)
+    for back, factor in enumerate(HASH_FACTORS[:n]):
+        hash_BT[:, back:] ^= factor * tokens_BT[:, : tokens_BT.size(1) - back].long()
+    hash_BT %= rows - 1
+    hash_BT[:, : n - 1] = rows - 1
+    return hash_BT
+
+
 def normal_or_zero(weight: Tensor, std: float) -> None:
     if std:
         weight.normal_(std=std)
@@ -221,32 +227,27 @@ def normal_or_zero(weight: Tensor, std: float) -> None:
 
 
 class GPT(nn.Module):
-    """The model. Build it under `torch.device("meta")` to count or plan without allocating.
-
-    `doc_token` begins a document, for config.doc_mask.
-    """
+    """The model; under `torch.device("meta")` it allocates nothing. `doc_token` begins a document (config.doc_mask)."""
 
     block_type, rotary_type = Block, Rotary
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, doc_token: int | None = None) -> None:
         super().__init__()
         self.config, self.dtype, self.doc_token = config, dtype, doc_token if config.doc_mask else None
-        self.embed = nn.Embedding(config.padded_vocab_size, config.model_dim, dtype=torch.float32)
+        lookup = partial(nn.Embedding, dtype=torch.float32)
+        self.embed = lookup(config.padded_vocab_size, config.model_dim)
         self.parts = config.fused_parts(self.embed.weight.device.type)
         self.norm = partial(rms_norm, is_fused="norm" in self.parts)
         self.blocks = nn.ModuleList([self.block_type(config, self.parts) for _ in range(config.num_layers)])
         self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)
         self.rotary = self.rotary_type(config.head_dim, config.seq_len, "norm" in self.parts)
-        self.value_embeds = nn.ModuleList(
-            nn.Embedding(config.padded_vocab_size, config.num_heads * config.head_dim, dtype=torch.float32)
-            for _ in range(config.value_embeds)
-        )
+        values = config.padded_vocab_size, config.num_heads * config.head_dim
+        self.value_embeds = nn.ModuleList(lookup(*values) for _ in range(config.value_embeds))
+        self.ngram_embeds = nn.ModuleList(lookup(config.ngram_rows, config.model_dim) for _ in config.ngrams)
         if config.value_embeds:
             self.value_scale = nn.Parameter(empty(2 * config.value_embeds).fill_(0.5))
         if config.embed_skip:
             self.stream_scale, self.embed_scale = (nn.Parameter(empty(config.num_layers).fill_(x)) for x in (1, 0))
-        if config.unet_skips:
-            self.skip_scale = nn.Parameter(empty(config.num_layers // 2).fill_(1))
         self.init_weights()
 
     @torch.no_grad()
@@ -261,9 +262,10 @@ class GPT(nn.Module):
                 weight.uniform_(-bound, bound)
             normal_or_zero(block.attention.out, c.init_out)
             normal_or_zero(block.mlp.down, c.init_down)
-        for table in self.value_embeds:
-            assert isinstance(table, nn.Embedding)
-            table.weight.normal_()
+        for p in self.value_embeds.parameters():
+            p.normal_()
+        for p in self.ngram_embeds.parameters():
+            p.zero_()
         normal_or_zero(self.head.weight, c.init_head)
         if c.tie_head_steps:  # the norm after the embedding makes up for the small numbers that a head wants
             self.head.weight.copy_(self.embed.weight.normal_(std=0.005))
@@ -284,7 +286,10 @@ class GPT(nn.Module):
         attend = attention(kind or ("blocks" if "blocks" in self.parts else "auto"), inputs_BT, self.doc_token, window)
         tables = [table(inputs_BT).to(self.dtype).unflatten(-1, (-1, c.head_dim)) for table in self.value_embeds]
         values = [self.value_scale[i] * table for i, table in enumerate((*tables, *tables))]
-        return attend, values, self.norm(self.embed(inputs_BT).to(self.dtype))
+        embedded_BTD = self.embed(inputs_BT)
+        for n, table in zip(c.ngrams, self.ngram_embeds, strict=True):
+            embedded_BTD = embedded_BTD + table(hashed_ngrams(inputs_BT, n, c.ngram_rows))
+        return attend, values, self.norm(embedded_BTD.to(self.dtype))
 
     def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
         """Token ids (int32 or int64) to the normalised last hidden state [B, T, D]. `window` and `kind` of attention
@@ -292,16 +297,12 @@ class GPT(nn.Module):
         c, num_blocks = self.config, len(self.blocks)
         attend, values, embedded_BTD = self.enter(inputs_BT, window, kind)
         x_BTD, num_values = embedded_BTD, len(values) // 2
-        outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            if c.unet_skips and index >= num_blocks - num_blocks // 2:
-                x_BTD = x_BTD + self.skip_scale[num_blocks - 1 - index] * outputs[num_blocks - 1 - index]
             if c.embed_skip:
                 x_BTD = self.stream_scale[index] * x_BTD + self.embed_scale[index] * embedded_BTD
             place = index if index < num_values else index - num_blocks  # from the end: -n to -1 have one, too
             value_BTHK = values[place] if -num_values <= place < num_values else None
             x_BTD = block(x_BTD, self.rotary, attend, value_BTHK)
-            outputs.append(x_BTD)
         return self.norm(x_BTD)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -310,11 +311,8 @@ class GPT(nn.Module):
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Tensor:
-        """Summed cross-entropy in nats (float32 scalar) over the targets (int64) that are not IGNORE_INDEX.
-
-        A sum, not a mean: whoever knows the global token count divides, so that neither the number of ranks
-        nor the micro-batch changes the loss.
-        """
+        """Summed cross-entropy in nats (float32 scalar) over the targets (int64) that are not IGNORE_INDEX; a sum,
+        so that neither the number of ranks nor the micro-batch changes it."""
         return self.loss(self.hidden(inputs_BT, window), targets_BT)
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -336,15 +334,12 @@ class GPT(nn.Module):
     def num_params(self, embedding: bool = True) -> int:
         """With or without embeddings (lookups: they cost no FLOPs)."""
         total = sum(p.numel() for p in self.parameters())
-        tables = sum(table.weight.numel() for table in (self.embed, *self.value_embeds))
+        tables = sum(table.weight.numel() for table in self.modules() if isinstance(table, nn.Embedding))
         return total if embedding else total - tables
 
     def flops_per_token(self) -> int:
-        """Model FLOPs of forward and backward per token, as MFU is usually defined (PaLM, arXiv 2204.02311, app. B).
-
-        6 per matmul weight, and 12 L H K T for attention without a discount for causality or documents; with a window,
-        that instead of T.
-        """
+        """Model FLOPs of forward and backward per token, as MFU is usually defined (PaLM, arXiv 2204.02311, app. B): 6
+        per matmul weight, and 12 L H K T (a window instead of T) for attention, causal or within documents or not."""
         c = self.config
         num_keys = min(c.window or c.seq_len, c.seq_len)
         return 6 * self.num_params(embedding=False) + 12 * c.num_layers * c.num_heads * c.head_dim * num_keys

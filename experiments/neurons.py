@@ -39,7 +39,7 @@ from experiments.neuron_report import curves_of, draw, draw_run, report
 from experiments.sweep import Result, load_sweep, rows_with, visible_gpus
 from harness.machine import device_name, find_machine
 from harness.overrides import arguments, assignments
-from model import round_up
+from model import multiple_of_64
 from train_gpt import load_config, set_up
 
 ARMS = {
@@ -113,7 +113,7 @@ def groups(options: Options, model_dim: int) -> list[Group]:
     found, expansion_of = [], dict[int, str]()
     for expansion, arm in itertools.product(options.expansions, options.arms):
         try:
-            hidden = round_up(float(Fraction(expansion) * model_dim), 64)
+            hidden = multiple_of_64(float(Fraction(expansion) * model_dim))
         except (ValueError, ZeroDivisionError):
             hidden = 0
         if hidden <= 0:

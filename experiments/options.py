@@ -1,7 +1,7 @@
 """Do the options of today's small-model recipes pay on the clock? Each against the plain model, for equal time.
 
     ./run.sh options --jobs 2                                    all options on the embedded sample, 3 seeds
-    ./run.sh options --arms unet_skips short_rows --seeds 0 1 2 3 4
+    ./run.sh options --arms ngrams short_rows --seeds 0 1 2 3 4
     ./run.sh options --table experiments/results/options.json
 
 Steps of every arm are timed first, arms taking turns in this process, a single CPU thread by what it computes; then
@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, str | float]] = {
     "plain": {},
     "value_embeds": dict(value_embeds="1"),
     "embed_skip": dict(embed_skip="true"),
-    "unet_skips": dict(unet_skips="true"),
+    "ngrams": dict(ngrams="2,3"),
     "tie_head": dict(tie_head_steps=2 / 3, embed_lr="0.004"),
     "small_batch": dict(small_batch_steps=0.5),
     "short_rows": dict(short_row_steps=0.5),

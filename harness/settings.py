@@ -30,7 +30,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 NOW_FUSED = "write fused = 'auto', 'none' or some of 'norm,mlp,head,blocks' instead"
 FORMER = {  # settings of older recipes, and what to do about them
     **dict.fromkeys(("attention", "fused_norm", "fused_mlp", "fused_head"), NOW_FUSED),
-    "joint_matrices": "it has never paid and is gone (docs/options.md); leave it out",
+    **dict.fromkeys(("joint_matrices", "unet_skips"), "it has never paid and is gone (docs/options.md); leave it out"),
 }
 
 

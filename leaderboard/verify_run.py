@@ -227,6 +227,7 @@ def _of_fixed_settings(run: Run, track: Track) -> Iterator[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in track.free}
     for key, value in (defaults | track.fixed).items():
         found = run.config.get(key, None if key in track.fixed else value)  # an older source lacks what has come since
+        value = list(value) if isinstance(value, tuple) else value  # as a log has it
         if found != value:
             yield f"{key} = {found!r}, and the track holds it fixed at {value!r}"
 

@@ -1,8 +1,10 @@
 """The GPT against a plain transcription of its equations, and its bookkeeping against torch's own counters."""
 
 import math
+import operator
 import tomllib
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -51,11 +53,18 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
         starts = [i for i in range(t + 1) if c.doc_mask and inputs[i] == DOC]
         return slice(max([0, *starts[-1:], t + 1 - (c.window or t + 1)]), t + 1)
 
-    x = embedded = norm(model.embed.weight.double()[inputs])
-    depth, outputs = c.num_layers, []
+    x, depth = model.embed.weight.double()[inputs], c.num_layers
+    for n, table in zip(c.ngrams, model.ngram_embeds, strict=True):
+        for t in range(len(inputs)):
+            row = c.ngram_rows - 1
+            if t >= n - 1:
+                products = [
+                    factor * int(inputs[t - back]) for back, factor in enumerate((36313, 27191, 51647, 21377)[:n])
+                ]
+                row = reduce(operator.xor, products) % (c.ngram_rows - 1)
+            x[t] += table.weight.double()[row]
+    x = embedded = norm(x)
     for index, block in enumerate(model.blocks):
-        if c.unet_skips and index >= depth - depth // 2:
-            x = x + model.skip_scale[depth - 1 - index].double() * outputs[depth - 1 - index]
         if c.embed_skip:
             x = model.stream_scale[index].double() * x + model.embed_scale[index].double() * embedded
         table = index if index < c.value_embeds else index - (depth - c.value_embeds)
@@ -78,13 +87,12 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
         squared = (h @ up.T).clamp_min(0).square()
         neurons = h @ gate[0].T * torch.sigmoid(h @ gate[0].T) * (h @ up.T) if c.activation == "swiglu" else squared
         x = x + neurons @ block.mlp.down.double().T
-        outputs.append(x)
     return c.softcap * torch.tanh(norm(x) @ model.head.weight.double().T / c.softcap)
 
 
 FUSED: dict[str, Any] = dict(fused=("norm", "mlp", "head", "blocks"))
 EVERYTHING: dict[str, Any] = dict(
-    num_layers=5, doc_mask=True, window=7, value_embeds=2, embed_skip=True, unet_skips=True,
+    num_layers=5, doc_mask=True, window=7, value_embeds=2, embed_skip=True, ngrams=(2, 3), ngram_rows=97,
     mask_padding=True, z_loss=0.01,
 )  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,8 +103,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "value embeddings": dict(value_embeds=1),
     "value embeddings in every block": dict(value_embeds=2, num_layers=4),
     "embedding skip": dict(embed_skip=True),
-    "U-net skips": dict(unet_skips=True, num_layers=4),
-    "U-net skips, odd depth": dict(unet_skips=True, num_layers=3),
+    "n-grams": dict(ngrams=(2, 4), ngram_rows=50),
     "squared ReLU": dict(activation="squared_relu"),
     "squared ReLU, fused": dict(activation="squared_relu") | FUSED,
     "padding masked": dict(mask_padding=True),
@@ -207,10 +214,10 @@ def test_the_mlp_keeps_its_product_and_nothing_else_of_its_size() -> None:
 
 
 def test_new_options_start_where_their_sources_start_them() -> None:
-    model = GPT(replace(SMALL, num_layers=4, value_embeds=1, embed_skip=True, unet_skips=True), torch.float32)
+    model = GPT(replace(SMALL, num_layers=4, value_embeds=1, embed_skip=True, ngrams=(2, 3)), torch.float32)
     assert model.stream_scale.tolist() == [1] * 4
     assert model.embed_scale.tolist() == [0] * 4
-    assert model.skip_scale.tolist() == [1] * 2
+    assert [table.weight.abs().max().item() for table in model.ngram_embeds] == [0, 0]
     assert model.value_scale.tolist() == [0.5] * 2
     assert model.value_embeds[0].weight.std().item() == pytest.approx(1, abs=0.05)
 
@@ -307,9 +314,7 @@ def test_sizes_of_the_recipes_by_building_them_on_meta(config: str, millions: in
 @pytest.mark.parametrize("how", ["plain", "fused", "options"])
 def test_torch_s_default_dtype_changes_nothing(default: torch.dtype, how: str) -> None:
     """Parameters, rotary tables, masks and arithmetic: the same bits."""
-    options = dict(
-        value_embeds=1, embed_skip=True, unet_skips=True, z_loss=1e-3, tie_head_steps=1, doc_mask=True, window=5
-    )
+    options = dict(value_embeds=1, embed_skip=True, ngrams=(2,), z_loss=1e-3, tie_head_steps=1, doc_mask=True, window=5)
     config, results = replace(SMALL, **dict(plain={}, fused=FUSED, options=options)[how]), []
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)

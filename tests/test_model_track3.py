@@ -223,7 +223,7 @@ def test_its_embedding_is_in_the_dtype_of_products_and_trains_in_it() -> None:
     [
         (dict(head_dim=6), "must be a multiple of 4"),
         (dict(tie_head_steps=3), "track3's head is not tied"),
-        (dict(fused=("head",)), "fused = 'head' is not for architecture = 'track3'"),
+        (dict(fused=("head",)), "architecture = 'gpt', not 15.0 and 'track3'"),
     ],
 )
 def test_what_it_cannot_be_is_said(settings: dict[str, Any], problem: str) -> None:

@@ -26,7 +26,7 @@ from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_u
 
 PLAIN, FUSED = ["--fused=none"], ["--fused=norm,mlp,head,blocks"]
 EVERYTHING = [
-    *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--unet_skips=true",
+    *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--ngrams=2,3",
     "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
     "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96", "--data_start=seed", "--seed=1003",
     "--weight_decay=0.1", "--matrix_weight_decay=0.1", "--decay_schedule=rate", "--adamw_cautious", "--cautious",
@@ -238,9 +238,9 @@ def test_resume_by_name_may_change_how_but_not_what(trainer: Trainer, tmp_path: 
     assert trainer("--checkpoint_every=20").returncode == 0
     checkpoint = only(tmp_path / "runs") / "checkpoint_000020.pt"
     assert trainer(f"--resume={checkpoint}", *FUSED, f"--run_dir={tmp_path / 'fused'}").returncode == 0
-    refused = trainer(f"--resume={checkpoint}", "--unet_skips=true", f"--run_dir={tmp_path / 'skips'}")
+    refused = trainer(f"--resume={checkpoint}", "--ngrams=2,3", f"--run_dir={tmp_path / 'ngrams'}")
     assert refused.returncode == 2
-    assert "unet_skips is False there and True here" in refused.stderr
+    assert "ngrams is () there and (2, 3) here" in refused.stderr
 
 
 def test_what_an_older_checkpoint_does_not_have_was_its_default(
@@ -271,8 +271,14 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
 def test_every_option_is_known_to_resume() -> None:
     """What only changes how a step is computed may differ; what changes its result may not, unless it is asked for."""
     how = {"fused", "profile", "compile", "compile_blocks"}
-    parameters = {"value_embeds", "embed_skip", "unet_skips", "activation"}
-    race = {"mask_padding", "tie_head_steps", "small_batch_steps", "data_start"}  # another loss, tied matrices, data
+    parameters = {"architecture", "value_embeds", "embed_skip", "ngrams", "ngram_rows", "activation"}
+    race = {
+        "mask_padding",
+        "tie_head_steps",
+        "small_batch_steps",
+        "data_start",
+        "shard_tail",
+    }  # another loss, tied matrices, data
     rest = {"doc_mask", "window", "window_start", "z_loss", "short_row_steps"}
     assert how <= set(FREE_TO_DIFFER.split())
     assert parameters | race <= set(FIXED.split())
@@ -344,7 +350,8 @@ def test_without_it_nothing_is_profiled(trainer: Trainer, tmp_path: Path) -> Non
         (["--fused=flash"], ["fused = 'flash' must be one of auto, none, norm, mlp, head, blocks"]),
         (["--doc_mask=true"], ["doc_mask needs a tokenizer", "tokenizer = 'gpt2'"]),
         (["--window=8", "--window_start=9"], ["window_start = 9 is more than window = 8", "raise window"]),
-        (["--unet_skips=true", "--num_layers=1"], ["unet_skips needs two blocks"]),
+        (["--unet_skips=true"], ["unet_skips is not a setting; it has never paid"]),
+        (["--ngrams=1,2"], ["ngrams = '1,2' must be >= 2"]),
         (["--window=-1"], ["window = -1 must be >= 0; 0 works"]),
         (["--value_embeds=2"], ["value_embeds = 2 must be at most half of num_layers = 2"]),
         (["--short_row_steps=5", "--seq_len=3", "--micro_batch_tokens=192"], ["seq_len = 3 is odd"]),

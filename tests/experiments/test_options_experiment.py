@@ -80,9 +80,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
     fake: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--arms", "unet_skips", "short_rows", "--seeds", "3", "4", "--steps", "600", "--jobs", "2", "--yes"]
+    command = ["--arms", "ngrams", "short_rows", "--seeds", "3", "4", "--steps", "600", "--jobs", "2", "--yes"]
     assert main([*command, "--out", str(tmp_path)]) == 0
-    assert fake == [("timing", ["plain", "unet_skips", "short_rows"], 600), ("runs", ["600", "300", "200"], [3, 4], 2)]
+    assert fake == [("timing", ["plain", "ngrams", "short_rows"], 600), ("runs", ["600", "300", "200"], [3, 4], 2)]
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [arm["val_loss"] for arm in found["arms"]] == [[4, 5], [4.1, 5.1], [4.2, 5.2]]
     assert found["arms"][2]["sets"]["short_row_steps"] == "100"
@@ -91,7 +91,7 @@ def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
     assert [call[0] for call in fake] == ["timing", "runs", "runs"]  # started again: the same schedules
     capsys.readouterr()
     assert main(["--table", str(tmp_path / "result.json")]) == 0
-    assert "unet_skips" in capsys.readouterr().out
+    assert "ngrams" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

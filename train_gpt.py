@@ -38,6 +38,7 @@ from harness.checkpoint import CheckpointWriter, unchanged
 from harness.compiling import compile_model
 from harness.fsdp import check_fsdp, place
 from harness.machine import Clock, Machine, find_machine
+from harness.micro_batch import with_micro_batch
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
 from harness.resume import StartingPoint, find_start, load_start
@@ -79,7 +80,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     # Schedule
     train_steps: Annotated[int, "> 0"] = 300  # optimizer steps of the whole schedule
     batch_tokens: Annotated[int, "> 0"] = 4096  # tokens per step, over all ranks and micro-batches
-    micro_batch_tokens: Annotated[int, "> 0"] = 4096  # tokens a rank takes through the model at once
+    micro_batch_tokens: Annotated[int, ">= 0"] = 4096  # tokens a rank takes through the model at once; 0: what fits
     small_batch_steps: Annotated[int, ">= 0"] = 0  # first steps, which take half of batch_tokens
     short_row_steps: Annotated[int, ">= 0"] = 0  # first steps, in which rows are cut in two
     window_start: Annotated[int, ">= 0"] = 0  # the window grows from this to `window`, in multiples; 0: no growth
@@ -264,6 +265,8 @@ class Run:
 
 def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
+    if not config.micro_batch_tokens:
+        config, machine = with_micro_batch(config, machine, set_up, train_step)
     clock, first = Clock(machine.device), plan_step(config, 0)
     unit = config.batch_tokens if config.shard_tail == "drop" else 0
     stream = TokenStream(find_shards(config.train_files), config.vocab_size, unit)
@@ -470,6 +473,7 @@ def main(argv: list[str]) -> int:
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)
+        config = run.config  # what was left to it is filled in
         log = RunLog(config, run.machine, run.data, run.start.lineage)
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         return outcome.exit_status_before(error)

@@ -68,6 +68,13 @@ class Machine:
             dist.all_gather_object(values, value)
         return next((known for known in values if known is not None), None)
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values, known to all."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return min(values)
+
     def raise_together(self, problem: str | None) -> None:
         """ValueError on every rank if there is a problem on one; to be called by all."""
         if shared := self.share(problem):

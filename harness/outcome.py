@@ -58,7 +58,7 @@ def _outcome_of(error: BaseException, micro_batch_tokens: int, checkpoint: str) 
     if isinstance(error, (DataError, OSError)):
         return FAILED, str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        advice = "a smaller one changes neither the batch nor the loss"
+        advice = "a smaller one changes neither the batch nor the loss, 0 takes what fits"
         return FAILED, f"out of memory with micro_batch_tokens = {micro_batch_tokens}; {advice}"
     if lost_rank(error):
         go_on = "" if checkpoint == "none" else f" with --resume=auto to go on from {checkpoint}"

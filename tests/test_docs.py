@@ -13,7 +13,8 @@ import torch
 
 from docs import generate
 from harness.tables import with_section
-from train_gpt import Config, load_config
+from model_track3 import ARCHITECTURES
+from train_gpt import Config, load_config, model_config
 
 ROOT = generate.ROOT
 README = ROOT / "README.md"
@@ -163,3 +164,14 @@ def test_every_example_is_shown_in_less_than_20_lines() -> None:
 def test_a_missing_section_is_said() -> None:
     with pytest.raises(ValueError, match=r"<!-- polar -->"):
         with_section("# Nothing\n", "polar", "")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_sizes_in_a_recipe_s_comments_are_the_model_s(recipe: Path) -> None:
+    config = load_config([str(recipe)])
+    with torch.device("meta"):
+        model = ARCHITECTURES[config.architecture](model_config(config))
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    sizes = {"parameters": model.num_params(), "in blocks": blocks, "FLOPs per token": model.flops_per_token()}
+    for number, what in re.findall(rf"([\d,]+) ({'|'.join(sizes)})", text(recipe).replace("\n# ", " ")):
+        assert int(number.replace(",", "")) == sizes[what]

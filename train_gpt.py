@@ -17,7 +17,6 @@ import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -125,7 +124,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
         if self.short_row_steps and self.seq_len % 2:
             raise ValueError(f"short_row_steps cuts rows in two, and seq_len = {self.seq_len} is odd; 1024 is usual")
         if self.tie_head_steps and (self.embed_lr, self.embed_betas) != (self.head_lr, self.head_betas):
-            found = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}; set --embed_lr={self.head_lr}, betas alike"
+            found = f"embed_lr = {self.embed_lr}, head_lr = {self.head_lr}; set --embed_lr={self.head_lr}"
             raise ValueError(f"tie_head_steps needs one rate and the same betas for both, not {found}")
 
 
@@ -136,7 +135,7 @@ def load_config(argv: list[str]) -> Config:
     kind = optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config  # the user's own rule
     config = parse_settings(kind, words, description=__doc__)
     paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
-    meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if user_path(path) != Path(path)}
+    meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if path}
     return dataclasses.replace(config, **meant)
 
 
@@ -473,8 +472,7 @@ def main(argv: list[str]) -> int:
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)
-        config = run.config  # what was left to it is filled in
-        log = RunLog(config, run.machine, run.data, run.start.lineage)
+        log = RunLog(run.config, run.machine, run.data, run.start.lineage)
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         return outcome.exit_status_before(error)
     try:

@@ -1,12 +1,8 @@
 """FineWeb: downloaded, or tokenized here."""
 
-import hashlib
-import http.server
-import json
 import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from data.prepare import main
 from data.sets import Settings, save_progress, write_set
 from data.shards import DataError, open_shard, write_shard
 from data.tokenizer import get_tokenizer
+from tests.data.hub import Hub, serve
 from tests.data.prepared import run, shards_of, some_documents
 
 
@@ -49,46 +46,6 @@ def test_fineweb_has_103_training_shards(capsys: pytest.CaptureFixture[str], sha
     assert f"--shards: found {shards}, expected 1 to 103" in capsys.readouterr().err
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """As much of the Hub as a download of this data set asks for, on 127.0.0.1."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files = files
-        self.sent: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        path, files = self.path.partition("?")[0], self.server.files
-        name = path.rpartition("/")[2]
-        headers, body = {}, b"{}"
-        if "/resolve/" in path and name in files:
-            body = files[name]
-            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": "0" * 40}
-            if self.command == "GET":
-                self.server.sent.append(name)
-        elif "/tree/" in path:
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files.items()]
-            body = json.dumps(tree).encode()
-        elif "/revision/" in path:
-            siblings = [{"rfilename": name} for name in files]
-            body = json.dumps({"id": prepare.FINEWEB_TOKENS, "sha": "0" * 40, "siblings": siblings}).encode()
-        self.send_response(200)
-        for header, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None: ...
-
-
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     files = {}
@@ -97,10 +54,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         write_shard(tmp_path / name, np.arange(1000 + index, dtype=np.uint16))
         files[name] = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-    with Hub(files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serve(files) as server:
         yield server
-        server.shutdown()
 
 
 def test_fineweb_download_fetches_what_is_missing(tmp_path: Path, hub: Hub) -> None:
@@ -111,7 +66,7 @@ def test_fineweb_download_fetches_what_is_missing(tmp_path: Path, hub: Hub) -> N
         hub.sent.clear()
         result = run("fineweb", f"--shards={shards}", f"--out={out}", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
         assert result.returncode == 0, result.stderr
-        return sorted(hub.sent)
+        return sorted(name for name, _ in hub.sent)
 
     assert download(2) == sorted(names[:3])
     assert download(2) == []

@@ -19,7 +19,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files = files
         self.sent: list[tuple[str, int]] = []  # name and first byte of each file that was asked for
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.api_status = 200
+        self.status = 200  # other than 200: of all answers
         self.cut_at: dict[str, int] = {}  # name -> the byte before which its connection breaks, for good
 
 
@@ -29,10 +29,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, files = self.path.partition("?")[0], self.server.files
         name = path.rpartition("/")[2]
-        if "/resolve/" in path and name in files:
+        if self.server.status != 200:
+            self.send({}, self.server.status)
+        elif "/resolve/" in path and name in files:
             self.send_file(name)
-        elif path.startswith("/api/") and self.server.api_status != 200:
-            self.send([], self.server.api_status)
         elif "/tree/" in path:
             self.send([info(name, data) for name, data in files.items()])
         elif "/revision/" in path:
@@ -45,9 +45,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:  # paths-info
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        self.send(
-            [info(name, data) for name, data in self.server.files.items() if name in asked], self.server.api_status
-        )
+        self.send([info(name, data) for name, data in self.server.files.items() if name in asked], self.server.status)
 
     def send_file(self, name: str) -> None:
         whole = self.server.files[name]

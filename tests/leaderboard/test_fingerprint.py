@@ -153,7 +153,7 @@ def test_a_hub_that_cannot_tell(
     elif why == "no sha256":
         monkeypatch.setattr("tests.data.hub.info", lambda name, data: info(name, data) | {"lfs": None})
     elif why == "status 503":
-        hub.api_status = 503
+        hub.status = 503
     told = refused(capsys, table, "fineweb-3.28", shard)
     expected = head_fingerprint([open_shard(shard)], VAL_TOKENS)
     assert f"(fingerprint {expected}, sha256 {sha256(shard)}) cannot be compared with what is published" in told

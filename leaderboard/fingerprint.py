@@ -73,18 +73,23 @@ def _check_shard(shard: Path, track: Track) -> str:
 
 def _published_sha256(source: str, shard: str) -> str:
     """What the Hub says of the file. Raises ValueError where it cannot be asked, naming the shard."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
 
     repository, _, name = source.rpartition("/")
     try:
-        (info,) = HfApi().get_paths_info(repository, [name], repo_type="dataset")
-        return info.lfs.sha256  # type: ignore[union-attr]
-    except Exception as error:  # the client's errors have no common class, and a mirror may leave out any of it
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        files = HfApi().get_paths_info(repository, [name], repo_type="dataset")
+        (sha256,) = [file.lfs.sha256 for file in files if isinstance(file, RepoFile) and file.lfs] or [""]
+    except Exception as error:  # the client's errors have no common class
+        sha256, why = "", str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        why = f"{constants.ENDPOINT} tells no sha256 of {source}"
+    if not sha256:
         raise ValueError(
             f"{shard} cannot be compared with what is published ({why}); nothing is entered: connect to a network, or "
             f"add --sha256=... as it stands on {_page(source)}"
-        ) from error
+        )
+    return sha256
 
 
 def _page(source: str, endpoint: str = "https://huggingface.co") -> str:

@@ -35,7 +35,7 @@ usage() {
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
 ./run.sh league [--arms ...]            every update rule on one schedule: experiments/league.py (hours)
 ./run.sh leaderboard COMMAND            records: add, verify, rank, duel, compare, plot, report, reproduce,
-                                       publish (--help says how)
+                                       publish, fingerprint (--help says how)
 ./run.sh test [pytest arguments]       all tests
 ./run.sh test --portable [--only ...]  the numerical ones with other vector units, threads, locales ...
 ./run.sh check                         lint, format, types, shellcheck and the fast tests

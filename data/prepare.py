@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from data import console, sets
 from data.documents import END_OF_TEXT, Document, check_paths, read_documents, sources_fingerprint
 from data.files import user_path
 from data.formats import interpreter
-from data.shards import MAX_SHARD_TOKENS, DataError, find_shards, match_shards, open_shard
+from data.shards import HEADER_BYTES, MAX_SHARD_TOKENS, TOKEN_BYTES, DataError, find_shards, match_shards, open_shard
 
 FINEWEB_TEXT = ("HuggingFaceFW/fineweb", "sample-10BT")
 FINEWEB_TOKENS = "kjj0/fineweb10B-gpt2"
@@ -120,7 +121,8 @@ def files(
 
 
 def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None) -> None:
-    """FineWeb in the GPT-2 encoding, 100 million tokens per shard, from the Hugging Face Hub.
+    """FineWeb in the GPT-2 encoding, 100 million tokens (0.2 GB) per shard, from the Hugging Face Hub or the mirror
+    that the environment variable HF_ENDPOINT names.
 
     Args:
         shards: Training shards to have in the end; those that are whole are kept. A speedrun needs 10 or fewer.
@@ -137,6 +139,8 @@ def fineweb(*, shards: int = 10, tokenize: bool = False, out: Path | None = None
 
 def _tokenize_fineweb(folder: Path, shards: int) -> None:
     _check_hub()
+    names = (sets.shard_name("fineweb", index) for index in range(shards + 1))
+    _check_space(folder, sum(not sets.is_whole(folder / name) for name in names))
     import datasets
 
     def documents(start: int) -> Iterator[Document]:
@@ -157,7 +161,7 @@ def _download_fineweb(folder: Path, shards: int) -> None:
     names = [sets.shard_name("fineweb", index) for index in range(shards + 1)]
     if not all(sets.is_whole(folder / name) for name in names):
         _check_hub()
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, hf_hub_download
 
         with sets.sole_writer(folder):
             if (progress := sets.read_progress(folder)) and progress["shards"]:
@@ -166,19 +170,43 @@ def _download_fineweb(folder: Path, shards: int) -> None:
                     "one; choose another --out, or add to that set with the command that made it"
                 )
             missing = [name for name in names if not sets.is_whole(folder / name)]
+            free = _check_space(folder, len(missing))
             for name in missing:  # the Hub's client goes by the date of what is there
                 if (folder / name).exists():
                     print(f"{folder / name}: no whole shard; kept as {name}.unusable", file=sys.stderr)
                     (folder / name).replace(folder / f"{name}.unusable")
             sets.save_progress(folder, None, [], complete=False)
-            try:
-                snapshot_download(FINEWEB_TOKENS, repo_type="dataset", allow_patterns=missing, local_dir=folder)
-            except Exception as error:  # as above
-                raise DataError(f"{folder}: the download broke off ({error}); the same command goes on") from error
-            for name in missing:
+            print(
+                f"{folder}: fetching {len(missing)} shards, {_size(len(missing))}, from {constants.ENDPOINT} "
+                f"({free} free); if it breaks off, the same command goes on after the last whole shard",
+                flush=True,
+            )
+            for number, name in enumerate(missing, start=1):
+                try:  # one at a time: an interruption costs one, and waits for none
+                    hf_hub_download(FINEWEB_TOKENS, name, repo_type="dataset", local_dir=folder)
+                except Exception as error:  # as above
+                    reason = f"the download broke off ({error}); the same command goes on"
+                    raise DataError(f"{folder / name}: {reason}") from error
                 open_shard(folder / name)
+                print(f"{folder / name}: {number} of {len(missing)}", flush=True)
             sets.save_progress(folder, None, [], complete=True)
     print(f"{folder}: validation shard and {shards} training shards are whole")
+
+
+def _size(shards: int) -> str:
+    return f"{shards * (HEADER_BYTES + TOKEN_BYTES * FINEWEB_SHARD_TOKENS) / 1e9:.1f} GB"
+
+
+def _check_space(folder: Path, shards: int) -> str:
+    """How much is free where `folder` is or will be. DataError if that is too little for so many shards."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < shards * (HEADER_BYTES + TOKEN_BYTES * FINEWEB_SHARD_TOKENS):
+        raise DataError(
+            f"{folder}: found {free / 1e9:.1f} GB free, expected {_size(shards)} for the {shards} shards that are "
+            "missing; make room, ask for fewer with --shards, or choose another disk with --out"
+        )
+    return f"{free / 1e9:.1f} GB"
 
 
 def _check_hub() -> None:
@@ -187,7 +215,7 @@ def _check_hub() -> None:
 
     from data.tokenizer import reachable
 
-    if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT, timeout_s=10.0):
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no answer"
         raise DataError(
             f"{constants.ENDPOINT}: found {state}, expected the Hugging Face Hub; connect to a network (or set "

@@ -6,6 +6,7 @@
     ./run.sh leaderboard duel sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon --keep      steps take turns
     ./run.sh leaderboard compare sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon
     ./run.sh leaderboard publish                                                  README's tables, figures, a page
+    ./run.sh leaderboard fingerprint fineweb-3.28 data/fineweb10B/fineweb_val_000000.bin      once, before records
 
 A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a record does not hold or was not
 reproduced, 2 a mistake in what was asked for.
@@ -29,6 +30,7 @@ from data.files import check_writable, user_path, user_text, whole_file, write_j
 from harness.tables import slug
 from leaderboard import duel, page, plots, rank, reproduce, verify_duel
 from leaderboard.compare import compare
+from leaderboard.fingerprint import enter_fingerprint
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
 from leaderboard.tracks import find_track
 from leaderboard.verify import verify_all
@@ -298,6 +300,18 @@ def duel_records(a: Positional[Path], b: Positional[Path], /, rounds: int = duel
     return 0
 
 
+def fingerprint(track: Positional[str], shard: Positional[Path], /, sha256: str = "") -> int:
+    """Enter the fingerprint of a track's published validation shard into tracks.toml; without it no record holds.
+
+    Args:
+        track: the track; others of the same validation tokens get it too.
+        shard: the validation shard, compared with what the Hugging Face Hub publishes about it.
+        sha256: without a network: the file's SHA256 as its page on the Hub shows it.
+    """
+    print(*enter_fingerprint(track, user_path(shard), sha256), sep="\n")
+    return 0
+
+
 def _duelist(place: Path) -> Record | Path:
     if place.suffix == ".toml":
         recipe = user_path(place)
@@ -310,6 +324,7 @@ def _duelist(place: Path) -> Record | Path:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "add": add, "verify": verify, "rank": rank_table, "compare": compare_records, "plot": plot,
     "report": write_report, "reproduce": reproduce_record, "duel": duel_records, "publish": publish,
+    "fingerprint": fingerprint,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Track:
     tokenizer: str
     val_fingerprint: str  # of the first val_tokens validation tokens; empty: not known yet
     train_fingerprint: str  # of all training shards; empty: any
+    val_source: str = ""  # the published file that begins with them, owner/data set/name on the Hugging Face Hub
     data_start: str = "first"  # of declared runs
     shard_tail: str = "keep"
     sigma: float = 0.0  # known standard deviation of a run's final loss; 0: not known

@@ -200,7 +200,8 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
         yield f"shard_tail = {tail!r}, the track's is {track.shard_tail!r}"
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
-        to_do = "check it against the source and add it to tracks.toml"
+        file = f"PATH/{track.val_source.rpartition('/')[2]}"
+        to_do = f"enter it: ./run.sh leaderboard fingerprint {track.name} {file}"
         yield f"the track has no val_fingerprint, so nothing tells whether {found} is of the published shard; {to_do}"
     for key, what in (("val_fingerprint", "validation"), ("train_fingerprint", "training")):
         known = getattr(track, key)

@@ -21,15 +21,20 @@ from tests.conftest import python
 Rows = list[dict[str, Any]]
 SEEDS = 4
 ALL = [f"seed_{seed}" for seed in range(SEEDS)]
-# Their clock does not depend on the machine: between two looks at it 1/10 s pass, give or take a tenth of that.
-SEVERAL = f"""
+Texts = dict[str, dict[str, str]]  # folder -> file name -> content
+
+
+def several(first_seed: int, count: int) -> list[str]:
+    """For `python`: runs of so many seeds in a row. Their clock does not depend on the machine: between two looks at it
+    1/10 s pass, give or take a tenth of that."""
+    return ["-c", f"""
 import itertools, random, sys, time, train_gpt
 random.seed(0)
 ticks = itertools.accumulate(random.uniform(0.09, 0.11) for _ in itertools.count())
 time.perf_counter = lambda: next(ticks)
-sys.exit(max(train_gpt.main([*sys.argv[1:], f"--seed={{seed}}"]) for seed in range({SEEDS})))
-"""
-Texts = dict[str, dict[str, str]]  # folder -> file name -> content
+seeds = range({first_seed}, {first_seed + count})
+sys.exit(max(train_gpt.main([*sys.argv[1:], f"--seed={{seed}}"]) for seed in seeds))
+"""]  # fmt: skip
 
 
 def read_texts(path: Path) -> Texts:
@@ -107,7 +112,7 @@ def tiny_runs(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     folder = tmp_path_factory.mktemp("tiny_runs")
     told = ["--track=tiny", "--target_loss=3.2", "--author=A. Tester", "--description=as it is"]
     told += [f"--num_seeds={SEEDS}", "--data_start=seed"]
-    result = python(["-c", SEVERAL], tiny_recipe, *told, f"--run_dir={folder}")
+    result = python(several(0, SEEDS), tiny_recipe, *told, f"--run_dir={folder}")
     assert result.returncode == 0, result.stderr
     return sorted(
         folder.iterdir(),

@@ -24,6 +24,7 @@ OF_THE_SHELL = re.compile(
 
 for name in filter(OF_THE_SHELL.fullmatch, list(os.environ)):
     del os.environ[name]
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # for which the Hub's client would keep a file in the home folder
 os.environ["GIT_CONFIG_NOSYSTEM"] = "1"
 os.environ["GIT_CONFIG_GLOBAL"] = str(HERE / "gitconfig")
 

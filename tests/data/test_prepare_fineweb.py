@@ -1,24 +1,22 @@
 """FineWeb: downloaded, or tokenized here."""
 
-import hashlib
-import http.server
-import json
 import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data import prepare
+from data import prepare, sets
 from data.prepare import main
 from data.sets import Settings, save_progress, write_set
 from data.shards import DataError, open_shard, write_shard
 from data.tokenizer import get_tokenizer
-from tests.data.prepared import run, shards_of, some_documents
+from tests.data.hub import Hub, serve
+from tests.data.prepared import shards_of, some_documents
 
 
 @pytest.mark.parametrize("tokenize", [[], ["--tokenize"]], ids=["download", "tokenize"])
@@ -29,7 +27,7 @@ def test_fineweb_without_a_network(
     """Said before the Hub's own clients are asked, which would try again and again."""
     out = tmp_path / "fineweb10B"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", "OFFLINE" in why)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # without listening: connections are refused
@@ -49,79 +47,87 @@ def test_fineweb_has_103_training_shards(capsys: pytest.CaptureFixture[str], sha
     assert f"--shards: found {shards}, expected 1 to 103" in capsys.readouterr().err
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """As much of the Hub as a download of this data set asks for, on 127.0.0.1."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files = files
-        self.sent: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        path, files = self.path.partition("?")[0], self.server.files
-        name = path.rpartition("/")[2]
-        headers, body = {}, b"{}"
-        if "/resolve/" in path and name in files:
-            body = files[name]
-            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": "0" * 40}
-            if self.command == "GET":
-                self.server.sent.append(name)
-        elif "/tree/" in path:
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files.items()]
-            body = json.dumps(tree).encode()
-        elif "/revision/" in path:
-            siblings = [{"rfilename": name} for name in files]
-            body = json.dumps({"id": prepare.FINEWEB_TOKENS, "sha": "0" * 40, "siblings": siblings}).encode()
-        self.send_response(200)
-        for header, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_: object) -> None: ...
-
-
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     files = {}
     for index in range(5):
         name = f"fineweb_{'train' if index else 'val'}_{index:06d}.bin"
         write_shard(tmp_path / name, np.arange(1000 + index, dtype=np.uint16))
         files[name] = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-    with Hub(files) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serve(files) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(prepare, "FINEWEB_SHARD_TOKENS", 1000)
         yield server
-        server.shutdown()
 
 
-def test_fineweb_download_fetches_what_is_missing(tmp_path: Path, hub: Hub) -> None:
+def test_fineweb_download_fetches_what_is_missing(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     names = list(hub.files)
 
     def download(shards: int) -> list[str]:
         hub.sent.clear()
-        result = run("fineweb", f"--shards={shards}", f"--out={out}", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-        assert result.returncode == 0, result.stderr
-        return sorted(hub.sent)
+        assert main(["fineweb", f"--shards={shards}", f"--out={out}"]) == 0
+        return [name for name, _ in hub.sent]
 
-    assert download(2) == sorted(names[:3])
+    assert download(2) == names[:3]
+    told = capsys.readouterr().out.splitlines()
+    assert (
+        told[0].startswith(f"{out}: fetching 3 shards, 0.0 GB, from {hub.url} (")
+        and "the same command goes on" in told[0]
+    )
+    assert told[1:3] == [f"{out / names[0]}: 1 of 3", f"{out / names[1]}: 2 of 3"]
     assert download(2) == []
     date = (out / names[1]).stat().st_mtime
     os.truncate(out / names[1], 1500)
     os.utime(out / names[1], (date, date))  # the Hub's client would take it for whole
     (out / names[0]).unlink()
-    assert download(3) == sorted([names[0], names[1], names[3]])
+    assert download(3) == [names[0], names[1], names[3]]
     assert shards_of(out) == {name: hub.files[name] for name in sorted(names[:4])}
     assert (out / f"{names[1]}.unusable").stat().st_size == 1500  # it may have been someone's own
+
+
+def test_a_connection_that_breaks_costs_no_whole_shard(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The client tries again by itself, from where it was; then the same command goes on with the shard that broke."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    out, names = tmp_path / "out", list(hub.files)
+    hub.cut_at[names[2]] = 2500
+    assert main(["fineweb", "--shards=3", f"--out={out}"]) == 2
+    assert f"error: {out / names[2]}: the download broke off (" in capsys.readouterr().err
+    assert hub.sent[:4] == [(names[0], 0), (names[1], 0), (names[2], 0), (names[2], 2000)]
+    assert list(shards_of(out)) == sorted(names[:2])
+    assert not sets.is_complete(out)
+    hub.cut_at.clear()
+    hub.sent.clear()
+    assert main(["fineweb", "--shards=3", f"--out={out}"]) == 0
+    assert [name for name, _ in hub.sent] == names[2:4]
+    assert shards_of(out) == {name: hub.files[name] for name in sorted(names[:4])}
+    assert sets.is_complete(out)
+
+
+@pytest.mark.parametrize("tokenize", [[], ["--tokenize"]], ids=["download", "tokenize"])
+def test_a_disk_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenize: list[str]
+) -> None:
+    """Said before anything is fetched; what is whole needs no room again."""
+    monkeypatch.setattr(prepare, "_check_hub", lambda: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_900_000_000))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    out = tmp_path / "new" / "fineweb10B"
+    for there, expected in ((0, "2.2 GB for the 11"), (1, "2.0 GB for the 10")):
+        if there:
+            out.mkdir(parents=True, exist_ok=True)
+            write_shard(out / "fineweb_val_000000.bin", [50256])
+        assert main(["fineweb", *tokenize, f"--out={out}"]) == 2
+        assert f"{out}: found 1.9 GB free, expected {expected} shards that are missing" in capsys.readouterr().err
+        assert not (out / "progress.json").exists()
 
 
 def test_a_download_is_not_mixed_into_a_set_tokenized_here(
@@ -160,19 +166,25 @@ def test_a_stream_that_breaks_off_is_one_line(
     assert "after row 0: the stream broke off (of a library); the same command" in capsys.readouterr().err
 
 
-def test_fineweb_download_checks_what_came(tmp_path: Path, hub: Hub) -> None:
+def test_fineweb_download_checks_what_came(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.files["fineweb_train_000001.bin"] = hub.files["fineweb_train_000001.bin"][:-2]
-    result = run("fineweb", "--shards=1", f"--out={tmp_path}", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-    assert result.returncode == 2
-    assert "fineweb_train_000001.bin: size (truncated): found 1000 tokens" in result.stderr.splitlines()[-1]
+    assert main(["fineweb", "--shards=1", f"--out={tmp_path}"]) == 2
+    assert "fineweb_train_000001.bin: size (truncated): found 1000 tokens" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_fineweb_download_that_breaks_off_is_one_line(tmp_path: Path, hub: Hub) -> None:
-    del hub.files["fineweb_train_000001.bin"]
-    result = run("fineweb", "--shards=1", f"--out={tmp_path}", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: ")
+@pytest.mark.parametrize("why", ["no such file", "status 503"])
+def test_fineweb_download_that_breaks_off_is_one_line(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
+    if why == "no such file":
+        del hub.files["fineweb_train_000001.bin"]
+    else:
+        hub.status = 503
+    assert main(["fineweb", "--shards=1", f"--out={tmp_path}"]) == 2
+    name = "fineweb_train_000001.bin" if why == "no such file" else "fineweb_val_000000.bin"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / name}: the download broke off (")
 
 
 def test_fineweb_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2_vocabulary: Path) -> None:

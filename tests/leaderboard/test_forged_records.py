@@ -497,7 +497,7 @@ def test_a_track_without_a_fingerprint_has_no_records(honest: Path, tmp_path: Pa
     )
     tracks._load.cache_clear()
     (found, *_) = reasons(load_record(honest))
-    assert fingerprint in found and "add it to tracks.toml" in found
+    assert fingerprint in found and "enter it: ./run.sh leaderboard fingerprint tiny" in found
 
 
 def read_run_fingerprint(path: Path) -> str:

@@ -114,8 +114,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
         self.check_averages(self.train_steps)
         check_name(self.name)
         check_fsdp(self)
-        if self.matrix_optimizer not in optim.TORCH_OPTIMIZERS:
-            optim.find_rule(self.matrix_optimizer)
+        optim.check_matrix_optimizer(self.matrix_optimizer)
         check_vocab_size(self.vocab_size, self.tokenizer)
         if self.doc_mask and self.tokenizer == "none":
             raise ValueError("doc_mask needs a tokenizer, whose <|endoftext|> begins documents; set tokenizer = 'gpt2'")
@@ -363,19 +362,17 @@ def warm_up(run: Run) -> None:
 
 
 def plans_to_warm_up(config: Config, first_step: int, windows_count: bool) -> list[StepPlan]:
-    """The first plan of each shape of batch, and of each window if they count. No shape comes back once it has changed,
-    so that the next one is found by bisection: a schedule may have millions of steps."""
+    """The first plan of each shape of batch, and of each window if they count; by bisection, as no shape comes back."""
 
     def shape(step: int) -> tuple[Any, ...]:
         plan = plan_step(config, step)
         return plan.batch_tokens, plan.row_tokens, plan.window if windows_count else None
 
-    plans, step = [], first_step
-    while step < config.train_steps:
-        plans.append(plan_step(config, step))
-        now = shape(step)
-        step += bisect_left(range(step, config.train_steps), True, key=lambda later: shape(later) != now)
-    return plans
+    steps = [first_step]
+    while steps[-1] < config.train_steps:
+        rest, now = range(steps[-1], config.train_steps), shape(steps[-1])
+        steps.append(rest.start + bisect_left(rest, True, key=lambda later: shape(later) != now))
+    return [plan_step(config, step) for step in steps[:-1]]
 
 
 # ------------------------------------------------------------------------------------------------------------

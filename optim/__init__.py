@@ -28,7 +28,14 @@ from optim.adamh import AdamH
 from optim.adamuon import AdaMuon
 from optim.aurora import Aurora
 from optim.combined import CombinedOptimizer
-from optim.config import RULES, TORCH_OPTIMIZERS, OptimizerConfig, find_rule, with_rule_options
+from optim.config import (
+    RULES,
+    TORCH_OPTIMIZERS,
+    OptimizerConfig,
+    check_matrix_optimizer,
+    find_rule,
+    with_rule_options,
+)
 from optim.muon import Muon
 from optim.muon_eq import MuonEq
 from optim.muon_plus import MuonPlus
@@ -45,8 +52,8 @@ from optim.soap import Soap, SoapMuon
 __all__ = [
     "RULES", "TORCH_OPTIMIZERS", "AdaMuon", "AdamH", "Aurora", "CombinedOptimizer", "MatrixOptimizer", "Muon",
     "MuonEq", "MuonPlus", "MuonSquared", "Muown", "NorMuon", "OptimizerConfig", "Option", "PolarGrad",
-    "RiemannianAurora", "Soap", "SoapMuon", "UNorMuon", "build_optimizers", "clip_gradients", "find_rule",
-    "finish_reduction", "routing_table", "start_reduction", "with_rule_options",
+    "RiemannianAurora", "Soap", "SoapMuon", "UNorMuon", "build_optimizers", "check_matrix_optimizer", "clip_gradients",
+    "find_rule", "finish_reduction", "routing_table", "start_reduction", "with_rule_options",
 ]  # fmt: skip
 
 

@@ -96,6 +96,12 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
     raise ValueError(f"matrix_optimizer = {name!r}: {path} {problem}; {works}")
 
 
+def check_matrix_optimizer(name: str) -> None:
+    """ValueError, as of `find_rule`, unless it names a rule or an optimizer of torch."""
+    if name not in TORCH_OPTIMIZERS:
+        find_rule(name)
+
+
 def is_rule(value: Any) -> TypeGuard[type[MatrixOptimizer]]:
     return isinstance(value, type) and issubclass(value, MatrixOptimizer) and value is not MatrixOptimizer
 

@@ -36,6 +36,7 @@ from data.tokenizer import end_of_text, vocab_size
 from harness import outcome
 from harness.checkpoint import CheckpointWriter, unchanged
 from harness.compiling import compile_model
+from harness.dry_run import print_report
 from harness.fsdp import check_fsdp, place
 from harness.machine import Clock, Machine, find_machine
 from harness.neuron_stats import NeuronStats
@@ -68,6 +69,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     compile: bool = False  # torch.compile the model; what it makes stays in .cache/inductor
     compile_blocks: bool = True  # block by block, so that reductions overlap with backward; false: as one graph
     profile: bool = False  # trace a step and log its ten largest costs
+    dry_run: bool = False  # train nothing: print parameters, memory by number of ranks, estimated time
     # Data
     train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
     val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
@@ -267,10 +269,8 @@ class Run:
 def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
     clock, first = Clock(machine.device), plan_step(config, 0)
-    loader = TokenLoader(
-        TokenStream(find_shards(config.train_files), config.vocab_size), config.micro_batch_tokens, machine.rank,
-        machine.world_size, machine.device,
-    )  # fmt: skip
+    stream = TokenStream(find_shards(config.train_files), config.vocab_size)
+    loader = TokenLoader(stream, config.micro_batch_tokens, machine.rank, machine.world_size, machine.device)
     loader.shape(config.batch_tokens, config.seq_len)
     for plan in plans_to_warm_up(config, 0, windows_count=False):
         try:
@@ -469,6 +469,9 @@ def main(argv: list[str]) -> int:
     console.prepare()
     try:
         config = load_config(argv)
+        if config.dry_run:
+            plans = plans_to_warm_up(config, 0, windows_count=False)
+            return print_report(config, model_config(config), plans, plan_step(config, config.train_steps).first_token)
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)

@@ -156,8 +156,9 @@ def parts_of_rank(
     exchange, update = memory_plan.update_bytes(optimizers, ranks, fsdp)
     parts[f"activations of blocks{how}"] = passes.blocks
     parts[f"head, loss, temporaries{how}"] = passes.most - passes.blocks
-    parts["matrices' gradients between ranks"] = exchange
-    parts["update of matrices, after these three"] = update
+    if update:
+        parts["matrices' gradients between ranks"] = exchange
+        parts["update of matrices, after these three"] = update
     parts["at the peak"] = kept + max(passes.most + exchange, update)
     if config.compile:
         parts["at the peak without torch.compile"] = kept + max(eager.most + exchange, update)

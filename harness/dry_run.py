@@ -132,7 +132,7 @@ def shape_on(ranks: int, config: Any, plans: Sequence[Any]) -> tuple[int, int, i
     ValueError where the batch of a step does not divide."""
     loader = TokenLoader(cast(Any, None), config.micro_batch_tokens, 0, ranks)  # which is asked for no tokens
     shapes = [loader.shape(plan.batch_tokens, plan.row_tokens) for plan in plans]
-    return max(shapes, key=lambda shape: (shape[1] * shape[2], shape[2]))
+    return max(shapes, key=lambda shape: (shape[1] * shape[2], shape[2], shape[0]))
 
 
 def parts_of_rank(

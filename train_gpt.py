@@ -32,7 +32,7 @@ from data.files import is_file, user_path, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import check_vocab_size, end_of_text
-from harness import outcome
+from harness import dry_run, outcome
 from harness.checkpoint import CheckpointWriter, unchanged
 from harness.compiling import compile_model
 from harness.fsdp import check_fsdp, place
@@ -46,7 +46,6 @@ from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
 from model_track3 import ARCHITECTURES
-from optim import OptimizerConfig
 from optim.averages import Averages, AveragesConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ from optim.averages import Averages, AveragesConfig
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, OptimizerConfig, AveragesConfig):
+class Config(ModelConfig, optim.OptimizerConfig, AveragesConfig):
     # The run
     name: str = "run"  # first part of the run directory's name
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
@@ -69,6 +68,7 @@ class Config(ModelConfig, OptimizerConfig, AveragesConfig):
     compile: bool = False  # torch.compile the model; what it makes stays in .cache/inductor
     compile_blocks: bool = True  # block by block, so that reductions overlap with backward; false: as one graph
     profile: bool = False  # trace a step and log its ten largest costs
+    dry_run: bool = False  # train nothing: print parameters, memory by number of ranks, estimated time
     # Data
     train_files: str = "data/sotu_byte/sotu_train_*.bin"  # pattern of the training shards
     val_files: str = "data/sotu_byte/sotu_val_*.bin"  # pattern of the validation shards
@@ -466,6 +466,9 @@ def main(argv: list[str]) -> int:
     console.prepare()
     try:
         config = load_config(argv)
+        plans, total_tokens = plans_to_warm_up(config, 0, False), plan_step(config, config.train_steps).first_token
+        if config.dry_run:
+            return dry_run.print_report(config, model_config(config), plans, total_tokens)
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)
@@ -473,7 +476,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         return outcome.exit_status_before(error)
     try:
-        epochs = plan_step(config, config.train_steps).first_token / run.loader.stream.num_tokens
+        epochs = total_tokens / run.loader.stream.num_tokens
         facts = [f"{run.model.num_params():,} parameters", *run.machine.notes, f"{epochs:.2f} epochs of training data"]
         summary = train(run, log, ["; ".join(facts), optim.routing_table(run.optimizers), *log.notes, *run.start.notes])
         console.ignore_stops()

@@ -32,6 +32,7 @@ from data import console
 from data.prepare import ensure
 from harness.machine import ROOT, check_device
 from train_gpt import Config, load_config, plan_step
+from train_gpt import main as train
 
 # How launchers tell a process its place, and torchrun its options, its program and its folder for errors.
 OF_LAUNCHERS = re.compile(
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     config = load_config(argv)
+    if config.dry_run:  # in this process, and without data
+        return train(argv)
     check_device(config.device, config.dtype)
     arguments = torchrun_arguments(config, dict(os.environ))
     ensure(config.train_files, config.val_files, plan_step(config, config.train_steps).first_token + 1)

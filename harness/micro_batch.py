@@ -22,11 +22,15 @@ USABLE = 0.9  # of the memory that is free: the allocator leaves gaps, and shape
 
 
 def choices(batch_tokens: int, is_halved: bool, row_tokens: int, world_size: int) -> list[int]:
-    """Micro-batches that divide a rank's share of the batch, and of half a batch if there are such, in tokens. A row
+    """In tokens, micro-batches that divide a rank's share of the batch, and of half a batch if there are such. A row
     where nothing divides: the loader then says what would."""
     half = batch_tokens // 2 if is_halved else 0
     rows = math.gcd(batch_tokens, half) // (world_size * row_tokens)
     return [row_tokens * number for number in range(1, rows + 1) if rows % number == 0] or [row_tokens]
+
+
+def usual_on_cpu(known: list[int]) -> int:
+    return max((tokens for tokens in known if tokens <= CPU_TOKENS), default=known[0])
 
 
 def peak_bytes(run: Any, tokens: int) -> int:
@@ -72,7 +76,7 @@ def with_micro_batch(
         gc.collect()
         torch.cuda.empty_cache()
     else:
-        chosen, why = max((tokens for tokens in known if tokens <= CPU_TOKENS), default=known[0]), "a CPU's usual"
+        chosen, why = usual_on_cpu(known), "a CPU's usual"
     chosen = machine.least(chosen)
     notes = (*machine.notes, f"micro_batch_tokens = {chosen} ({why})")
     return dataclasses.replace(config, micro_batch_tokens=chosen), dataclasses.replace(machine, notes=notes)

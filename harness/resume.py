@@ -23,7 +23,7 @@ from harness.runlog import WRITER, is_running, read_json
 # compared by their fingerprints, not by their names.
 FREE_TO_DIFFER = (
     "run_dir resume device fsdp compile compile_blocks kernels fused micro_batch_tokens log_every "
-    "neuron_stats profile checkpoint_every checkpoint_keep checkpoint_async author description num_seeds "
+    "neuron_stats profile dry_run checkpoint_every checkpoint_keep checkpoint_async author description num_seeds "
     "require_target train_files val_files"
 )
 # What --resume=PATH may not change: the race that is run, and what a checkpoint is of.

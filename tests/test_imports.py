@@ -13,10 +13,10 @@ BELOW = {
     "optim": {"kernels"},
     "model": {"kernels"},
     "model_track3": {"model", "kernels"},
-    "harness": {"data", "optim", "model", "kernels"},
+    "harness": {"data", "optim", "model", "model_track3", "kernels"},
 }
 BELOW["inference"] = BELOW["harness"]
-BELOW["train_gpt"] = BELOW["harness"] | {"model_track3", "harness", "inference"}
+BELOW["train_gpt"] = BELOW["harness"] | {"harness", "inference"}
 BELOW |= {room: BELOW["train_gpt"] | {"train_gpt"} for room in ("leaderboard", "experiments", "benchmarks")}
 BELOW["docs"] = BELOW["leaderboard"] | {"leaderboard", "experiments", "benchmarks"}  # its tables are of all rooms
 EXCEPTIONS = {("harness/launch.py", "train_gpt")}  # it checks the settings before any rank starts

@@ -79,7 +79,7 @@ def measured(config: Config, dtype: torch.dtype, args: Args) -> Row:
     """One variant in one dtype. Raises ValueError where what should be exact is not."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        planned_model = ARCHITECTURES[config.architecture](model_config(config))
+        planned_model = ARCHITECTURES[config.architecture](model_config(config), dtype)
     planned = memory_plan.state_bytes(build_optimizers(planned_model, config), 1, False)
     _, planned_update = memory_plan.update_bytes(build_optimizers(planned_model, config), 1, False)
     shape = args.batch, config.seq_len

@@ -2,7 +2,7 @@
 
     ./run.sh league --jobs 2                                         everything (about five hours on two cores)
     ./run.sh league --arms muon aurora adamw --jobs 2                some rules
-    ./run.sh league --table experiments/results/league.json          run nothing
+    ./run.sh league --draw experiments/results/league.json           run nothing: its table, and its figure beside it
 
 1. For each rule the best of `./run.sh rules` with 150 steps, twice and half that learning rate, on a seed that is not
    reported; while the best is at an end, a factor of two beyond it, up to six rates. Then two weight decays beside none
@@ -17,6 +17,7 @@ Differences from Muon are of runs with the same seed; p is Holm's, over all othe
 steps that others have published for it on the GPU optimization track, where the rule stands alone there.
 
 OUT/result.json is written whenever a part is done and holds every run: another machine goes on from a copy of it.
+OUT/result.png is the figure.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from experiments import arms
 from experiments.comparisons import against
 from experiments.rules import FROM_NOISE, OWN_SETTINGS, loss_of
 from experiments.sweep import Cell, Result, cell_name, load_sweep
+from harness.figures import pyplot, save
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
 from optim import RULES, TORCH_OPTIMIZERS
@@ -89,7 +91,7 @@ class Options:
     target: Annotated[float, "> 0"] = 1.3  # loss to which steps are counted
     jobs: Annotated[int, ">= 1"] = 1  # runs at once, of one thread each on two cores
     out: str = "runs/league"  # folder of the runs and of result.json
-    table: str = ""  # run nothing, print this result.json
+    draw: str = ""  # run nothing: print the table of this result.json, and draw its figure beside it
     yes: bool = False  # do not ask before starting
 
 
@@ -235,13 +237,29 @@ def loss_at(steps: int, curve: Sequence[tuple[int, Sequence[float]]]) -> float:
     return float(np.interp(math.log(steps), [math.log(n) for n, _ in curve], [np.mean(losses) for _, losses in curve]))
 
 
+def steps_needed(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Steps to the target of each rule and half of their 95% interval, which for the reference itself is zero; both
+    infinite for a rule with a run that diverged."""
+    curve, steps = result["curve"], result["steps"]
+    known = {entry["arm"]: entry["val_loss"] for entry in result["entries"]}
+    at_steps, to_target = loss_at(steps, curve), steps_at(result["target"], curve)
+    found = {}
+    for arm, losses in known.items():
+        if None in losses:
+            found[arm] = math.inf, math.inf
+            continue
+        relative = [at_steps + loss - other for loss, other in zip(losses, known[REFERENCE], strict=True)]
+        needed = [steps * to_target / steps_at(loss, curve) for loss in relative]
+        found[arm] = float(np.mean(needed)), float(stats.t.ppf(0.975, len(needed) - 1) * stats.sem(needed))
+    return found
+
+
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each rule, the fewest steps first."""
-    curve, steps, target = result["curve"], result["steps"], result["target"]
     known = {entry["arm"]: entry for entry in result["entries"]}
     differences, adjusted = against({arm: entry["val_loss"] for arm, entry in known.items()}, REFERENCE)
-    reference, at_steps, to_target = known[REFERENCE]["val_loss"], loss_at(steps, curve), steps_at(target, curve)
     ranked = []
+    needed_by = steps_needed(result)
     for arm, entry in known.items():
         losses, tried = entry["val_loss"], entry["tried"]
         row: Row = dict(rule=arm)
@@ -251,15 +269,13 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
         if None in losses:
             ranked.append((math.inf, row | {"final loss": "diverged"}))
             continue
-        relative = [at_steps + loss - other for loss, other in zip(losses, reference, strict=True)]
-        needed = [steps * to_target / steps_at(loss, curve) for loss in relative]
-        half = float(stats.t.ppf(0.975, len(needed) - 1) * stats.sem(needed))
-        told = f"{np.mean(needed):.0f}" + (f" ± {half:.0f}" if arm != REFERENCE else "")
+        needed, half = needed_by[arm]
+        told = f"{needed:.0f}" + (f" ± {half:.0f}" if arm != REFERENCE else "")
         row |= {"final loss": mean_and_sd(losses, 4), "steps": told}
         if found := differences.get(arm):
             row |= {f"from {REFERENCE}": f"{found.mean:+.4f}", "95% interval": f"{found.low:+.4f} to {found.high:+.4f}"}
             row["p (Holm)"] = f"{adjusted[arm]:.2g}"
-        ranked.append((float(np.mean(needed)), row))
+        ranked.append((needed, row))
     order = ("rule", "tried", "rate", "decay", "final loss", f"from {REFERENCE}", "95% interval", "p (Holm)", "steps",
              "published")  # fmt: skip
     return [{key: row.get(key, "") for key in order} for _, row in sorted(ranked, key=lambda pair: pair[0])]
@@ -278,15 +294,41 @@ def correlation(result: Mapping[str, Any]) -> str:
     return f"rank correlation with the published steps: {rho:.2f} (95% interval {low:.2f} to {high:.2f}, {n} rules)"
 
 
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Steps to the target as shares of the reference's: of each rule here, with its interval, and as published."""
+    needed = {arm: pair for arm, pair in steps_needed(result).items() if math.isfinite(pair[0])}
+    order = sorted(needed, key=lambda arm: needed[arm][0], reverse=True)
+    unit = needed[REFERENCE][0]
+    figure = pyplot().figure(figsize=(7, 1.5 + 0.28 * len(order)), layout="constrained")
+    axis = figure.subplots()
+    shares, halves = ([needed[arm][i] / unit for arm in order] for i in (0, 1))
+    axis.errorbar(shares, range(len(order)), xerr=halves, fmt="o", color="C0", label="here, with 95% interval")
+    shared = [(PUBLISHED[arm] / PUBLISHED[REFERENCE], place) for place, arm in enumerate(order) if arm in PUBLISHED]
+    axis.plot(*zip(*shared, strict=True), "D", color="C1", fillstyle="none", label="published, FineWeb on GPUs")
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(order)), order, fontsize=8)
+    axis.set_xscale("log")
+    ticks = [tick for tick in (0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 4, 6) if tick < 1.2 * max(shares)]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axis.minorticks_off()
+    axis.set_xlabel(f"steps to the target, as a share of {REFERENCE}'s", fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 @arms.command
 def main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="recipe")
-    if options.table:
-        result = arms.read_result(user_path(options.table), summary)
+    if options.draw:
+        path = user_path(options.draw)
+        result = arms.read_result(path, summary)
     else:
         options = completed(options)
+        path = Path(options.out) / "result.json"
         result = experiment(options)
-        print(f"-> {options.out}/result.json", file=sys.stderr)
+    draw(result, path.with_suffix(".png"))
+    print(f"{path} -> {path.with_suffix('.png')}", file=sys.stderr)
     print(table(summary(result)))
     print(correlation(result))
 

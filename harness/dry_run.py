@@ -37,11 +37,11 @@ def print_report(config: Any, model_config: ModelConfig, plans: Sequence[Any], t
     """Exit status 0. config: the trainer's Config; plans: the first StepPlan of each shape of batch; total_tokens: of
     the whole schedule. Raises ValueError for what is refused on any number of ranks, and for broken shards."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device_type, open_size = "cuda" if on_gpu else "cpu", not config.micro_batch_tokens
     with torch.device("meta"):
-        model = ARCHITECTURES[model_config.architecture](model_config)
+        model = ARCHITECTURES[model_config.architecture](model_config, dtype_on(device_type, config.dtype))
     optimizers = optim.build_optimizers(model, config)
     counts = sorted({*RANKS, max(1, torch.cuda.device_count())})
-    device_type, open_size = "cuda" if on_gpu else "cpu", not config.micro_batch_tokens
     sizes = {ranks: micro_batch(config, model, optimizers, device_type, plans, ranks) for ranks in counts}
     memory = of_memory(config, model, optimizers, device_type, plans, sizes)
     flops = model.flops_per_token()

@@ -84,6 +84,8 @@ class ModelConfig:
             raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and architecture = 'gpt', {found}")
         if 2 * (n := self.value_embeds) > self.num_layers:
             raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")
+        if len({*self.ngrams}) < len(self.ngrams):
+            raise ValueError(f"ngrams = {self.ngrams} names a length twice; 2,3 is usual")
         if self.tie_head_steps and self.init_head:
             raise ValueError(f"init_head = {self.init_head}: a tied head starts as the embedding; set init_head = 0")
 

@@ -1,8 +1,8 @@
 """micro_batch_tokens = 0: the most tokens that every rank can take through the model at once.
 
 A pass needs memory that does not depend on its tokens (weights, gradients, optimizer state) and memory per token (what
-autograd keeps for the backward pass). Two small passes tell both, so that none has to fail to find the limit. On a CPU
-more than CPU_TOKENS at once gain nothing.
+autograd keeps for the backward pass). Passes of two small micro-batches tell both, so that none near the limit has to
+be tried. On a CPU more than CPU_TOKENS at once gain nothing.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from harness.machine import Machine
+from optim.shards import local
 
 CPU_TOKENS = 4096
-PROBE_TOKENS = 2048  # of the smaller pass, at least a row
+PROBE_TOKENS = 8192  # of the larger of the two passes, at most; or four rows
 USABLE = 0.9  # of the memory that is free: the allocator leaves gaps, and shapes of validation differ
 
 
@@ -43,19 +44,35 @@ def peak_bytes(run: Any, tokens: int) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def bytes_later(run: Any) -> int:
+    """What the run will hold besides: the copy that warm-up puts back, of weights and, resumed, of the optimizers'
+    state; an average of the weights, and another copy while it is evaluated."""
+    weights = sum(local(p).nbytes for p in run.model.parameters())
+    state = sum(local(value).nbytes for optimizer in run.optimizers for entry in optimizer.state.values()
+                for value in entry.values() if isinstance(value, Tensor))  # fmt: skip
+    return weights * (3 if run.config.average_steps else 1) + state
+
+
 def room_bytes() -> int:
     """Memory of this GPU that this process has or could have."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
+def probes(known: list[int]) -> tuple[int, int]:
+    """The choices that are measured, the same twice if only one is small."""
+    small = [tokens for tokens in known if tokens <= max(PROBE_TOKENS, 4 * known[0])]
+    return small[max(0, len(small) - 2)], small[-1]
+
+
 def choose(known: list[int], peak: Callable[[int], int], room: int) -> tuple[int, str]:
     """The largest of the choices whose pass fits into the room, and what is expected of it."""
-    small = next((tokens for tokens in known if tokens >= PROBE_TOKENS), known[-1])
-    large = next((tokens for tokens in known if tokens > small), small)
+    small, large = probes(known)
     peak_small, peak_large = peak(small), peak(large)
     per_token = max(0.0, (peak_large - peak_small) / max(1, large - small))
-    expected = {tokens: peak_small + per_token * (tokens - small) for tokens in known}
-    chosen = max((tokens for tokens in known if expected[tokens] <= USABLE * room), default=known[0])
+    expected = {
+        tokens: peak_small + per_token * (tokens - small) for tokens in known if tokens <= large or small < large
+    }
+    chosen = max((tokens for tokens, size in expected.items() if size <= USABLE * room), default=known[0])
     told = f"{expected[chosen] / 2**30:.1f} GiB of {room / 2**30:.1f} GiB expected"
     return chosen, f"{told}, {per_token / 2**10:.0f} KiB per token"
 
@@ -67,10 +84,9 @@ def with_micro_batch(
     set_up, train_step: the trainer's."""
     known = choices(config.batch_tokens, config.small_batch_steps > 0, config.seq_len, machine.world_size)
     if machine.device.type == "cuda":
-        probe = next((tokens for tokens in known if tokens >= PROBE_TOKENS), known[-1])
-        run = set_up(dataclasses.replace(config, micro_batch_tokens=probe, resume="", small_batch_steps=0), machine)
+        run = set_up(dataclasses.replace(config, micro_batch_tokens=probes(known)[0], resume=""), machine)
         train_step(run, *run.batch())  # the optimizers' state is there then
-        chosen, why = choose(known, lambda tokens: peak_bytes(run, tokens), room_bytes())
+        chosen, why = choose(known, lambda tokens: peak_bytes(run, tokens), room_bytes() - bytes_later(run))
         run.loader.close()
         del run
         gc.collect()

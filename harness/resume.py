@@ -164,7 +164,8 @@ def _take_named(
     for key in [*FIXED.split(), *(["seed"] if config.get("data_start") == "seed" else [])]:
         if key in changed:
             then, now = changed[key]
-            raise ValueError(f"{named}: {key} is {then!r} there and {now!r} here; set --{key}={then}")
+            word = ",".join(map(str, then)) if isinstance(then, list | tuple) else then
+            raise ValueError(f"{named}: {key} is {then!r} there and {now!r} here; set --{key}={word}")
     for name, here in data.items():
         if (there := state["data"][name]) != here:
             then = f"they were {state['config'][name]!r} then"

@@ -27,6 +27,7 @@ class Track:
     val_source: str = ""  # the published file that begins with them, owner/data set/name on the Hugging Face Hub
     data_start: str = "first"  # of declared runs
     shard_tail: str = "keep"
+    dtype: str = ""  # of matrix products; empty: any
     sigma: float = 0.0  # known standard deviation of a run's final loss; 0: not known
     step_threshold: float = 0.0  # nats; 0: the track has no rule for steps
     nats_per_100_steps: float = 0.0

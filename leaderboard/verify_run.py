@@ -198,6 +198,8 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
             yield f"{key} = {config[key]!r}, the track's is {getattr(track, key)!r}"
     if (tail := config.get("shard_tail", "keep")) != track.shard_tail:  # older sources know no other
         yield f"shard_tail = {tail!r}, the track's is {track.shard_tail!r}"
+    if track.dtype and facts["dtype"] != track.dtype:
+        yield f"dtype = {facts['dtype']!r}, the track's is {track.dtype!r}"
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
         file = f"PATH/{track.val_source.rpartition('/')[2]}"
@@ -227,8 +229,8 @@ def _of_fixed_settings(run: Run, track: Track) -> Iterator[str]:
 
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name not in track.free}
     for key, value in (defaults | track.fixed).items():
-        found = run.config.get(key, None if key in track.fixed else value)  # an older source lacks what has come since
         value = list(value) if isinstance(value, tuple) else value  # as a log has it
+        found = run.config.get(key, None if key in track.fixed else value)  # an older source lacks what has come since
         if found != value:
             yield f"{key} = {found!r}, and the track holds it fixed at {value!r}"
 

@@ -346,6 +346,7 @@ def test_without_it_nothing_is_profiled(trainer: Trainer, tmp_path: Path) -> Non
         (["--doc_mask=true"], ["doc_mask needs a tokenizer", "tokenizer = 'gpt2'"]),
         (["--window=8", "--window_start=9"], ["window_start = 9 is more than window = 8", "raise window"]),
         (["--unet_skips=true"], ["unet_skips is not a setting; it has never paid"]),
+        (["--ngrams=2,2"], ["ngrams = (2, 2) names a length twice"]),
         (["--ngrams=1,2"], ["ngrams = '1,2' must be >= 2"]),
         (["--window=-1"], ["window = -1 must be >= 0; 0 works"]),
         (["--value_embeds=2"], ["value_embeds = 2 must be at most half of num_layers = 2"]),

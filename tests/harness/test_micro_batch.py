@@ -34,12 +34,23 @@ def test_the_largest_pass_that_fits_is_chosen(room: int, expected: int) -> None:
 
     chosen, why = choose([1024 * 2**i for i in range(7)], peak, room * GIB)
     assert chosen == expected
-    assert asked == [2048, 4096]  # no pass that might not fit
+    assert asked == [4096, 8192]  # no pass that might not fit
     assert f"of {room:.1f} GiB expected, 512 KiB per token" in why
 
 
-def test_a_single_choice_is_taken() -> None:
-    assert choose([512], lambda tokens: GIB, 80 * GIB)[0] == 512
+@pytest.mark.parametrize(
+    ("known", "asked", "expected"),
+    [
+        ([512], {512}, 512),
+        ([2048, 198656], {2048}, 2048),
+        ([1024, 130048], {1024}, 1024),
+        ([16384, 32768], {16384, 32768}, 32768),
+    ],
+)
+def test_choices_far_apart_are_not_tried(known: list[int], asked: set[int], expected: int) -> None:
+    found = set[int]()
+    assert choose(known, lambda tokens: found.add(tokens) or GIB + tokens, 80 * GIB)[0] == expected
+    assert found == asked
 
 
 def test_a_gpu_is_probed_with_a_run_that_is_then_given_up(
@@ -56,7 +67,6 @@ def test_a_gpu_is_probed_with_a_run_that_is_then_given_up(
 
     monkeypatch.setattr(micro_batch, "peak_bytes", peak)
     monkeypatch.setattr(micro_batch, "room_bytes", lambda: 2 * GIB)
-    monkeypatch.setattr(micro_batch, "PROBE_TOKENS", 64)
     gpu = dataclasses.replace(cpu, device=torch.device("cuda", 0))
     chosen, machine = with_micro_batch(config, gpu, lambda config, machine: set_up(config, cpu), train_step)
     assert {name for name, _ in probed} == {"Run"}

@@ -53,20 +53,22 @@ class ModelConfig:
     model_dim: Annotated[int, "> 0"] = 128  # width of the residual stream
     mlp_hidden: Annotated[int, ">= 0"] = 0  # hidden width of the MLP; 0: as many weights as two matrices of 4 widths
     seq_len: Annotated[int, "> 0"] = 256  # tokens in a training row
-    architecture: Literal["gpt", "track3"] = "gpt"  # this file's, or that of the optimization track (model_track3.py)
+    architecture: Literal["gpt", "track3"] = "gpt"  # model.py's, or the optimization track's (model_track3.py)
     activation: Literal["swiglu", "squared_relu"] = "swiglu"  # of the MLP
     softcap: Annotated[float, "> 0"] = 15.0  # logits are kept within +- this
     init_out: Annotated[float, ">= 0"] = 0.0  # standard deviation of attention's output projection at the start
     init_down: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's
-    init_up: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's input matrices; 0: the architecture's own
+    init_up: Annotated[float, ">= 0"] = 0.0  # the same of the MLP's input matrices; 0: the usual
     init_head: Annotated[float, ">= 0"] = 0.0  # the same of the output head
     # How it is computed: the same numbers to rounding
-    fused: tuple[FusedPart, ...] = ("auto",)  # see fused_parts; auto: norm,head,blocks on a CPU, none on a GPU
+    fused: tuple[FusedPart, ...] = ("auto",)  # see docs/speed.md; auto: norm,head,blocks on a CPU, none on a GPU
     # Options of the model
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
     value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
-    ngrams: Annotated[tuple[int, ...], ">= 2", "<= 4"] = ()  # tables by the last 2, 3, ... tokens, beside the embedding
+    ngrams: Annotated[
+        tuple[int, ...], ">= 2", "<= 4"
+    ] = ()  # such as 2,3: tables by the last 2 and 3 tokens; empty: none
     ngram_rows: Annotated[int, ">= 2"] = 16384  # of each of these tables, into which the tokens are hashed
     embed_skip: bool = False  # every block also sees the embedding
     mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax
@@ -80,7 +82,7 @@ class ModelConfig:
         if {"auto", "none"} & set(self.fused) and len(self.fused) > 1:
             raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
         if "head" in self.fused and not self.can_fuse_head:
-            found = f"not {self.softcap} and {self.architecture!r}; leave it out"
+            found = f"not {self.softcap} and {self.architecture!r}; auto works"
             raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and architecture = 'gpt', {found}")
         if 2 * (n := self.value_embeds) > self.num_layers:
             raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")

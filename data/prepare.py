@@ -223,20 +223,28 @@ def _check_hub() -> None:
         )
 
 
-def ensure(train_files: str, val_files: str, train_tokens: int = 1) -> None:
+def fineweb_shards(train_tokens: int, unit: int = 0) -> int:
+    """FineWeb shards that training on so many tokens and the target of the last one takes; `unit` as TokenStream's."""
+    if unit:
+        return min(-(-train_tokens // ((FINEWEB_SHARD_TOKENS - 2) // unit * unit)), FINEWEB_TRAIN_SHARDS)
+    return min(-(-(train_tokens + 1) // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
+
+
+def ensure(train_files: str, val_files: str, train_tokens: int = 1, unit: int = 0) -> None:
     """Make the shards that a run reads if they are not there; returns at once if they are.
 
     Args:
         train_files: Glob pattern of the training shards.
         val_files: Glob pattern of the validation shards.
         train_tokens: Tokens that the run trains on, which decides how much is downloaded.
+        unit: Tokens of a batch, where shards' tails that fill no batch are dropped.
     """
     patterns = (train_files, val_files)
     for folder in dict.fromkeys(user_path(pattern).parent for pattern in patterns):
         complete = sets.is_complete(folder)
         whole = complete and all(match_shards(each) for each in patterns if user_path(each).parent == folder)
         if folder.name == "fineweb10B":
-            needed = min(-(-train_tokens // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
+            needed = fineweb_shards(train_tokens, unit)
             if not whole or len(match_shards(train_files)) < needed:
                 fineweb(shards=needed, out=folder)
         elif whole:

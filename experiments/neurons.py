@@ -238,7 +238,7 @@ def main(argv: list[str]) -> None:
         path = Path(f"{options.out}.json")
         check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
         config = load_config([options.recipe, *arguments(assignments(itertools.chain(*options.set)))])
-        ensure(config.train_files, config.val_files, options.steps * config.batch_tokens + 1)
+        ensure(config.train_files, config.val_files, options.steps * config.batch_tokens)
         of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
         jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
         lines = plan(options, of_all, jobs, bool(gpus))

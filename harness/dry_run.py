@@ -15,8 +15,8 @@ import torch
 import optim
 from data.files import user_path
 from data.loader import TokenLoader, TokenStream, validation_batches
-from data.prepare import FINEWEB_SHARD_TOKENS, FINEWEB_TRAIN_SHARDS
-from data.shards import TOKEN_BYTES, how_to_get, match_shards
+from data.prepare import FINEWEB_SHARD_TOKENS, fineweb_shards
+from data.shards import TOKEN_BYTES, how_to_get, match_shards, refuse_overlap
 from harness import memory_plan
 from harness.machine import PEAK_FLOPS
 from harness.micro_batch import choices, choose, usual_on_cpu
@@ -28,8 +28,9 @@ from optim.polar import fast_half_dtype
 RANKS = 1, 8, 16
 ASSUMED_MFU = 0.5, 0.4
 SMALL_GIB, LARGE_GIB, OUTSIDE_GIB = 24, 80, 1  # GPUs' memory; what is not in torch's tensors
-NOTES = f"""\
-Weights, gradients and state are exact; the rest is counted tensor by tensor, without running anything. A GPU also holds
+NOTES = """\
+Weights, gradients and state are exact; the rest is counted tensor by tensor, without running anything"""
+NOTE_OF_GPU = f""". A GPU also holds
 its context and NCCL's buffers, about {OUTSIDE_GIB} GiB, and gaps that the allocator leaves."""
 
 
@@ -44,17 +45,20 @@ def print_report(config: Any, model_config: ModelConfig, plans: Sequence[Any], t
     counts = sorted({*RANKS, max(1, torch.cuda.device_count())})
     sizes = {ranks: micro_batch(config, model, optimizers, device_type, plans, ranks) for ranks in counts}
     memory = of_memory(config, model, optimizers, device_type, plans, sizes)
+    data = of_data(dataclasses.replace(config, micro_batch_tokens=sizes[1]), total_tokens)
     flops = model.flops_per_token()
     print(f"Dry run of {config.name}: nothing is trained, fetched or written\n")
     print("\n".join(of_model(model, optimizers)), end="\n\n")
     print(of_schedule(config, total_tokens))
     print(f"{flops:,} FLOPs per token, forward and backward: {flops * total_tokens:.3g} in all")
-    print("\n".join(of_data(dataclasses.replace(config, micro_batch_tokens=sizes[1]), total_tokens)))
+    print("\n".join(data))
     if open_size and on_gpu:
         small = micro_batch(config, model, optimizers, device_type, plans, 1, SMALL_GIB)
-        told = f"{sizes[1]:,} with {LARGE_GIB} GiB (as below), {small:,} with {SMALL_GIB} GiB"
+        told = f"{sizes[1]:,} with {LARGE_GIB} GiB (as below), {small:,} with {SMALL_GIB} GiB (give that for its table)"
         print(f"micro_batch_tokens = 0 takes what fits a GPU: by this count, on one rank, {told}")
-    print(f"\n{memory}\n{NOTES}")
+    print(f"\n{memory}\n{NOTES + (NOTE_OF_GPU if on_gpu else '.')}")
+    if config.resume:
+        print(f"resume = {config.resume!r} is not looked at: what holds is of a run from step 0")
     if on_gpu:
         print(f"\n{of_time(flops * total_tokens, counts)}")
     return 0
@@ -85,25 +89,32 @@ def of_schedule(config: Any, total_tokens: int) -> str:
 
 def of_data(config: Any, total_tokens: int) -> list[str]:
     """Epochs of the shards that are there, by their headers; or what is missing."""
+    unit = config.batch_tokens if config.shard_tail == "drop" else 0
     lines, train_shards = [], match_shards(config.train_files)
     if train_shards:
-        there = TokenStream(train_shards, config.vocab_size).num_tokens
+        there = TokenStream(train_shards, config.vocab_size, unit).num_tokens
         epochs = f"{there:,} training tokens in {len(train_shards)} shards: {total_tokens / there:.2f} epochs"
         lines.append(f"{config.train_files}: {epochs}")
     if val_shards := match_shards(config.val_files):
         stream = TokenStream(val_shards, config.vocab_size)
         validation_batches(stream, config.val_tokens, config.seq_len, config.micro_batch_tokens)  # refuses wrong sizes
         lines.append(f"{config.val_files}: {config.val_tokens:,} of {stream.num_tokens:,} tokens")
+        refuse_overlap(train_shards, val_shards)
+    elif config.val_tokens % config.seq_len:
+        works = max(1, round(config.val_tokens / config.seq_len)) * config.seq_len
+        rule = f"a multiple of seq_len = {config.seq_len}; {works} works"
+        raise ValueError(f"val_tokens = {config.val_tokens} must be {rule}")
     is_fineweb = user_path(config.train_files).parent.name == "fineweb10B"
     for pattern, shards in ((config.train_files, train_shards), (config.val_files, val_shards)):
         if not shards:
             lines.append(f"{pattern}: not there" + ("" if is_fineweb else f"; {how_to_get(pattern)}"))
-    needed = min(-(-(total_tokens + 1) // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)  # as data/prepare.py has it
+    needed = fineweb_shards(total_tokens, unit)
     fetched = max(0, needed - len(train_shards)) + (not val_shards)
     if is_fineweb and fetched:
         tokens = fetched * FINEWEB_SHARD_TOKENS
         disk = f"{tokens * TOKEN_BYTES / 1e9:.1f} GB of disk"
-        epochs = f"training is {total_tokens / needed / FINEWEB_SHARD_TOKENS:.2f} epochs of {needed}"
+        each = (FINEWEB_SHARD_TOKENS - 2) // unit * unit if unit else FINEWEB_SHARD_TOKENS
+        epochs = f"training is {total_tokens / needed / each:.2f} epochs of {needed}"
         lines.append(f"to fetch: {fetched} shards, {tokens:,} tokens, {disk}; {epochs}")
     return lines
 
@@ -159,7 +170,7 @@ def shape_on(ranks: int, micro_batch_tokens: int, plans: Sequence[Any]) -> tuple
     """(micro-batches in a full step, rows, tokens of a row) on a rank, of the plan with the largest micro-batch. Raises
     ValueError where the batch of a step does not divide."""
     loader = TokenLoader(cast(Any, None), micro_batch_tokens, 0, ranks)  # which is asked for no tokens
-    shapes = [loader.shape(plan.batch_tokens, plan.row_tokens) for plan in plans]
+    shapes = [loader.shape(plan.batch_tokens, plan.row_tokens) for plan in reversed(plans)]  # the usual one first
     return max(shapes, key=lambda shape: (shape[1] * shape[2], shape[2], shape[0]))
 
 
@@ -186,7 +197,7 @@ def parts_of_rank(
     parts[f"head, loss, temporaries{how}"] = passes.most - passes.blocks
     if update:
         parts["matrices' gradients between ranks"] = exchange
-        parts["update of matrices, after these three"] = update
+        parts["update of matrices, in place of these three"] = update
     parts["at the peak"] = kept + max(passes.most + exchange, update)
     if config.compile:
         parts["at the peak without torch.compile"] = kept + max(eager.most + exchange, update)

@@ -83,7 +83,8 @@ def _main(argv: list[str]) -> int:
         return train(argv)
     check_device(config.device, config.dtype)
     arguments = torchrun_arguments(config, dict(os.environ))
-    ensure(config.train_files, config.val_files, plan_step(config, config.train_steps).first_token + 1)
+    unit = config.batch_tokens if config.shard_tail == "drop" else 0
+    ensure(config.train_files, config.val_files, plan_step(config, config.train_steps).first_token, unit)
     if names := sorted(name for name in os.environ if OF_LAUNCHERS.fullmatch(name)):
         told = f"not obeyed, as they are of another launcher: {' '.join(names)}"
         print(f"{told} (see harness/launch.py)", file=sys.stderr)

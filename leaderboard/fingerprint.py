@@ -49,7 +49,7 @@ def enter_fingerprint(track_name: str, shard: Path, sha256: str = "") -> list[st
     source = "as --sha256 says" if sha256 else f"as {_page(track.val_source, constants.ENDPOINT)} says"
     published = sha256 or _published_sha256(track.val_source, f"{shard} (fingerprint {found}, sha256 {has})")
     if has != published:
-        instead = "move it away and fetch that one: data.prepare fineweb --shards 1"
+        instead = "move it away and fetch that one: .venv/bin/python -m data.prepare fineweb --shards 1"
         raise ValueError(f"{shard} has sha256 {has}, and the published file {published}, {source}; {instead}")
     _write(missing, found, f"sha256 of the shard: {has}")
     told = [f"{name}: val_fingerprint = {found}, entered in {tracks.TRACKS}" for name in missing]

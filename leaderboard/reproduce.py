@@ -35,7 +35,8 @@ def fetched(config: Mapping[str, Any], train_tokens: int) -> dict[str, str]:
     """The settings that name a run's data, found where run.sh has them; what is missing and can be fetched is."""
     base = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
     files = {key: str(base / user_path(config[key])) for key in ("train_files", "val_files")}
-    ensure(**files, train_tokens=train_tokens + 1)
+    unit = config["batch_tokens"] if config.get("shard_tail") == "drop" else 0
+    ensure(files["train_files"], files["val_files"], train_tokens, unit)
     return files
 
 

@@ -62,7 +62,7 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
         if {line.planned for line in run.log.lines} != {line.planned for line in first.log.lines}:
             yield f"{run.name} counts towards another number of steps than {first.name}"
         if not record.is_foreign:
-            yield from _differ("settings", shared_config(run), shared_config(first), run.name, first.name)
+            yield from _differ("settings", _but_for_rounding(run), _but_for_rounding(first), run.name, first.name)
             for key in ("device", "world_size", "dtype", "versions", "train_fingerprint", "val_fingerprint"):
                 what = "hardware" if key in ("device", "world_size") else key
                 yield from _differ(what, run.log.facts.get(key), first.log.facts.get(key), run.name, first.name)
@@ -86,6 +86,11 @@ def _of_seeds(record: Record, track: Track) -> Iterator[str]:
         found = f"{len(runs)} seeds with mean loss {np.mean(record.losses):.5f}"
         rule += "; take more steps (runs cannot be added)"
         yield f"{found} do not show that it is below {track.target_loss:g}: {rule}"
+
+
+def _but_for_rounding(run: Run) -> dict[str, Any]:
+    """The settings that a record's runs share, without what each may choose by the memory that is free."""
+    return {key: value for key, value in shared_config(run).items() if key != "micro_batch_tokens"}
 
 
 def lacking_proof(losses: Sequence[float], track: Track) -> str:

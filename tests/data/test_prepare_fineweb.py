@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data import prepare, sets
-from data.prepare import main
+from data.prepare import fineweb_shards, main
 from data.sets import Settings, save_progress, write_set
 from data.shards import DataError, open_shard, write_shard
 from data.tokenizer import get_tokenizer
@@ -213,3 +213,10 @@ def test_fineweb_tokenize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2_
     expected = [token for text in documents for token in (50256, *encoding.encode_ordinary(text))]
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in (1, 2, 3))]
     np.testing.assert_array_equal(np.concatenate([open_shard(out / name) for name in names]), expected[:20_000])
+
+
+def test_shards_that_a_run_takes() -> None:
+    """The last token needs a target; without the tails a shard has 190 batches of 524,288 tokens."""
+    assert [fineweb_shards(tokens) for tokens in (1, 10**8 - 1, 10**8, 10**12)] == [1, 1, 2, 103]
+    batch = 524288
+    assert [fineweb_shards(steps * batch, batch) for steps in (1, 190, 191, 3230, 3240, 3250)] == [1, 1, 2, 17, 18, 18]

@@ -134,7 +134,7 @@ def test_a_report_trains_and_writes_nothing(trainer: Trainer, tmp_path: Path) ->
     output = result.stdout
     assert "40 steps of 192 tokens in rows of 32; the first 4 of 96; the first 2 in rows of 16: 7,296 tokens" in output
     assert "7,001 training tokens in 3 shards: 1.04 epochs" in output
-    assert "not on 8 ranks: batch_tokens: found 96" in output
+    assert "not on 8 ranks: batch_tokens: found 192" in output
     assert "2 of 3x32" in output  # a full step's, not the first ones'
     assert "an assumption" not in output  # of a CPU no peak is known
 

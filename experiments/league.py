@@ -107,17 +107,20 @@ class Runs:
     def losses(self, cells: Sequence[Cell], seeds: Sequence[int], steps: int) -> dict[tuple[int, int], float | None]:
         """{(index of the cell, seed): final loss, None for a diverged run}; what is not known is run."""
         names = {(i, seed): run_name(cell, steps, seed) for i, cell in enumerate(cells) for seed in seeds}
+        alike: dict[tuple[int, ...], list[int]] = {}  # seeds by what is missing of them: a sweep each, for all its jobs
         for seed in seeds:
-            missing = [cell for i, cell in enumerate(cells) if names[i, seed] not in self.found]
+            missing = tuple(i for i in range(len(cells)) if names[i, seed] not in self.found)
+            alike.setdefault(missing, []).append(seed)
+        for missing, of_seeds in alike.items():
             if missing:
-                self.run(missing, seed, steps)
+                self.run([cells[i] for i in missing], of_seeds, steps)
         return {place: self.found[name]["val_loss"] for place, name in names.items()}
 
-    def run(self, cells: Sequence[Cell], seed: int, steps: int) -> None:
+    def run(self, cells: Sequence[Cell], seeds: Sequence[int], steps: int) -> None:
         out = Path(self.options.out) / f"{steps}_steps"
         fixed = dict(train_steps=str(steps), val_every=str(steps), stop_at_target="false", target_loss="0")
         try:
-            arms.sweep(self.options.recipe, cells, [seed], out, self.options.jobs, fixed)
+            arms.sweep(self.options.recipe, cells, seeds, out, self.options.jobs, fixed)
         finally:  # a stop keeps what has ended
             if (out / "sweep.json").exists():
                 self.take(load_sweep(out).results.values(), steps)

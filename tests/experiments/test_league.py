@@ -1,5 +1,6 @@
 """The league: what is tried and run, what is not run twice, and how losses become steps."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -61,11 +62,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def sweep(recipe: str, cells: list[Cell], seeds: list[int], out: Path, jobs: int, fixed: Cell) -> list[Result]:
         out.mkdir(parents=True, exist_ok=True)
         (out / "sweep.json").touch()
-        for sets in cells:
-            calls.append((sets, int(fixed["train_steps"]), seeds[0]))
-            found = loss(sets, int(fixed["train_steps"]), seeds[0])
+        for seed, sets in itertools.product(seeds, cells):
+            calls.append((sets, int(fixed["train_steps"]), seed))
+            found = loss(sets, int(fixed["train_steps"]), seed)
             told = dict(status="finished", val_loss=found, device="a machine", dtype="torch.float32", git_commit="abc")
-            run = Result(sets, seeds[0], 1, 1, "somewhere", told)
+            run = Result(sets, seed, 1, 1, "somewhere", told)
             results.setdefault(out, {})[run.name] = run
         return list(results[out].values())
 

@@ -66,9 +66,7 @@ class ModelConfig:
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
     value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
-    ngrams: Annotated[
-        tuple[int, ...], ">= 2", "<= 4"
-    ] = ()  # such as 2,3: tables by the last 2 and 3 tokens; empty: none
+    ngrams: Annotated[tuple[int, ...], ">= 2", "<= 4"] = ()  # tables by the last 2, 3, ... tokens, such as 2,3
     ngram_rows: Annotated[int, ">= 2"] = 16384  # of each of these tables, into which the tokens are hashed
     embed_skip: bool = False  # every block also sees the embedding
     mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import optim
 from data import console
-from data.files import is_file, user_path, user_text
+from data.files import is_file, path_as_meant, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import check_vocab_size, end_of_text
@@ -134,7 +134,7 @@ def load_config(argv: list[str]) -> Config:
     kind = optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config  # the user's own rule
     config = parse_settings(kind, words, description=__doc__)
     paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
-    meant: dict[str, Any] = {key: str(user_path(path)) for key, path in paths.items() if path}
+    meant: dict[str, Any] = {key: path_as_meant(path) for key, path in paths.items()}
     return dataclasses.replace(config, **meant)
 
 

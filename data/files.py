@@ -115,6 +115,12 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def path_as_meant(path: str) -> str:
+    """`user_path`'s, or the path itself, letter by letter, where that is the same one."""
+    meant = user_path(path)
+    return path if meant == Path(path) else str(meant)
+
+
 def user_text(argument: str) -> str:
     """A word of the command line as its user wrote it, in UTF-8 where the locale could not read it."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")

@@ -106,7 +106,7 @@ def test_ensure_with_all_there_imports_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("train_tokens", "shards"),
-    [(1, 1), (100_000_000, 1), (100_000_001, 2), (3250 * 524_288 + 1, 18), (10**12, 103)],
+    [(1, 1), (99_999_999, 1), (100_000_000, 2), (3250 * 524_288, 18), (10**12, 103)],
 )
 def test_ensure_downloads_as_many_shards_as_the_run_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train_tokens: int, shards: int

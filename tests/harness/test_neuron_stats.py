@@ -342,7 +342,7 @@ class Plain(nn.Module):
 def test_another_mlp_is_refused_before_there_is_a_run(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "MLP", Plain)
+    monkeypatch.setattr(model.Block, "mlp_type", Plain)
     assert_refused(trainer("--neuron_stats=10"), tmp_path / "runs", ["mlp.gate_up [2 or 1, F, D]", "neuron_stats = 0"])
     assert_refused(trainer("--neuron_stats=-1"), tmp_path / "runs", ["neuron_stats = -1 must be >= 0"])
 

@@ -217,7 +217,7 @@ def test_every_recipe_is_whole_and_divides_on_eight_ranks_or_one(recipe: Path) -
     assert config.track
     assert config.description
     assert config.micro_batch_tokens % config.seq_len == config.val_tokens % config.seq_len == 0
-    num_ranks = 8 if config.name.startswith("fineweb") else 1
-    assert config.batch_tokens % (num_ranks * config.micro_batch_tokens) == 0
-    assert config.matrix_optimizer in config.name or config.name.startswith("sotu")
+    num_ranks = 8 if config.name.startswith(("fineweb", "track3")) else 1
+    assert config.batch_tokens % (num_ranks * (config.micro_batch_tokens or config.seq_len)) == 0
+    assert config.matrix_optimizer in config.name or config.name.startswith("sotu") or config.name.endswith("fast")
     assert config.num_heads * config.head_dim == config.model_dim

@@ -1,5 +1,6 @@
 """What the examples train: a small causal transformer, on sequences that count upwards by a step of their own."""
 
+import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -70,4 +71,5 @@ def process_group() -> Iterator[str]:
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(shared[0])
+        gc.collect()  # what still holds the group, such as DistributedDataParallel in a cycle, keeps its threads running
         dist.destroy_process_group()

@@ -71,5 +71,5 @@ def process_group() -> Iterator[str]:
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(shared[0])
-        gc.collect()  # what still holds the group, such as DistributedDataParallel in a cycle, keeps its threads running
+        gc.collect()  # DistributedDataParallel, in a cycle, still holds the group, whose threads then abort at the end
         dist.destroy_process_group()

@@ -183,7 +183,7 @@ def _download_fineweb(folder: Path, shards: int) -> None:
             )
             for number, name in enumerate(missing, start=1):
                 try:  # one at a time: an interruption costs one, and waits for none
-                    hf_hub_download(FINEWEB_TOKENS, name, repo_type="dataset", local_dir=folder)
+                    hf_hub_download(FINEWEB_TOKENS, name, repo_type="dataset", token=hub_token(), local_dir=folder)
                 except Exception as error:  # as above
                     reason = f"the download broke off ({error}); the same command goes on"
                     raise DataError(f"{folder / name}: {reason}") from error
@@ -207,6 +207,17 @@ def _check_space(folder: Path, shards: int) -> str:
             "missing; make room, ask for fewer with --shards, or choose another disk with --out"
         )
     return f"{free / 1e9:.1f} GB"
+
+
+def hub_token() -> bool | None:
+    """None: the user's own, if there is one. False: none, where the home folder that might hold it cannot be read."""
+    from huggingface_hub import get_token
+
+    try:
+        get_token()
+    except OSError:
+        return False
+    return None
 
 
 def _check_hub() -> None:

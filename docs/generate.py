@@ -20,7 +20,7 @@ from typing import Any
 
 from data import console
 from data.files import whole_file
-from experiments import neuron_report, options, rules
+from experiments import league, neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.neuron_stats import THRESHOLDS
@@ -209,6 +209,15 @@ def rules_section(question: str) -> str:
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({result['device']}, {result['steps']} steps)\n"
 
 
+def league_section() -> str:
+    """The rules of the league, those that need the fewest steps first."""
+    result = kept("league")
+    rows, runs = league.summary(result), result["runs"].values()
+    devices = ", ".join(sorted({run["device"] for run in runs if run["device"]}))
+    said = f"{devices}; {result['steps']} steps, seeds {', '.join(map(str, result['seeds']))}; {len(runs)} runs in all"
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({said}; {league.correlation(result)})\n"
+
+
 DEFINITIONS = {  # of the arms of the experiment: what their transcription follows, and its name in rule_accuracy
     "muon": ("Jordan et al. 2024", "muon"), "aurora": ("arXiv 2606.27715", "aurora release"),
     "riemannian_aurora": ("arXiv 2606.27715", "riemannian aurora"), "normuon": ("arXiv 2510.05491", "normuon"),
@@ -259,6 +268,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,
+    "league": league_section,
     "polar_loss": lambda: rules_section("polar"),
     "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),

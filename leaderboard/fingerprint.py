@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.files import whole_file
-from data.prepare import FINEWEB_SHARD_TOKENS
+from data.prepare import FINEWEB_SHARD_TOKENS, hub_token
 from data.shards import HEADER_BYTES, TOKEN_BYTES, check_tokens, head_fingerprint, open_shard
 from data.tokenizer import end_of_text, vocab_size
 from leaderboard import tracks
@@ -78,7 +78,7 @@ def _published_sha256(source: str, shard: str) -> str:
 
     repository, _, name = source.rpartition("/")
     try:
-        files = HfApi().get_paths_info(repository, [name], repo_type="dataset")
+        files = HfApi(token=hub_token()).get_paths_info(repository, [name], repo_type="dataset")
         (sha256,) = [file.lfs.sha256 for file in files if isinstance(file, RepoFile) and file.lfs] or [""]
     except Exception as error:  # the client's errors have no common class
         sha256, why = "", str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -466,9 +466,9 @@ def main(argv: list[str]) -> int:
     console.prepare()
     try:
         config = load_config(argv)
-        plans, total_tokens = plans_to_warm_up(config, 0, False), plan_step(config, config.train_steps).first_token
+        total_tokens = plan_step(config, config.train_steps).first_token
         if config.dry_run:
-            return dry_run.print_report(config, model_config(config), plans, total_tokens)
+            return dry_run.print_report(config, model_config(config), plans_to_warm_up(config, 0, False), total_tokens)
         run = set_up(config, find_machine(config.device, config.dtype))
         if run.start.ended:  # torchrun restarts whatever ended with another status than 0
             return outcome.exit_status(run.start.ended, config.require_target)

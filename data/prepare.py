@@ -234,11 +234,15 @@ def _check_hub() -> None:
         )
 
 
+def fineweb_shard_tokens(unit: int = 0) -> int:
+    """Tokens of a FineWeb shard that are trained on; `unit` as TokenStream's."""
+    return (FINEWEB_SHARD_TOKENS - 2) // unit * unit if unit else FINEWEB_SHARD_TOKENS
+
+
 def fineweb_shards(train_tokens: int, unit: int = 0) -> int:
     """FineWeb shards that training on so many tokens and the target of the last one takes; `unit` as TokenStream's."""
-    if unit:
-        return min(-(-train_tokens // ((FINEWEB_SHARD_TOKENS - 2) // unit * unit)), FINEWEB_TRAIN_SHARDS)
-    return min(-(-(train_tokens + 1) // FINEWEB_SHARD_TOKENS), FINEWEB_TRAIN_SHARDS)
+    needed = train_tokens if unit else train_tokens + 1  # with a unit the target is in the tail
+    return min(-(-needed // fineweb_shard_tokens(unit)), FINEWEB_TRAIN_SHARDS)
 
 
 def ensure(train_files: str, val_files: str, train_tokens: int = 1, unit: int = 0) -> None:

@@ -15,7 +15,7 @@ import torch
 import optim
 from data.files import user_path
 from data.loader import TokenLoader, TokenStream, validation_batches
-from data.prepare import FINEWEB_SHARD_TOKENS, fineweb_shards
+from data.prepare import FINEWEB_SHARD_TOKENS, fineweb_shard_tokens, fineweb_shards
 from data.shards import TOKEN_BYTES, how_to_get, match_shards, refuse_overlap
 from harness import memory_plan
 from harness.machine import PEAK_FLOPS
@@ -38,23 +38,24 @@ def print_report(config: Any, model_config: ModelConfig, plans: Sequence[Any], t
     """Exit status 0. config: the trainer's Config; plans: the first StepPlan of each shape of batch; total_tokens: of
     the whole schedule. Raises ValueError for what is refused on any number of ranks, and for broken shards."""
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device_type, open_size = "cuda" if on_gpu else "cpu", not config.micro_batch_tokens
+    device_type = "cuda" if on_gpu else "cpu"
     with torch.device("meta"):
         model = ARCHITECTURES[model_config.architecture](model_config, dtype_on(device_type, config.dtype))
     optimizers = optim.build_optimizers(model, config)
     counts = sorted({*RANKS, max(1, torch.cuda.device_count())})
-    sizes = {ranks: micro_batch(config, model, optimizers, device_type, plans, ranks) for ranks in counts}
-    memory = of_memory(config, model, optimizers, device_type, plans, sizes)
-    data = of_data(dataclasses.replace(config, micro_batch_tokens=sizes[1]), total_tokens)
+    micro_batches = {ranks: micro_batch(config, model, optimizers, device_type, plans, ranks) for ranks in counts}
+    memory = of_memory(config, model, optimizers, device_type, plans, micro_batches)
+    data = of_data(dataclasses.replace(config, micro_batch_tokens=micro_batches[1]), total_tokens)
     flops = model.flops_per_token()
     print(f"Dry run of {config.name}: nothing is trained, fetched or written\n")
     print("\n".join(of_model(model, optimizers)), end="\n\n")
     print(of_schedule(config, total_tokens))
     print(f"{flops:,} FLOPs per token, forward and backward: {flops * total_tokens:.3g} in all")
     print("\n".join(data))
-    if open_size and on_gpu:
+    if on_gpu and not config.micro_batch_tokens:
         small = micro_batch(config, model, optimizers, device_type, plans, 1, SMALL_GIB)
-        told = f"{sizes[1]:,} with {LARGE_GIB} GiB (as below), {small:,} with {SMALL_GIB} GiB (give that for its table)"
+        large = f"{micro_batches[1]:,} with {LARGE_GIB} GiB (as below)"
+        told = f"{large}, {small:,} with {SMALL_GIB} GiB (give that for its table)"
         print(f"micro_batch_tokens = 0 takes what fits a GPU: by this count, on one rank, {told}")
     print(f"\n{memory}\n{NOTES + (NOTE_OF_GPU if on_gpu else '.')}")
     if config.resume:
@@ -113,8 +114,7 @@ def of_data(config: Any, total_tokens: int) -> list[str]:
     if is_fineweb and fetched:
         tokens = fetched * FINEWEB_SHARD_TOKENS
         disk = f"{tokens * TOKEN_BYTES / 1e9:.1f} GB of disk"
-        each = (FINEWEB_SHARD_TOKENS - 2) // unit * unit if unit else FINEWEB_SHARD_TOKENS
-        epochs = f"training is {total_tokens / needed / each:.2f} epochs of {needed}"
+        epochs = f"training is {total_tokens / needed / fineweb_shard_tokens(unit):.2f} epochs of {needed}"
         lines.append(f"to fetch: {fetched} shards, {tokens:,} tokens, {disk}; {epochs}")
     return lines
 

@@ -29,7 +29,7 @@ from kernels.fused import rms_norm, rotate
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
 FusedPart = Literal["auto", "none", "norm", "mlp", "head", "blocks"]
-HASH_FACTORS = 36313, 27191, 51647, 21377  # of a token and those before it; the first two are the speedruns'
+HASH_FACTORS = 36313, 27191, 51647, 21377, 458747, 1000003, 245491, 104729  # of a token and those before it
 IGNORE_INDEX = -1  # targets with this value add nothing to the loss
 
 # The MLP's activation, of the stacked products [..., G F] of its G input matrices: the function and G.
@@ -66,8 +66,9 @@ class ModelConfig:
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
     value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
-    ngrams: Annotated[tuple[int, ...], ">= 2", "<= 4"] = ()  # tables by the last 2, 3, ... tokens, such as 2,3
+    ngrams: Annotated[tuple[int, ...], ">= 2", "<= 8"] = ()  # tables by the last 2, 3, ... tokens, such as 2,3
     ngram_rows: Annotated[int, ">= 2"] = 16384  # of each of these tables, into which the tokens are hashed
+    ngram_sparse: bool = False  # a step moves only the rows of these that it saw, by Adagrad (sparse_lr)
     embed_skip: bool = False  # every block also sees the embedding
     mask_padding: bool = False  # the vocabulary's padding to a multiple of 64 stays out of the softmax
     z_loss: Annotated[float, ">= 0"] = 0.0  # weight of log sum exp(logits) squared in training; 1e-4 is usual
@@ -215,7 +216,7 @@ def hashed_ngrams(tokens_BT: Tensor, n: int, rows: int) -> Tensor:
     """The rows of a table for each token and the n - 1 before it, int64 [B, T]; the last one where there are fewer."""
     hash_BT = torch.zeros_like(tokens_BT, dtype=torch.int64)
     for back, factor in enumerate(HASH_FACTORS[:n]):
-        hash_BT[:, back:] ^= factor * tokens_BT[:, : tokens_BT.size(1) - back].long()
+        hash_BT[:, back:] ^= factor * tokens_BT[:, : max(0, tokens_BT.size(1) - back)].long()
     hash_BT %= rows - 1
     hash_BT[:, : n - 1] = rows - 1
     return hash_BT
@@ -245,7 +246,8 @@ class GPT(nn.Module):
         self.rotary = self.rotary_type(config.head_dim, config.seq_len, "norm" in self.parts)
         values = config.padded_vocab_size, config.num_heads * config.head_dim
         self.value_embeds = nn.ModuleList(lookup(*values) for _ in range(config.value_embeds))
-        self.ngram_embeds = nn.ModuleList(lookup(config.ngram_rows, config.model_dim) for _ in config.ngrams)
+        ngrams = config.ngram_rows, config.model_dim
+        self.ngram_embeds = nn.ModuleList(lookup(*ngrams, sparse=config.ngram_sparse) for _ in config.ngrams)
         if config.value_embeds:
             self.value_scale = nn.Parameter(empty(2 * config.value_embeds).fill_(0.5))
         if config.embed_skip:

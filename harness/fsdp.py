@@ -28,6 +28,8 @@ def check_fsdp(config: Any) -> None:
         raise ValueError(
             "fsdp gathers embedding and head in one dtype, and track3's embedding has its own; leave it off"
         )
+    if config.fsdp and config.ngram_sparse:
+        raise ValueError("fsdp shards dense gradients, and ngram_sparse = true makes sparse ones; set one to false")
     if config.fsdp and config.compile and not config.compile_blocks:
         raise ValueError("fsdp gathers block by block, and compile_blocks = false makes one graph; leave it on")
 

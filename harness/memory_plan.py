@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +42,10 @@ def nbytes(tensors: Iterable[Any]) -> int:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def sparse_tables(model: nn.Module) -> list[Tensor]:
+    return [part.weight for part in model.modules() if isinstance(part, nn.Embedding) and part.sparse]
 
 
 def share(p: Tensor, ranks: int, fsdp: bool) -> float:
@@ -196,6 +200,8 @@ def activations(
         inputs, targets = (torch.empty(shape, dtype=kind) for kind in (torch.int32, torch.int64))
     if fsdp:  # gathers weights in the dtype of the products
         model.blocks.to(dtype)
+    for table in sparse_tables(model):  # meta knows no sparse gradients; dry_run.py counts them
+        table.requires_grad_(False)
     for p in model.parameters():
         p.grad = torch.empty_like(p)  # as from the second micro-batch on
     operator = 0  # what the fused head holds while it runs: a chunk's logits, and its weight in their dtype

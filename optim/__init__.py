@@ -43,7 +43,7 @@ from optim.muon_squared import MuonSquared
 from optim.muown import Muown
 from optim.normuon import NorMuon, UNorMuon
 from optim.polar_grad import PolarGrad
-from optim.replicated import average_gradients, gradients_of, mark_as_means
+from optim.replicated import average_gradients, gradients_of, mark_as_means, numbers_of
 from optim.riemannian_aurora import RiemannianAurora
 from optim.routing import build_optimizers, routing_table
 from optim.shards import cut_of, is_dtensor, local, shard_group
@@ -104,9 +104,9 @@ def clip_gradients(optimizers: Sequence[torch.optim.Optimizer], max_norm: float)
         if dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(part, group=group)
         square += part
-    norm = (square + sum_of_squares(shared, device)).sqrt()
+    norm = (square + sum_of_squares(map(numbers_of, shared), device)).sqrt()
     factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1), 1)
-    for gradient in [*itertools.chain(*parts.values()), *map(local, shared)]:
+    for gradient in [*itertools.chain(*parts.values()), *map(local, map(numbers_of, shared))]:
         gradient.mul_(factor.to(gradient.device))
     mark_as_means(shared)
     return norm

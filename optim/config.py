@@ -161,6 +161,7 @@ class OptimizerConfig:
     comm_dtype: Literal["float32", "bfloat16"] = "float32"  # of muon's and relatives' gradients between ranks
     embed_lr: Annotated[float, ">= 0"] = 0.3  # AdamW, token embedding
     head_lr: Annotated[float, ">= 0"] = 0.004  # AdamW, output head
+    sparse_lr: Annotated[float, ">= 0"] = 0.3  # Adagrad, tables with sparse gradients
     scalar_lr: Annotated[float, ">= 0"] = 0.015  # AdamW, whatever is not a matrix
     adam_betas: Annotated[tuple[float, float], ">= 0", "< 1"] = (0.8, 0.95)  # AdamW, where nothing else is said
     embed_betas: Annotated[tuple[float, float] | None, ">= 0", "< 1"] = None  # of the embedding; none: adam_betas

@@ -17,8 +17,21 @@ from optim.shards import gathered, is_dtensor, shard_like
 _means = WeakTensorKeyDictionary()  # gradients that are means over the ranks: their version when they became that
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    """The gradients, to write to; sparse ones have each row once after this."""
+    for p in params_of(optimizer):
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    return [p.grad for p in params_of(optimizer) if p.grad is not None]
+
+
+def numbers_of(gradient: Tensor) -> Tensor:
+    """What is stored of it: a sparse one's rows, of which there is one each."""
+    return gradient.values() if gradient.is_sparse else gradient
 
 
 def mark_as_means(gradients: Iterable[Tensor]) -> None:
@@ -29,17 +42,39 @@ def mark_as_means(gradients: Iterable[Tensor]) -> None:
 
 def average_gradients(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None = None) -> None:
     """Replace each gradient by its mean over the ranks, in place, as DistributedDataParallel does; where it is the
-    mean already, as in shards it is, nothing is sent."""
+    mean already, as in shards it is, nothing is sent. Of a sparse gradient its rows are sent."""
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return
-    gradients = [
-        gradient for gradient in gradients_of(optimizer)
-        if not is_dtensor(gradient) and _means.get(gradient) != gradient._version
-    ]  # fmt: skip
-    works = [dist.all_reduce(g, op=dist.ReduceOp.AVG, group=process_group, async_op=True) for g in gradients]
+    works, means = [], list[Tensor]()
+    for p in params_of(optimizer):
+        if p.grad is None or is_dtensor(p.grad) or _means.get(p.grad) == p.grad._version:
+            continue
+        if p.grad.is_sparse:
+            p.grad = mean_of_rows(p.grad, process_group)
+        else:
+            works.append(dist.all_reduce(p.grad, op=dist.ReduceOp.AVG, group=process_group, async_op=True))
+        means.append(p.grad)
     for work in works:
         work.wait()
-    mark_as_means(gradients)
+    mark_as_means(means)
+
+
+def mean_of_rows(gradient: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over the ranks of a sparse gradient, by all ranks' rows; the same on all of them. Waits for the device:
+    how many rows each rank has depends on its tokens."""
+    gradient, num_ranks = gradient.coalesce(), dist.get_world_size(process_group)
+    rows, values = gradient.indices()[0], gradient.values() / num_ranks
+    most = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=process_group)
+    missing = int(most) - len(rows)  # filled up with zeros for row 0
+    parts = [torch.cat((part, part.new_zeros(missing, *part.shape[1:]))) for part in (rows, values)]
+    gathered_parts = []
+    for part in parts:
+        of_ranks = [torch.empty_like(part) for _ in range(num_ranks)]
+        dist.all_gather(of_ranks, part, group=process_group)
+        gathered_parts.append(torch.cat(of_ranks))
+    rows, values = gathered_parts
+    return torch.sparse_coo_tensor(rows[None], values, gradient.shape, check_invariants=False).coalesce()
 
 
 def replicate(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from kernels import backend
+from optim.adagrad import Adagrad
 from optim.apply_update import WEIGHT_OPTIONS, check_weight_options
 from optim.config import TORCH_OPTIMIZERS, Groups, OptimizerConfig, adamw, find_rule, rule_settings
 from optim.matrix_optimizer import MatrixOptimizer
+from optim.replicated import replicate
 from optim.shards import is_dtensor
 
 TABLES = nn.Embedding, nn.EmbeddingBag
@@ -64,12 +66,13 @@ def head_parameters(module: nn.Module, is_listed: bool = False, is_in_model: boo
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """[the matrix optimizer, AdamW]; every group carries `name`, and `initial_lr` and `initial_weight_decay`, which
-    schedules multiply.
+    """[the matrix optimizer, AdamW, Adagrad]; every group carries `name`, and `initial_lr` and `initial_weight_decay`,
+    which schedules multiply.
 
     Embeddings are the weights of nn.Embedding and nn.EmbeddingBag (a tied head is one of them), the head is a model's
     module `head` or `lm_head`, what else has two dimensions or more is a matrix, and less, such as a head's bias, a
-    scalar. AdamW is left out where nothing is left for it.
+    scalar. Tables made with sparse=True, whose gradients AdamW cannot take, are Adagrad's. An optimizer without
+    parameters is left out.
     `config` has the fields of OptimizerConfig; a rule's option without a field keeps its default. Raises ValueError for
     an unknown `matrix_optimizer`, a model without matrices and whatever the optimizers refuse.
     """
@@ -80,10 +83,13 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         raise ValueError(f"comm_dtype = {config.comm_dtype!r} is unknown; choose one of {', '.join(COMM_DTYPES)}")
     tables = [module for module in model.modules() if isinstance(module, TABLES)]
     embeddings = {p for table in tables for p in table.parameters()}  # of a parametrized one, what it is made from
+    sparse = {table.weight for table in tables if getattr(table, "sparse", False)}
     heads = head_parameters(model)
-    routes: dict[str, list[tuple[str, nn.Parameter]]] = {"matrix": [], "embed": [], "head": [], "scalar": []}
+    routes: dict[str, list[tuple[str, nn.Parameter]]] = {
+        name: [] for name in ("matrix", "embed", "head", "scalar", "sparse")
+    }
     for name, p in model.named_parameters():
-        kind = "embed" if p in embeddings else "head" if p in heads else "matrix"
+        kind = "sparse" if p in sparse else "embed" if p in embeddings else "head" if p in heads else "matrix"
         routes[kind if p.ndim >= 2 else "scalar"].append((name, p))
     if not routes["matrix"]:
         raise ValueError(
@@ -105,7 +111,10 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     matrix_optimizer = make([group("matrix", config.matrix_lr, config.matrix_weight_decay)], config)
     if isinstance(matrix_optimizer, MatrixOptimizer):  # the trainer asks at its log lines, where a GPU waits anyway
         matrix_optimizer.defer_check = routes["matrix"][0][1].is_cuda
-    return [matrix_optimizer, adamw(rest, config)] if rest else [matrix_optimizer]
+    others = [adamw(rest, config)] if rest else []
+    if routes["sparse"]:
+        others.append(replicate(Adagrad([group("sparse", config.sparse_lr, 0.0)])))
+    return [matrix_optimizer, *others]
 
 
 def routing_table(optimizers: list[torch.optim.Optimizer]) -> str:

@@ -14,12 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from inference.sample import generate
-from model import GPT, IGNORE_INDEX, MLP, ModelConfig
+from model import GPT, IGNORE_INDEX, MLP, ModelConfig, hashed_ngrams
 from tests.conftest import ROOT
 
 SMALL = ModelConfig(
     vocab_size=50, num_layers=2, num_heads=3, head_dim=8, model_dim=20, mlp_hidden=28, seq_len=24, fused=("none",)
 )  # fmt: skip
+FACTORS = 36313, 27191, 51647, 21377, 458747, 1000003, 245491, 104729
 DOC = 3  # the token that begins a document, where documents matter
 
 
@@ -58,9 +59,7 @@ def reference_logits(model: GPT, inputs: torch.Tensor) -> torch.Tensor:
         for t in range(len(inputs)):
             row = c.ngram_rows - 1
             if t >= n - 1:
-                products = [
-                    factor * int(inputs[t - back]) for back, factor in enumerate((36313, 27191, 51647, 21377)[:n])
-                ]
+                products = [factor * int(inputs[t - back]) for back, factor in enumerate(FACTORS[:n])]
                 row = reduce(operator.xor, products) % (c.ngram_rows - 1)
             x[t] += table.weight.double()[row]
     x = embedded = norm(x)
@@ -104,6 +103,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "value embeddings in every block": dict(value_embeds=2, num_layers=4),
     "embedding skip": dict(embed_skip=True),
     "n-grams": dict(ngrams=(2, 4), ngram_rows=50),
+    "longest n-gram": dict(ngrams=(8,), ngram_rows=50, ngram_sparse=True),
     "squared ReLU": dict(activation="squared_relu"),
     "squared ReLU, fused": dict(activation="squared_relu") | FUSED,
     "padding masked": dict(mask_padding=True),
@@ -220,6 +220,24 @@ def test_new_options_start_where_their_sources_start_them() -> None:
     assert [table.weight.abs().max().item() for table in model.ngram_embeds] == [0, 0]
     assert model.value_scale.tolist() == [0.5] * 2
     assert model.value_embeds[0].weight.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_rows_shorter_than_an_n_gram_have_the_row_of_unknown_ones() -> None:
+    for length in range(1, 9):
+        rows = hashed_ngrams(tokens(2, length), 8, 97)
+        assert rows.shape == (2, length)
+        assert (rows[:, :7] == 96).all()
+    assert (rows[:, 7] < 96).all()
+
+
+def test_sparse_gradients_of_tables_are_the_dense_ones() -> None:
+    gradients = []
+    for ngram_sparse in (False, True):
+        model = small_model(replace(SMALL, ngrams=(2, 3), ngram_rows=97, ngram_sparse=ngram_sparse))
+        model(tokens(2, 24), tokens(2, 24, seed=1)).backward()
+        gradients.append([table.weight.grad for table in model.ngram_embeds])
+        assert all(gradient.is_sparse == ngram_sparse for gradient in gradients[-1])
+    torch.testing.assert_close(gradients[0], [gradient.to_dense() for gradient in gradients[1]])
 
 
 def test_a_tied_head_starts_equal_and_near_the_uniform_guess_and_gets_the_sum_of_both_gradients() -> None:

@@ -27,6 +27,7 @@ from train_gpt import Config, load_config, plan_step, set_up, train_step, warm_u
 PLAIN, FUSED = ["--fused=none"], ["--fused=norm,mlp,head,blocks"]
 EVERYTHING = [
     *FUSED, "--window=12", "--window_start=4", "--value_embeds=1", "--embed_skip=true", "--ngrams=2,3",
+    "--ngram_sparse=true", "--ngram_rows=997",
     "--mask_padding=true", "--z_loss=1e-3", "--tie_head_steps=15", "--embed_lr=0.004",
     "--small_batch_steps=13", "--short_row_steps=22", "--micro_batch_tokens=96", "--data_start=seed", "--seed=1003",
     "--weight_decay=0.1", "--matrix_weight_decay=0.1", "--decay_schedule=rate", "--adamw_cautious", "--cautious",

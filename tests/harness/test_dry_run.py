@@ -1,5 +1,6 @@
 """The dry run: its memory is that of real tensors; it reports without data, GPU, run directory or other processes."""
 
+import dataclasses
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,12 @@ def test_parts_of_a_rank(tiny_recipe: Path) -> None:
     passes, _ = memory_plan.activations(config, torch.float32, "cpu", (6, 32))
     first = list(parts)[: list(parts).index("activations of blocks")]
     assert parts["at the peak"] == sum(parts[part] for part in first) + passes.most
+    tables = dataclasses.replace(config, ngrams=(2,), ngram_rows=1000, ngram_sparse=True)
+    with torch.device("meta"):
+        with_tables = GPT(tables)
+    sparse = dry_run.parts_of_rank(tables, with_tables, build_optimizers(with_tables, tables), "cpu", (6, 32), 1)
+    assert sparse["weights"] - weights == sparse["state of Adagrad"] == 4 * 1000 * tables.model_dim
+    assert sparse["gradients"] - weights == tables.batch_tokens * (4 * tables.model_dim + 8)
     halves = load_config([str(tiny_recipe), "--fsdp"])
     sharded = dry_run.parts_of_rank(halves, model, optimizers, "cpu", (3, 32), 2)
     assert sharded["weights"] == sharded["gradients"] == weights / 2

@@ -26,6 +26,7 @@ from optim import (
     routing_table,
     with_rule_options,
 )
+from optim.adagrad import Adagrad
 from optim.config import rule_settings
 
 pytestmark = [pytest.mark.usefixtures("float32_products"), pytest.mark.filterwarnings("ignore:PolarGrad")]
@@ -63,6 +64,17 @@ def test_every_parameter_is_moved_once_by_the_optimizer_it_belongs_to(name: str)
     assert f"matrix: 8 tensors, {count:,} parameters" in table
     assert ("torch kernels" in table) == isinstance(matrix, MatrixOptimizer)
     assert table.count(", not scale-free, lr") == (not getattr(matrix, "is_scale_free", True))
+
+
+def test_tables_with_sparse_gradients_are_adagrads() -> None:
+    model = tiny_gpt(ngrams=(2, 3), ngram_rows=20, ngram_sparse=True)
+    optimizers = build_optimizers(model, config(sparse_lr=0.7))
+    *_, tables = optimizers
+    assert type(tables) is Adagrad
+    (group,) = tables.param_groups
+    assert (group["params"], group["lr"]) == ([table.weight for table in model.ngram_embeds], 0.7)
+    moved = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
 
 
 def tiny_gpt(**changes: Any) -> GPT:

@@ -148,6 +148,12 @@ COMPILE_TIME = {
     "cached_s": "from the cache (s)", "cached_s_ratio": "of whole's", "pass_ms": "later passes (ms)",
     "pass_ms_ratio": "of whole's", "loss_diff": "losses differ by",
 }  # fmt: skip
+STEP_BOUND = {
+    "recipe": "recipe", "tokens": "tokens", "step_ms": "step (ms)", "gflop": "GFLOP of products",
+    "bound_ms": "at a large product's rate (ms)", "of_bound": "share", "products_%": "products %",
+    "lookups_%": "lookups %", "elementwise_%": "elementwise %",
+}  # fmt: skip
+STEP_PARTS = {"without": "without", "step_ms": "step (ms)", "saves_ms": "saves (ms)", "saves": "share"}
 CROSS_ENTROPY = {
     "tokens": "tokens", "vocabulary": "vocabulary", "width": "width", "variant": "head and loss", "ms": "ms",
     "of_plain": "of plain's time", "peak_mib": "peak MiB", "peak_of_plain": "of plain's memory",
@@ -265,6 +271,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train_step": train_step_section,
     "compile_time": compile_section,
     "cross_entropy": lambda: by_device("cross_entropy_*", "passes", CROSS_ENTROPY),
+    "step_bound": lambda: by_device("step_bound_*", "turns", STEP_BOUND),
+    "step_parts": lambda: by_device("step_parts_*", "turns", STEP_PARTS),
     "options": options_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,

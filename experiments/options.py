@@ -2,6 +2,7 @@
 
     ./run.sh options --jobs 2                                    all options on the embedded sample, 3 seeds
     ./run.sh options --arms ngrams short_rows --seeds 0 1 2 3 4
+    ./run.sh options configs/sotu_cpu.toml --arms plain --ideas "wide: model_dim=96" "rate: embed_lr=0.05"
     ./run.sh options --table experiments/results/options.json
 
 Steps of every arm are timed first, arms taking turns in this process, a single CPU thread by what it computes; then
@@ -20,7 +21,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from experiments import arms
 from experiments.arms import confirm, duration, names_of
 from experiments.comparisons import LEVEL, against
 from harness.machine import find_machine, versions
-from harness.overrides import arguments, assignments
+from harness.overrides import OWN, arguments, assignments
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
 from train_gpt import load_config, set_up
@@ -60,6 +61,7 @@ TURNS = 25  # of timing a step of every arm
 class Options:
     recipe: str = "configs/sotu_base.toml"  # model, data and the plain schedule
     arms: Annotated[tuple[str, ...], names_of(ARMS)] = tuple(ARMS)  # options to try; the plain model is always there
+    ideas: tuple[str, ...] = ()  # more to try: a name and what it sets, "wide: model_dim=96 num_heads=3"
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: Annotated[int, ">= 0"] = 0  # of the plain schedule; 0: the recipe's
     set: tuple[tuple[str, ...], ...] = ()  # key=value ...: settings of every run
@@ -69,10 +71,21 @@ class Options:
     yes: bool = False  # do not ask before starting
 
 
-def arm_settings(arm: str, train_steps: int) -> dict[str, str]:
+def all_arms(options: Options) -> dict[str, Mapping[str, str | float]]:
+    """The plain model, the options to try and the user's own ideas. Raises ValueError."""
+    found: dict[str, Mapping[str, str | float]] = {arm: ARMS[arm] for arm in ("plain", *options.arms)}
+    for idea in options.ideas:
+        name, _, words = idea.partition(":")
+        if not words.strip() or name in found:
+            raise ValueError(f"--ideas: {idea!r} is not a new name and settings; try 'wide: model_dim=96'")
+        found[name] = assignments(words.split(), "--ideas: ", OWN)
+    return found
+
+
+def arm_settings(sets: Mapping[str, str | float], train_steps: int) -> dict[str, str]:
     """Settings of an arm whose schedule has `train_steps`."""
     settings = {"train_steps": str(train_steps), "val_every": str(train_steps)}
-    for key, value in ARMS[arm].items():
+    for key, value in sets.items():
         settings[key] = value if isinstance(value, str) else str(round(value * train_steps))
     return settings
 
@@ -81,19 +94,19 @@ def fixed_settings(options: Options) -> dict[str, str]:
     return {**FIXED, **assignments(itertools.chain(*options.set), "--set: ")}
 
 
-def step_seconds(options: Options, names: Sequence[str], steps: int) -> dict[str, float]:
+def step_seconds(options: Options, chosen: Mapping[str, Mapping[str, str | float]], steps: int) -> dict[str, float]:
     """Mean seconds of a step over each arm's schedule: medians of its first kind of step and of its last, weighted by
     their shares."""
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for arm in names:
-            words = arguments(fixed_settings(options) | arm_settings(arm, steps))
+        for arm, sets in chosen.items():
+            words = arguments(fixed_settings(options) | arm_settings(sets, steps))
             config = load_config([options.recipe, *words, f"--run_dir={folder}"])
             runs[arm] = set_up(config, find_machine(config.device, config.dtype))
         seconds = arms.seconds_per_step(runs, (0, steps - 1), TURNS, computed=True)
         for run in runs.values():
             run.loader.close()
-    shares = {arm: next((v for v in ARMS[arm].values() if isinstance(v, float)), 0.5) for arm in names}
+    shares = {arm: next((v for v in sets.values() if isinstance(v, float)), 0.5) for arm, sets in chosen.items()}
     return {arm: shares[arm] * first + (1 - shares[arm]) * last for arm, (first, last) in seconds.items()}
 
 
@@ -123,14 +136,15 @@ def experiment(options: Options) -> dict[str, Any]:
         raise ValueError("there is no seed; --seeds 0 1 2 is usual")
     fixed = fixed_settings(options)
     steps = options.steps or load_config([options.recipe, *arguments(fixed)]).train_steps
-    names = list(dict.fromkeys(("plain", *options.arms)))
+    chosen = all_arms(options)
+    names = list(chosen)
     out = Path(options.out)
     check_writable(out, "choose another folder, such as --out=/tmp/options")
     timing = out / "timing.json"
     step_s = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
     if not step_s.keys() >= set(names):  # else an earlier start's, whose runs go on
         with arms.cpu_threads(max(1, torch.get_num_threads() // options.jobs)):
-            step_s = step_seconds(options, names, steps)
+            step_s = step_seconds(options, chosen, steps)
     schedule = {arm: round(steps * step_s["plain"] / step_s[arm]) for arm in names}
     num_runs = len(names) * len(options.seeds)
     total_s = num_runs * steps * step_s["plain"]
@@ -138,7 +152,7 @@ def experiment(options: Options) -> dict[str, Any]:
              f"{duration(total_s / options.jobs)} of training, {options.jobs} at a time"], options.yes)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_json(timing, step_s, indent=1)
-    cells = [arm_settings(arm, schedule[arm]) for arm in names]
+    cells = [arm_settings(chosen[arm], schedule[arm]) for arm in names]
     results = arms.sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed)
     losses = [None if run.diverged else run.summary["val_loss"] for run in results]  # seeds outermost
     return dict(

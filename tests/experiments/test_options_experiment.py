@@ -17,10 +17,10 @@ from train_gpt import Config
 
 
 def test_shares_of_a_schedule_become_steps_of_the_arms_own() -> None:
-    assert arm_settings("tie_head", 300) == dict(
+    assert arm_settings(ARMS["tie_head"], 300) == dict(
         train_steps="300", val_every="300", tie_head_steps="200", embed_lr="0.004"
     )
-    assert arm_settings("small_batch", 501)["small_batch_steps"] == "250"
+    assert arm_settings(ARMS["small_batch"], 501)["small_batch_steps"] == "250"
 
 
 def test_every_arm_sets_what_the_trainer_knows() -> None:
@@ -94,16 +94,36 @@ def test_arms_get_the_steps_that_fit_into_the_plain_ones_time(
     assert "ngrams" in capsys.readouterr().out
 
 
+def test_ideas_are_arms_of_their_own(fake: list[Any], tmp_path: Path) -> None:
+    command = [
+        "--arms",
+        "plain",
+        "--ideas",
+        "wide: model_dim=96 num_heads=3",
+        "rate: embed_lr=0.05",
+        "--seeds",
+        "1",
+        "--yes",
+    ]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert [arm["arm"] for arm in found["arms"]] == ["plain", "wide", "rate"]
+    assert found["arms"][1]["sets"].items() >= dict(model_dim="96", num_heads="3").items()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--arms", "skips"], "arms = 'skips' must be one of plain, value_embeds"),
         (["--jobs", "0"], "jobs = 0 must be >= 1; 1 works"),
         (["--set", "compile"], "--set: 'compile' is not key=value"),
+        (["--ideas", "wide"], "--ideas: 'wide' is not a new name and settings"),
+        (["--ideas", "plain: seed=1"], "--ideas: 'plain: seed=1' is not a new name"),
+        (["--ideas", "other: seed=1"], "--ideas: seed is set by this command itself"),
         (["missing.toml"], "missing.toml"),
         (["--arms", "plain"], "nothing was started"),
     ],
-    ids=["arm", "jobs", "set", "recipe", "nobody to ask"],
+    ids=["arm", "jobs", "set", "idea", "known name", "own", "recipe", "nobody to ask"],
 )
 @pytest.mark.usefixtures("fake")
 def test_mistakes(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,5 +144,5 @@ def test_real_steps_are_timed_in_their_first_and_last_kind(
 
     monkeypatch.setattr(arms, "train_step", timed)
     options = Options(recipe=str(tiny_recipe), set=((f"vocab_size={TINY_VOCAB}",),))
-    seconds = step_seconds(options, ["plain", "small_batch"], 10)
+    seconds = step_seconds(options, {arm: ARMS[arm] for arm in ("plain", "small_batch")}, 10)
     assert seconds == {"plain": 192, "small_batch": 0.5 * 96 + 0.5 * 192}

@@ -132,7 +132,7 @@ def test_the_best_other_is_the_fastest_by_duels_then_by_time(honest: Path) -> No
     names = ["2026-11-01_a", "2026-11-02_b", "2026-11-03_c", "2026-11-04_foreign"]
     others = [variant(record, name, 10 + i) for i, name in enumerate(names[:3])]
     others.append(variant(record, names[3], 1, foreign=dict(hardware="1 x X"), hardware="1 x X"))
-    others.append(variant(record, "2026-11-05_z", 5, hardware="9 x Z"))
+    others.append(variant(record, "2026-11-05_z", 0.5, hardware="9 x Z"))
 
     def best(*duels: Any) -> str:
         found = check.best_other(record, [record, *others], [dict(duel, track="tiny") for duel in duels])

@@ -142,7 +142,7 @@ def _record(record: Record, before: Mapping[str, Record]) -> str:
         logs += f"<details><summary>Log of {escape(run.name)}</summary><pre>{escape(printed)}</pre></details>"
     archive = f"leaderboard/records/{record.name}/runs.tar.xz"
     return (
-        f'<details class="record" id="{escape(record.name)}"><summary><b>{escape(record.path.name)}</b> '
+        f'<details class="record" id="{escape(record.name)}"><summary><strong>{escape(record.path.name)}</strong> '
         f"{escape(about['description'])}</summary>"
         f"<p>{escape(about['author'])}, {escape(about['date'])}, {escape(record.hardware)}</p>"
         + (_changes(before[record.name], record) if record.name in before else "")

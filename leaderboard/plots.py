@@ -138,7 +138,7 @@ def ideas(rows: Sequence[Row]) -> Figure:
         text = shorten(f"{name}: {row['description']}", 80, placeholder=" …")
         where = axis.get_yaxis_transform()
         words = axis.annotate(text, (0, place), (4, 12), where, "offset points", fontsize=8, va="center")
-        words.set_in_layout(False)
+        words.set(in_layout=False, parse_math=False)
         if place:
             gain = f"{x.estimate / xs[place - 1] - 1:+.0%}"
             axis.annotate(gain, (x.high, place), (4, 0), textcoords="offset points", fontsize=8, va="center")

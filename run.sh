@@ -34,8 +34,8 @@ usage() {
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
 ./run.sh league [--arms ...]            every update rule on one schedule: experiments/league.py (hours)
-./run.sh leaderboard COMMAND            records: add, verify, rank, duel, compare, plot, report, reproduce,
-                                       publish, fingerprint (--help says how)
+./run.sh leaderboard COMMAND            records: add, verify, rank, duel, compare, diff, reproduce, check,
+                                       plot, report, publish, fingerprint (--help says how)
 ./run.sh test [pytest arguments]       all tests
 ./run.sh test --portable [--only ...]  the numerical ones with other vector units, threads, locales ...
 ./run.sh check                         lint, format, types, shellcheck and the fast tests

@@ -5,17 +5,18 @@
     ./run.sh leaderboard rank sotu-byte --format=markdown                         tables
     ./run.sh leaderboard duel sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon --keep      steps take turns
     ./run.sh leaderboard compare sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon
+    ./run.sh leaderboard diff sotu-byte/2026-11-22_muon sotu-byte/2026-11-22_aurora      settings and sources
+    ./run.sh leaderboard check sotu-byte/2026-11-22_aurora                        a proposal: all of the above
     ./run.sh leaderboard publish                                                  README's tables, figures, a page
     ./run.sh leaderboard fingerprint fineweb-3.28 data/fineweb10B/fineweb_val_000000.bin      once, before records
 
-A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a record does not hold or was not
-reproduced, 2 a mistake in what was asked for.
+A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a record does not hold, was not reproduced
+or (check) is not the fastest, 2 a mistake in what was asked for.
 """
 
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
@@ -27,8 +28,8 @@ from tyro.conf import Positional
 
 from data import console
 from data.files import check_writable, user_path, user_text, whole_file, write_json
-from harness.tables import slug
-from leaderboard import duel, page, plots, rank, reproduce, verify_duel
+from harness.tables import Row, slug
+from leaderboard import changes, check, duel, page, plots, rank, verify_duel
 from leaderboard.compare import compare
 from leaderboard.fingerprint import enter_fingerprint
 from leaderboard.records import RECORDS, Record, find_records, load_record, make_record, read_foreign, read_runs
@@ -100,18 +101,23 @@ def verify(records: Places = (), /) -> int:
     """
     found = _verify(find_records(records))
     duels = _verify_duels([load_record(path) for path, reasons in found.items() if not reasons]) if not records else {}
-    for path, reasons in [*found.items(), *duels.items()]:
+    return 0 if _all_hold(found, duels) else 1
+
+
+def _all_hold(records: dict[Path, list[str]], duels: dict[Path, list[str]]) -> bool:
+    """Prints the reasons."""
+    for path, reasons in [*records.items(), *duels.items()]:
         print(f"{path.parent.name}/{path.name}: {'holds' if not reasons else f'{len(reasons)} reasons against it'}")
         for reason in reasons:
             print(f"  {reason}")
-    for kind, reasons_by_path in dict(records=found, duels=duels).items():
+    for kind, reasons_by_path in dict(records=records, duels=duels).items():
         if reasons_by_path:
             print(
                 f"{len(reasons_by_path)} {kind}, {sum(map(bool, reasons_by_path.values())) or 'none'} that do not hold"
             )
-    if not found:
+    if not records:
         print("there is no record yet")
-    return 1 if any([*found.values(), *duels.values()]) else 0
+    return not any([*records.values(), *duels.values()])
 
 
 def _verify_duels(records: Sequence[Record]) -> dict[Path, list[str]]:
@@ -170,6 +176,42 @@ def rank_table(
     return 0
 
 
+def check_record(record: Positional[Path], /, rounds: int = duel.ROUNDS) -> int:
+    """Check a proposed record: do all records and duels hold, does its source give its losses here, and is it faster
+    than the best other one of its track, by a duel on this machine or by steps? The last line is the verdict.
+
+    Args:
+        record: the record. Its code runs here: read a stranger's first, or leave it to a machine of no importance.
+        rounds: of each sitting of the duel.
+    """
+    path = _one_path(record)
+    records = [load_record(each) for each in sorted({*find_records(), path}, key=lambda each: each.name)]
+    found = verify_all(records)
+    holding = {each.path: each for each in records if not found[each.path]}
+    duels = _verify_duels([*holding.values()])
+    against = [] if _all_hold(found, duels) else ["a record or a duel does not hold"]
+    if path in holding:
+        of_duels = [verify_duel.load_duel(each) for each, reasons in duels.items() if not reasons]
+        best = check.best_other(holding[path], [*holding.values()], of_duels)
+        against += check.check(holding[path], best, rounds)
+        good = f"was reproduced and is {f'faster than {best.name}' if best else 'the first of its track'}"
+    name = f"{path.parent.name}/{path.name}"
+    print("---", f"no: {name}: {'; '.join(against)}" if against else f"yes: {name} holds, {good}", sep="\n")
+    return 1 if against else 0
+
+
+def diff(a: Positional[Path], b: Positional[Path], /, max_lines: int = changes.MAX_LINES) -> int:
+    """Print what a record changed against another: settings, source files, and the diff of these unless it is long.
+
+    Args:
+        a: the old record.
+        b: the new one.
+        max_lines: of the diff.
+    """
+    print(changes.as_text(_one_record(a), _one_record(b), max_lines), end="")
+    return 0
+
+
 def compare_records(a: Positional[Path], b: Positional[Path], /) -> int:
     """Which of two records is faster, whose loss is lower, and whether the data can tell.
 
@@ -184,37 +226,47 @@ def compare_records(a: Positional[Path], b: Positional[Path], /) -> int:
     return 0
 
 
-def _one_record(place: Path) -> Record:
-    """The record named, which has to hold. Raises ValueError otherwise."""
+def _one_path(place: Path) -> Path:
     paths = find_records([place])
     if len(paths) > 1:
         raise ValueError(f"{place} has {len(paths)} records; name one, such as {paths[0].parent.name}/{paths[0].name}")
-    if _verify(paths)[paths[0]]:
+    return paths[0]
+
+
+def _one_record(place: Path) -> Record:
+    """The record named, which has to hold. Raises ValueError otherwise."""
+    path = _one_path(place)
+    if _verify([path])[path]:
         raise ValueError(f"{place} does not hold; `verify` says why")
-    return load_record(paths[0])
+    return load_record(path)
 
 
 def plot(records: Places = (), /, out: Path = rank.PLOTS) -> int:
-    """Draw, for each track and hardware: loss against time, steps and tokens; the record's history. PNG and SVG.
+    """Draw for each track its records by idea and, for each hardware, loss against time, steps and tokens, and the
+    history by date. PNG and SVG.
 
     Args:
         records: records or tracks; default: all.
         out: folder of the figures.
     """
     check_writable(user_path(out), "choose another folder, such as --out=/tmp/plots")
-    for path in _plot(_holding(records), user_path(out)):
+    shown = _holding(records)
+    for path in _plot(shown, rank.rows(shown, _holding_duels(shown) if not records else ()), user_path(out)):
         print(path)
     return 0
 
 
-def _plot(records: Sequence[Record], out: Path) -> list[Path]:
+def _plot(records: Sequence[Record], table: Sequence[Row], out: Path) -> list[Path]:
     by_name, written = {record.name: record for record in records}, []
-    by_track = groupby(rank.rows(records), key=lambda row: row["track"])
-    for hardware, group in (figure for _, rows in by_track for figure in rank.by_hardware(list(rows))):
-        of_class = [by_name[f"{row['track']}/{row['name']}"] for row in group]
-        stem = out / f"{slug(group[0]['track'])}_{slug(hardware)}"
-        written += plots.save(plots.curves(of_class, find_track(group[0]["track"]).target_loss), stem)
-        written += plots.save(plots.history(of_class), stem.with_name(f"{stem.name}_history"))
+    for name, group in groupby(table, key=lambda row: row["track"]):
+        track, rows = find_track(name), list(group)
+        written += plots.save(plots.ideas(rows), out / f"{slug(name)}_ideas")
+        for hardware, of_hardware in rank.by_hardware(rows):
+            shown = [by_name[f"{name}/{row['name']}"] for row in of_hardware]
+            stem = out / f"{slug(name)}_{slug(hardware)}"
+            written += plots.save(plots.curves(shown, track.target_loss), stem)
+            history = plots.history(shown, track.ranked_by == "steps")
+            written += plots.save(history, stem.with_name(f"{stem.name}_history"))
     return written
 
 
@@ -246,7 +298,7 @@ def publish() -> int:
     readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), table)
     with whole_file(rank.README) as file:
         file.write(readme)
-    for path in [rank.README, *_plot(records, rank.PLOTS)]:
+    for path in [rank.README, *_plot(records, table, rank.PLOTS)]:
         print(path)
     return write_report()
 
@@ -262,13 +314,9 @@ def reproduce_record(record: Positional[Path], /, seed: int | None = None, keep:
     found = _one_record(record)
     if keep:
         check_writable(found.path, "leave out --keep")
-    print(f"running the source in the log of {found.name}: code by {found.summary['author']}")
-    with tempfile.TemporaryDirectory(prefix="reproduce-") as tree:
-        again = reproduce.run_again(found, seed, Path(tree))
-    is_consistent, lines = reproduce.judge(found, again)
-    print("---", *lines, sep="\n")
+    is_consistent, lines, facts = check.run_again(found, seed)
     if keep:
-        kept = {key: again.log.facts[key] for key in ("start_utc", "device", "world_size", "versions")}
+        kept = {key: facts[key] for key in ("start_utc", "device", "world_size", "versions")}
         write_json(found.path / "reproduced.json", dict(consistent=is_consistent, said=lines, **kept), indent=1)
     return 0 if is_consistent else 1
 
@@ -322,9 +370,9 @@ def _duelist(place: Path) -> Record | Path:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "add": add, "verify": verify, "rank": rank_table, "compare": compare_records, "plot": plot,
-    "report": write_report, "reproduce": reproduce_record, "duel": duel_records, "publish": publish,
-    "fingerprint": fingerprint,
+    "add": add, "verify": verify, "rank": rank_table, "compare": compare_records, "diff": diff,
+    "duel": duel_records, "reproduce": reproduce_record, "check": check_record, "plot": plot, "report": write_report,
+    "publish": publish, "fingerprint": fingerprint,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from leaderboard import stats
+from leaderboard.changes import changes
 from leaderboard.records import Record
 from leaderboard.tracks import Track, find_track
 
@@ -90,15 +91,11 @@ def compare(a: Record, b: Record) -> str:
     else:
         lines += ["Loss: there is no step at which all runs of both were validated.", ""]
     lines += [_steps(a, b, track), ""]
-    config_a, config_b = a.runs[0].config, b.runs[0].config
-    changed = [key for key in {**config_a, **config_b} if config_a.get(key) != config_b.get(key)
-               and key not in ("name", "description", "author", "seed", "run_dir")]  # fmt: skip
-    sources = [run.log.sources for run in (a.runs[0], b.runs[0])]
-    files = sorted(path for path in {*sources[0], *sources[1]} if sources[0].get(path) != sources[1].get(path))
-    if config_a and config_b:
-        told = ", ".join(f"{key} {config_a.get(key)!r} / {config_b.get(key)!r}" for key in changed)
+    changed = changes(a, b)
+    if a.runs[0].config and b.runs[0].config:
+        told = ", ".join(f"{key} {one} / {other}" for key, (one, other) in changed.settings.items())
         lines += [f"Settings that differ: {told or 'none'}"]
-    lines += ["Source files that differ: " + (", ".join(files) or "none")]
+    lines += ["Source files that differ: " + (", ".join(file.path for file in changed.files) or "none")]
     return "\n".join(lines) + "\n"
 
 

@@ -4,12 +4,13 @@ order of these; for each hardware the others, the fastest first."""
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from harness import tables
 from harness.tables import Row, align, slug, with_section
+from leaderboard import plots
 from leaderboard.duel import Ratio
 from leaderboard.records import Record
 from leaderboard.standings import standings
@@ -62,7 +63,7 @@ def cells(row: Row) -> dict[str, str]:
     """A row in words; a dagger marks what other code than this repository's has run."""
     times, losses = row["time_s"], row["val_loss"]
     return dict(
-        relative=_ratio(row["relative"]), ahead=_ratio(row["ahead"]), hardware=row["hardware"],
+        relative=ratio_in_words(row["relative"]), ahead=ratio_in_words(row["ahead"]), hardware=row["hardware"],
         rank=str(row["rank"]), name=row["name"] + ("†" if row["foreign"] else ""), time_s=f"{times['mean']:.2f}",
         interval=f"{times['low']:.2f} to {times['high']:.2f}", median_s=f"{times['median']:.2f}",
         steps=f"{row['steps']:,}", tokens=f"{row['tokens']:,}" if row["tokens"] else "?",
@@ -71,7 +72,7 @@ def cells(row: Row) -> dict[str, str]:
     )  # fmt: skip
 
 
-def _ratio(ratio: Ratio | None) -> str:
+def ratio_in_words(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
     if ratio.low == ratio.high:
@@ -134,16 +135,37 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\|\[\]`*_])", r"\\\1", text).replace("<", "&lt;")
 
 
+def predecessors(table: Sequence[Row]) -> dict[str, str]:
+    """Record -> the one it improves on, both as track/name: the next slower one where duels or steps rank them, else
+    the one before it by date. Logs of other speedruns have none, and are none."""
+    own, found = [row for row in table if not row["foreign"]], dict[str, str]()
+    for track, group in groupby(own, key=lambda row: row["track"]):
+        rows = list(group)
+        dated = sorted(rows, key=lambda row: (row["date"], -row["time_s"]["mean"]))
+        ranked = [row for row in rows[::-1] if row["machine"].startswith("by ")]
+        by_date = [(before, row) for before, row in pairwise(dated) if before not in ranked or row not in ranked]
+        for before, row in [*by_date, *pairwise(ranked)]:
+            found[f"{track}/{row['name']}"] = f"{track}/{before['name']}"
+    return found
+
+
 def readme_section(table: Sequence[Row]) -> str:
-    """The README's part: each class's table with its figure."""
+    """The README's part: each class's table, and the track's ideas where it has many records, else the loss curves."""
     parts = []
     for _, group in classes(table):
         parts.append(markdown(group, "leaderboard/", LEFT_OUT))
-        for hardware, of_figure in by_hardware(group):
-            track = of_figure[0]["track"]
+        track = group[0]["track"]
+        if sum(row["track"] == track for row in table) > plots.MANY:
+            parts.append(_image(f"What each record of {_escaped(track)} gained", f"{slug(track)}_ideas"))
+            continue
+        for hardware, _ in by_hardware(group):
             caption = f"Loss against time, steps and tokens: {_escaped(track)} on {_escaped(hardware)}"
-            parts.append(f"![{caption}](leaderboard/plots/{slug(track)}_{slug(hardware)}.png)\n")
-    return "\n".join(parts) or "No record yet.\n"
+            parts.append(_image(caption, f"{slug(track)}_{slug(hardware)}"))
+    return "\n".join(dict.fromkeys(parts)) or "No record yet.\n"
+
+
+def _image(caption: str, stem: str) -> str:
+    return f"![{caption}](leaderboard/plots/{stem}.png)\n"
 
 
 def with_leaderboard(document: str, table: Sequence[Row]) -> str:

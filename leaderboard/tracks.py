@@ -24,6 +24,7 @@ class Track:
     tokenizer: str
     val_fingerprint: str  # of the first val_tokens validation tokens; empty: not known yet
     train_fingerprint: str  # of all training shards; empty: any
+    about: str = ""  # the data and what is free, a sentence or two for the page
     val_source: str = ""  # the published file that begins with them, owner/data set/name on the Hugging Face Hub
     data_start: str = "first"  # of declared runs
     shard_tail: str = "keep"

@@ -183,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    monkeypatch.setattr(cli.reproduce, "run_again", pytest.fail)
+    monkeypatch.setattr(cli.check.reproduce, "run_again", pytest.fail)
     places = {"RUN": str(tiny_runs[0]), "RECORD": str(honest)}
     assert cli.main([places.get(word, word.replace("FILE", str(tmp_path))) for word in words]) == 2
     errors = capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_steps_shorter_than_a_clocks_digits_are_no_missing_time(
 # Tables, comparisons, figures
 
 
-def second(honest: Path, tiny_recipe: Path, tmp_path: Path) -> Path:
+def second(honest: Path) -> Path:
     """Another record of the track: AdamW's, with losses a little higher."""
     texts = read_texts(honest)
     for index, folder in enumerate(ALL):
@@ -317,8 +317,8 @@ def second(honest: Path, tiny_recipe: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def two_records(honest: Path, tiny_recipe: Path, tmp_path: Path) -> tuple[Path, Path]:
-    return honest, second(honest, tiny_recipe, tmp_path)
+def two_records(honest: Path) -> tuple[Path, Path]:
+    return honest, second(honest)
 
 
 def test_records_are_ranked_by_time_in_three_forms(
@@ -363,7 +363,7 @@ def test_two_records_are_compared(two_records: tuple[Path, Path], capsys: pytest
     )
     assert "Welch's t of the logarithms" in output
     assert "Paired t of losses by seed" in output  # their seeds began in the same places of the data
-    assert "Settings that differ: matrix_optimizer 'aurora' / 'adamw'" in output
+    assert 'Settings that differ: matrix_optimizer "aurora" / "adamw"' in output
     assert "Source files that differ: none" in output
     assert cli.main(["compare", f"tiny/{two_records[0].name}", "tiny/none"]) == 2
     assert "there is no record at tiny/none" in capsys.readouterr().err
@@ -381,7 +381,7 @@ def test_figures_show_the_records_and_come_out_the_same(two_records: tuple[Path,
     assert cli.main(["plot", "--out", str(tmp_path / "two")]) == 0
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    assert sorted(path.suffix for path in (tmp_path / "one").iterdir()) == [".png", ".png", ".svg", ".svg"]
+    assert sorted(path.suffix for path in (tmp_path / "one").iterdir()) == [".png"] * 3 + [".svg"] * 3
 
 
 # Reproduction

@@ -1,4 +1,4 @@
-"""The page of all records in a real headless browser: its headings sort, its filter filters, its logs open."""
+"""The page of all records in a real headless browser: its headings sort, its filter filters, its records open."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from leaderboard import rank
+from leaderboard import rank, verify_duel
 from leaderboard.page import render
 from leaderboard.records import find_records, load_record
 
@@ -43,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the committed records."""
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render([load_record(record) for record in find_records()]), encoding="utf-8")
+    path.write_text(render([load_record(record) for record in find_records()], duels()), encoding="utf-8")
     return path
 
 
@@ -55,15 +55,19 @@ def opened(browser: WebDriver, page: Path) -> WebDriver:
     return browser
 
 
+def duels() -> list[dict[str, Any]]:
+    return [verify_duel.load_duel(path) for path in verify_duel.find_duels()]
+
+
 def names(browser: WebDriver) -> list[str]:
     """Of the records in sight in the first table, from the top."""
-    rows = browser.find_element(By.TAG_NAME, "section").find_elements(By.CSS_SELECTOR, "tbody tr")
+    rows = browser.find_element(By.CLASS_NAME, "board").find_elements(By.CSS_SELECTOR, "tbody tr")
     return [row.find_elements(By.TAG_NAME, "td")[1].text for row in rows if row.is_displayed()]
 
 
 def first_table() -> list[dict[str, Any]]:
     """The rows that it has, whatever records there are."""
-    (_, group), *_ = rank.classes(rank.rows([load_record(path) for path in find_records()]))
+    (_, group), *_ = rank.classes(rank.rows([load_record(path) for path in find_records()], duels()))
     return [dict(row) for row in group]
 
 
@@ -103,12 +107,16 @@ def test_the_filter_leaves_what_has_all_its_words(opened: WebDriver) -> None:
     assert names(opened) == everything
 
 
-def test_a_records_name_opens_its_logs(opened: WebDriver) -> None:
-    link = opened.find_element(By.CSS_SELECTOR, "tbody td a")
+def test_a_records_name_opens_its_changes_and_logs(opened: WebDriver) -> None:
+    link = opened.find_element(By.CSS_SELECTOR, ".board tbody td a")
     link.click()
-    opened_logs = opened.find_elements(By.CSS_SELECTOR, "details.logs[open]")
-    assert len(opened_logs) == 1 and link.text in opened_logs[0].text
-    seeds = opened_logs[0].find_elements(By.TAG_NAME, "details")
+    records = opened.find_elements(By.CSS_SELECTOR, "details.record[open]")
+    assert len(records) == 1 and link.text in records[0].text
+    assert records[0].get_attribute("id") == f"{first_table()[0]['track']}/{link.text}"
+    against = records[0].find_element(By.CSS_SELECTOR, "h4 a")
+    assert against.text == first_table()[1]["name"] and against.get_attribute("href").endswith(f"/{against.text}")
+    logs = records[0].find_elements(By.TAG_NAME, "details")
+    seeds = [log for log in logs if log.text.startswith("Log of seed")]
     assert not seeds[0].find_element(By.TAG_NAME, "pre").is_displayed()
     seeds[0].find_element(By.TAG_NAME, "summary").click()
     record = next(path for path in find_records() if path.name == link.text)

@@ -129,7 +129,7 @@ def find_train_step(content: Row, with_targets: bool) -> Found:
 def find_race(_: list[str], content: Row) -> Found:
     figures: dict[str, Any] = {"target loss": content["settings"]["target_loss"]}
     for row in content["rows"]:
-        name = row["matrix_optimizer"]
+        name = row["run"]
         figures |= {f"{name} loss": f"{row['val_loss']:.4f}", f"{name} s to target": row["time_to_target_s"] or "never"}
     return Found(figures | {"s of training each": content["rows"][0]["train_time_s"]})
 

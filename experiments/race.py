@@ -1,7 +1,8 @@
 """A race: the same model under several optimizers, each for the same training time, to the same target loss.
 
     python -m experiments.race --seconds 240 --data data/classics
-    python -m experiments.race configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora --seconds 300
+    python -m experiments.race configs/sotu_base.toml --matrix_optimizers adamw muon aurora --seconds 300
+    python -m experiments.race configs/sotu_base.toml configs/sotu_cpu.toml --seconds 300
 
 A few steps and a validation of every run are timed first; then the schedules are cut so that each run trains for the
 same number of seconds and all of it (compilation, validations, set-up) ends within --seconds. The slowest run gets no
@@ -9,7 +10,8 @@ more steps than its recipe has; warm-ups shrink with the schedule. Without --tar
 the final losses, so that every run has a time for it: where a line between two validations first crosses it. One seed:
 curves, not a record.
 
-Writes results/race_<device>.json, with the curves, and the figure beside it.
+Writes results/race_<device>.json, with the curves, and the figure beside it. Runs go by their matrix optimizer, or by
+the name in their recipe where optimizers are the same.
 """
 
 import dataclasses
@@ -57,6 +59,7 @@ class Args:
 
 @dataclass
 class Racer:
+    name: str
     run: Run
     step_s: float
     validation_s: float
@@ -81,7 +84,7 @@ def shards(data: Path, folder: Path) -> list[str]:
     return words
 
 
-def make_racer(config: Config) -> Racer:
+def make_racer(config: Config, name: str) -> Racer:
     """A run that has not begun: what was compiled and timed has left no trace in its weights and optimizers."""
     run = set_up(config, find_machine(config.device, config.dtype))
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -90,7 +93,7 @@ def make_racer(config: Config) -> Racer:
     validation = median_seconds({"": lambda: evaluate(run)}, 1, warmups=1, device=run.machine.device)
     run.model.load_state_dict(weights)
     run.optimizers = build_optimizers(run.model, config)
-    return Racer(run, step_s, validation[""].wall)
+    return Racer(name, run, step_s, validation[""].wall)
 
 
 def training_seconds(racers: Sequence[Racer], left_s: float) -> float:
@@ -132,7 +135,7 @@ def race(racers: Sequence[Racer], left_s: float, folder: Path) -> list[dict[str,
         run = racer.run
         run.config = scheduled(run.config, int(train_s / racer.step_s), str(folder / "runs"))
         run.clock = Clock(run.machine.device)
-        log, name = RunLog(run.config, run.machine, run.data), run.config.matrix_optimizer
+        log, name = RunLog(run.config, run.machine, run.data), racer.name
         summary = train(run, log)
         run.loader.close()
         raise_if_cut_short(summary, name)
@@ -148,7 +151,7 @@ def rows(runs: Sequence[dict[str, Any]], target: float) -> list[Row]:
     for run, time_s in zip(runs, reached, strict=True):
         summary, train_s = run["summary"], run["train_s"]
         table.append({
-            "matrix_optimizer": summary["config"]["matrix_optimizer"], "status": summary["status"].split(":")[0],
+            "run": run["overrides"]["matrix_optimizer"], "status": summary["status"].split(":")[0],
             "train_time_s": train_s, "steps": summary["steps"],
             "tokens_per_s": summary["steps"] * summary["config"]["batch_tokens"] / train_s,
             "val_loss": summary["val_loss"], "time_to_target_s": "" if time_s is None else time_s,
@@ -166,7 +169,13 @@ def main(args: Args) -> None:
     starts = [[recipe, *words] for recipe in recipes]
     if args.matrix_optimizers:
         starts = [[*starts[0], f"--matrix_optimizer={name}"] for name in args.matrix_optimizers]
-    racers = [make_racer(load_config(start)) for start in starts]
+    configs = [load_config(start) for start in starts]
+    names = [config.matrix_optimizer for config in configs]
+    if len({*names}) < len(names):
+        names = [config.name for config in configs]
+    if len({*names}) < len(names):
+        raise ValueError(f"recipes: two are named {max(names, key=names.count)!r}, which runs go by; rename one")
+    racers = [make_racer(config, name) for config, name in zip(configs, names, strict=True)]
     gc.collect()
     runs = race(racers, args.seconds - (time.monotonic() - started), folder)
     finals = [run["summary"]["val_loss"] for run in runs if run["summary"]["status"] == "finished"]

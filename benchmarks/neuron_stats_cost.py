@@ -1,6 +1,6 @@
 """Cost of neuron statistics: milliseconds of a training step and of a measurement, and the share at every 100 steps.
 
-    python -m benchmarks.neuron_stats_cost configs/sotu_cpu.toml
+    python -m benchmarks.neuron_stats_cost configs/sotu_base.toml
 
 Each training step has a measurement around it, so that both are timed in turn, on real updates. A measurement is the
 copy of the weights before the step and all that harness/neuron_stats.py does after it, the validation batch included.

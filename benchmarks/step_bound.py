@@ -30,7 +30,8 @@ from harness.tables import Row
 from train_gpt import Run, load_config, set_up, train_step, warm_up
 
 LARGE = 2048  # rows and columns of the large product
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", FUSED_ATTENTION, f"{FUSED_ATTENTION}_backward"}
 LOOKUPS = {
     "aten::index_select",
     "aten::index_add_",

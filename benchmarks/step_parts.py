@@ -83,7 +83,7 @@ PARTS: dict[str, tuple[dict[str, str], Callable[[Any], object]]] = {
     "rotary": ({}, without_rotary),
     "QK-norm": ({}, without_qk_norm),
     "norms of the stream": ({}, without_norms),
-    "soft cap": ({}, without_soft_cap),
+    "soft cap and fused head": ({}, without_soft_cap),
     "SwiGLU (squared ReLU instead)": ({"activation": "squared_relu"}, same),
     "MLPs": ({}, without_mlps),
 }

@@ -1,6 +1,6 @@
 """Tokens per second of the real training loop, and where a step's time goes, by variant of settings and optimizer.
 
-    python -m benchmarks.train_step configs/sotu_cpu.toml --matrix_optimizers adamw muon aurora
+    python -m benchmarks.train_step configs/sotu_base.toml --matrix_optimizers adamw muon aurora
     python -m benchmarks.train_step configs/classics_124m_muon.toml --matrix_optimizers muon \\
         --variants "plain: compile=true" "fused: compile=true fused=mlp,head" \\
         --set batch_tokens=524288 --label 124m

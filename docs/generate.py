@@ -187,6 +187,14 @@ def row_norms(runs: Sequence[dict[str, Any]]) -> list[Row]:
     ]  # fmt: skip
 
 
+def ideas_section() -> str:
+    """What was tried on top of the current record, for equal training time."""
+    result = kept("record_ideas")
+    rows = options.summary(result)
+    said = f"{result['device']}, seeds {', '.join(map(str, result['seeds']))}"
+    return markdown(rows, {key: key.replace("option", "idea") for key in rows[0]}) + f"\n({said})\n"
+
+
 def grokking_section(name: str) -> str:
     """Steps to generalisation of each setting and optimizer, in one of the committed results."""
     result = kept(name)
@@ -274,6 +282,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "step_bound": lambda: by_device("step_bound_*", "turns", STEP_BOUND),
     "step_parts": lambda: by_device("step_parts_*", "turns", STEP_PARTS),
     "options": options_section,
+    "record_ideas": ideas_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,
     "league": league_section,

@@ -141,8 +141,9 @@ def experiment(options: Options) -> dict[str, Any]:
     out = Path(options.out)
     check_writable(out, "choose another folder, such as --out=/tmp/options")
     timing = out / "timing.json"
-    step_s = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
-    if not step_s.keys() >= set(names):  # else an earlier start's, whose runs go on
+    known = json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else {}
+    step_s = known.get("step_s", {})
+    if known.get("arms") != json.loads(json.dumps(chosen)):  # else an earlier start's, whose runs go on
         with arms.cpu_threads(max(1, torch.get_num_threads() // options.jobs)):
             step_s = step_seconds(options, chosen, steps)
     schedule = {arm: round(steps * step_s["plain"] / step_s[arm]) for arm in names}
@@ -151,7 +152,7 @@ def experiment(options: Options) -> dict[str, Any]:
     confirm([f"{num_runs} runs of {min(schedule.values())} to {max(schedule.values())} steps: about "
              f"{duration(total_s / options.jobs)} of training, {options.jobs} at a time"], options.yes)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    write_json(timing, step_s, indent=1)
+    write_json(timing, dict(arms=chosen, step_s=step_s), indent=1)
     cells = [arm_settings(chosen[arm], schedule[arm]) for arm in names]
     results = arms.sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed)
     losses = [None if run.diverged else run.summary["val_loss"] for run in results]  # seeds outermost

@@ -1,7 +1,7 @@
 """Run a recipe over a grid of settings and seeds; print mean and spread for each cell.
 
-    python -m experiments.sweep configs/sotu_cpu.toml --grid matrix_optimizer=muon,adamw matrix_lr=0.01,0.02 --seeds 0 1
-    python -m experiments.sweep configs/sotu_cpu.toml --table --best_by matrix_optimizer      (of what there is so far)
+    python -m experiments.sweep configs/sotu_base.toml --grid matrix_optimizer=muon,adamw matrix_lr=0.01,0.02 --seeds 0
+    python -m experiments.sweep configs/sotu_base.toml --table --best_by matrix_optimizer      (of what there is so far)
 
 A --grid is every combination of its values; several --grid add up; without one the recipe itself is the only cell.
 Colons join the parts of a tuple: adam_betas=0.9:0.95,0.8:0.95. Seeds are the outer loop, so that the cells of one
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> int:
     options = parse_settings(Options, argv, __doc__, leading="recipe")
     if not options.recipe:
-        raise ValueError("name a recipe first, such as configs/sotu_cpu.toml")
+        raise ValueError("name a recipe first, such as configs/sotu_base.toml")
     out = user_path(options.out or f"runs/sweep_{Path(options.recipe).stem}")
     cells, fixed = grid_cells(options.grid), assignments(itertools.chain(*options.set))
     results = [] if options.table else run_sweep(options.recipe, cells, options.seeds, out, options.jobs, fixed)

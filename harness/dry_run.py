@@ -183,7 +183,7 @@ def parts_of_rank(
     eager, compiled = memory_plan.activations(model.config, dtype, device_type, shape, fsdp)
     passes, how = (compiled, ", estimated") if config.compile else (eager, "")
     weights = sum(p.nbytes * memory_plan.share(p, ranks, fsdp) for p in model.parameters())
-    rows = config.batch_tokens // ranks  # of a sparse gradient, in place of a dense one
+    rows = config.batch_tokens  # at most, of a sparse gradient: every rank gets those of all
     of_rows = sum(rows * (p[0].nbytes + torch.int64.itemsize) - p.nbytes for p in memory_plan.sparse_tables(model))
     parts = {"weights": weights, "gradients": weights + of_rows, **memory_plan.state_bytes(optimizers, ranks, fsdp)}
     if config.lookahead:

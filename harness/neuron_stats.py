@@ -1,6 +1,6 @@
 """What becomes of the MLPs' neurons in training: how evenly updates move them, and which fall silent.
 
-    python train_gpt.py configs/sotu_cpu.toml --neuron_stats=100
+    python train_gpt.py configs/sotu_base.toml --neuron_stats=100
 
 Neuron i of an MLP is row i of gate, up and down transposed, all [F, D]. A measurement at step s is taken around the
 training step that makes step s, by the first rank, off the training clock: the weights are copied before the optimizers

@@ -11,6 +11,7 @@ from leaderboard.runs import Run
 MAX_LINES = 400  # of a diff that is shown
 WORDS = ("name", "author", "description")  # settings that change no run
 UNSET = "unset"
+EARLIER = {"fused": ["none"]}  # what a source did that has not the setting, where that is not today's default
 
 
 class FileChange(NamedTuple):
@@ -47,7 +48,7 @@ def _settings(run: Run) -> dict[str, str]:
     """As JSON. What an older source does not have yet is as it is by default."""
     from train_gpt import Config  # brings torch along, which reading a log does without
 
-    defaults = {key: value for key, value in dataclasses.asdict(Config()).items() if value is not None}
+    defaults = {key: value for key, value in dataclasses.asdict(Config()).items() if value is not None} | EARLIER
     shared = {key: value for key, value in (defaults | shared_config(run)).items() if key not in ("seed", "run_dir")}
     return {key: json.dumps(value, ensure_ascii=False) for key, value in shared.items() if key not in WORDS}
 

@@ -66,8 +66,8 @@ def lead(rows: Sequence[Row], track: Track) -> str:
     first = min(of_class, key=lambda row: (row["date"], -takes(row)))
     if first is not best:
         factor, how = takes(first) / takes(best), "by duels" if best["relative"] else "as measured"
-        faster = f", {factor:.3g} times as fast as the first, {first['name']} ({how})"
-        said += f"; the first, {first['name']}, took {first['steps']:,}" if by_steps else faster
+        faster = f", {factor:.3g} times as fast as {first['name']}, the slowest of the first day ({how})"
+        said += f"; {first['name']}, the slowest of the first day, took {first['steps']:,}" if by_steps else faster
     return f"{track.about} {said}.".strip()
 
 

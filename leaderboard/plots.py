@@ -109,7 +109,7 @@ def history(records: Sequence[Record], by_steps: bool = False) -> Figure:
 
 
 def ideas(rows: Sequence[Row]) -> Figure:
-    """One line per record in the order they came, the slowest first, with what changed; rows: a track's, ranked.
+    """One line per record, the slowest first, with what changed; rows: a track's, ranked.
 
     By steps where steps rank; else by the time of all steps over that of the fastest, with its 95% interval, of the
     records that duels connect; without any by measured time.

@@ -14,11 +14,15 @@ import torch
 
 
 class Adagrad(torch.optim.Optimizer):
-    """For weights [rows, width] of nn.Embedding(sparse=True). State: `sum`, [rows, width] float32. Dense gradients are
-    taken, too, with the same result."""
+    """For weights [rows, width] of nn.Embedding(sparse=True), float32 or wider: a checkpoint would round the state of
+    shorter ones, which are a ValueError. State: `sum`, [rows, width], in their dtype. Dense gradients are taken, too,
+    with the same result."""
 
     def __init__(self, params: Any, lr: float = 0.3, eps: float = 1e-10) -> None:
         super().__init__(params, dict(lr=lr, eps=eps))
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.dtype.itemsize < torch.float32.itemsize:
+                raise ValueError(f"Adagrad: weights of {p.dtype} are too short for its sums; torch.float32 works")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -32,14 +36,14 @@ class Adagrad(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["sum"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["sum"] = torch.zeros_like(p)
                 if p.grad.is_sparse:
                     gradient = p.grad.coalesce()  # a row's gradients have to be one before they are squared
-                    rows, values = gradient.indices()[0], gradient.values().float()
+                    rows, values = gradient.indices()[0], gradient.values()
                     total = state["sum"].index_select(0, rows).addcmul_(values, values)
                     state["sum"].index_copy_(0, rows, total)
                     update = values.div(total.sqrt_().add_(group["eps"]))
-                    p.index_add_(0, rows, update.to(p.dtype), alpha=-group["lr"])
+                    p.index_add_(0, rows, update, alpha=-group["lr"])
                 else:
                     total = state["sum"].addcmul_(p.grad, p.grad)
                     p.addcdiv_(p.grad, total.sqrt().add_(group["eps"]), value=-group["lr"])

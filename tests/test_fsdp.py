@@ -167,6 +167,7 @@ def test_blocks_may_be_compiled(results: dict[int, Any]) -> None:
     ("settings", "words"),
     [
         (["--neuron_stats=5"], ["neuron_stats = 5 needs whole weights", "fsdp = false"]),
+        (["--ngrams=2", "--ngram_sparse=true"], ["ngram_sparse = true makes sparse ones", "set one to false"]),
         (["--compile", "--compile_blocks=false"], ["compile_blocks = false", "leave it on"]),
     ],
 )

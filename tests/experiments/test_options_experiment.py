@@ -108,6 +108,9 @@ def test_ideas_are_arms_of_their_own(fake: list[Any], tmp_path: Path) -> None:
     assert main([*command, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert [arm["arm"] for arm in found["arms"]] == ["plain", "wide", "rate"]
+    again = ["--arms", "plain", "--ideas", "wide: model_dim=128", "rate: embed_lr=0.05", "--seeds", "1", "--yes"]
+    assert main([*again, "--out", str(tmp_path)]) == 0
+    assert [call[0] for call in fake] == ["timing", "runs", "timing", "runs"]  # another idea under an old name
     assert found["arms"][1]["sets"].items() >= dict(model_dim="96", num_heads="3").items()
 
 

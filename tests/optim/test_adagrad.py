@@ -73,6 +73,11 @@ def test_a_state_dict_goes_on_as_if_never_saved() -> None:
     assert torch.equal(module.weight, other.weight)
 
 
+def test_short_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch.bfloat16 are too short"):
+        Adagrad(table().to(torch.bfloat16).parameters())
+
+
 def train(rank: int, num_ranks: int, folder: str) -> None:
     """Two passes per step, so that ranks have different numbers of rows; the gradient is clipped."""
     torch.set_num_threads(1)

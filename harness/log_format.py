@@ -68,15 +68,17 @@ def ending(summary: Mapping[str, Any], target_loss: float) -> dict[str, str]:
     from harness.neuron_stats import in_words  # brings torch along, which reading a log does without
 
     s, told = summary, dict[str, str]()
+    measured = s["steps"] if s.get("val_step") is None else s["val_step"]  # the step of val_loss
     if s["steps_to_target"] is not None:
         where = f"{s['steps_to_target']} steps, {s['tokens_to_target']:,} tokens"
         told["target"] = f"{target_loss:g} nats reached after {s['time_to_target_s']:.1f} s of training, {where}"
     elif target_loss and s["val_loss"] is not None:
         gap = s["val_loss"] - target_loss
-        told["target"] = f"{target_loss:g} nats not reached: {gap:.4f} short after {s['steps']} steps"
+        told["target"] = f"{target_loss:g} nats not reached: {gap:.4f} short after {measured} steps"
     told["run"] = f"{s['status']} {s.get('reason', '')}".rstrip()
     if s["val_loss"] is not None:
-        told["val_loss"] = f"{s['val_loss']:.5f} nats a token after {s['tokens']:,} tokens"
+        when = f"after {s['tokens']:,} tokens" if measured == s["steps"] else f"at step {measured}, the last measured"
+        told["val_loss"] = f"{s['val_loss']:.5f} nats a token {when}"
     if s.get("neurons"):
         told["neurons"] = in_words(s["neurons"])
     told["speed"] = f"{s['tokens_per_s']:,.0f} tokens/s" + (f", MFU {s['mfu']:.1%}" if s["mfu"] else "")

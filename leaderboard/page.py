@@ -81,7 +81,8 @@ def _figures(rows: Sequence[Row], by_name: Mapping[str, Record]) -> str:
     track, figures = find_track(rows[0]["track"]), ""
     for hardware, group in rank.by_hardware(rows):
         shown = [by_name[f"{track.name}/{row['name']}"] for row in group]
-        figures += _figure(plots.history(shown, track.ranked_by == "steps"), f"By date, on {hardware}.")
+        if len({record.summary["date"] for record in shown}) > 1:
+            figures += _figure(plots.history(shown, track.ranked_by == "steps"), f"By date, on {hardware}.")
         figures += _figure(plots.curves(shown, track.target_loss), f"Mean loss of the seeds, on {hardware}.")
     return figures
 
@@ -105,7 +106,7 @@ def _cell(key: str, text: str, row: Row, record: Record) -> str:
     time_s, values = row["time_s"], {key: row[key] for key in AS_NUMBERS}
     values |= dict(time_s=time_s["mean"], interval=time_s["low"], median_s=time_s["median"])
     values["val_loss"] = row["val_loss"]["mean"]
-    values |= {key: row[key].estimate for key in ("relative", "ahead") if row[key]}
+    values |= {key: row[key].estimate for key in ("relative", "gain") if row[key]}
     value = f" data-value='{escape(json.dumps(values[key]))}'" if key in values else ""
     return f"<td{value}>{_link(record.name, text) if key == 'name' else escape(text)}</td>"
 

@@ -96,7 +96,7 @@ def history(records: Sequence[Record], by_steps: bool = False) -> Figure:
     for record in dated if not many else [*named, *(record for record in dated if record.is_foreign)]:
         name = record.summary["name"] + ("†" if record.is_foreign else "")
         axis.annotate(name, (day(record), value(record)), textcoords="offset points", fontsize=8, **place)
-    axis.set_ylabel("steps to target" if by_steps else "time to target (s)")
+    axis.set_ylabel("steps to target" if by_steps else "measured time (s)")
     _logarithmic(axis, "y")
     axis.xaxis_date()
     if len(days) < 8:

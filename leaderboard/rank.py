@@ -20,12 +20,13 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 SECTION = "leaderboard"  # of the README, between <!-- leaderboard --> and <!-- /leaderboard -->
 PLOTS = Path(__file__).with_name("plots")
 COLUMNS = {
-    "rank": "#", "name": "record", "relative": "time by duels", "ahead": "of the one above",
-    "time_s": "time to target (s)", "interval": "95% CI", "median_s": "median (s)", "hardware": "measured on",
-    "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p", "date": "date", "author": "author",
-    "description": "what changed",
+    "rank": "#", "name": "record", "description": "what changed", "relative": "time by duels",
+    "gain": "of the one below", "time_s": "measured time (s)", "interval": "95% CI", "median_s": "median (s)",
+    "hardware": "measured on", "steps": "steps", "tokens": "tokens", "val_loss": "loss", "n": "n", "p": "p",
+    "date": "date", "author": "author",
 }  # fmt: skip
 FROM_SUMMARY = ("foreign", "time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author", "description")
+AS_TEXT = ("name", "description", "date", "author")  # columns that begin at one place
 LEFT_OUT = ("median_s", "author")  # of the README's table, to fit a page
 
 
@@ -53,7 +54,7 @@ def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> lis
             machine = f"by duels on {order.hardware}" if name in places else f"on {record.hardware}"
             machine = "by steps" if by_steps else machine
             rank[machine] += 1
-            relative = dict(relative=order.relative.get(name), ahead=order.ahead.get(name))
+            relative = dict(relative=order.relative.get(name), gain=order.gain.get(name))
             place = dict(track=track, machine=machine, hardware=record.hardware, rank=rank[machine], name=name)
             table.append(place | relative | {key: record.summary[key] for key in FROM_SUMMARY})
     return table
@@ -63,7 +64,7 @@ def cells(row: Row) -> dict[str, str]:
     """A row in words; a dagger marks what other code than this repository's has run."""
     times, losses = row["time_s"], row["val_loss"]
     return dict(
-        relative=ratio_in_words(row["relative"]), ahead=ratio_in_words(row["ahead"]), hardware=row["hardware"],
+        relative=ratio_in_words(row["relative"]), gain=ratio_in_words(row["gain"]), hardware=row["hardware"],
         rank=str(row["rank"]), name=row["name"] + ("†" if row["foreign"] else ""), time_s=f"{times['mean']:.2f}",
         interval=f"{times['low']:.2f} to {times['high']:.2f}", median_s=f"{times['median']:.2f}",
         steps=f"{row['steps']:,}", tokens=f"{row['tokens']:,}" if row["tokens"] else "?",
@@ -92,7 +93,7 @@ def columns_of(group: Sequence[Row], left_out: Sequence[str] = ()) -> dict[str, 
     """COLUMNS without what says nothing in this table."""
     unsaid = {*left_out}
     if not any(row["relative"] for row in group):
-        unsaid |= {"relative", "ahead"}
+        unsaid |= {"relative", "gain"}
     if group[0]["machine"].startswith("on "):
         unsaid.add("hardware")
     return {key: name for key, name in COLUMNS.items() if key not in unsaid}
@@ -107,9 +108,11 @@ def by_hardware(group: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 def terminal(table: Sequence[Row]) -> str:
     parts = []
     for heading, group in classes(table):
-        columns = [[name, *(cells(row)[key] for row in group)] for key, name in columns_of(group).items()]
-        for words in columns[-3:]:  # date, author, what changed
-            words[:] = [word.ljust(max(map(len, words))) for word in words]
+        columns = []
+        for key, name in columns_of(group).items():
+            words = [name, *(cells(row)[key] for row in group)]
+            width = max(map(len, words)) if key in AS_TEXT else 0
+            columns.append([word.ljust(width) for word in words])
         lines = align(list(zip(*columns, strict=True))).splitlines()
         parts.append("".join(f"{line.rstrip()}\n" for line in (heading, *lines)))
     return "\n".join(parts) + _dagger(table)

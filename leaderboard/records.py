@@ -287,7 +287,11 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     """Run directories as they are, for `make_record`. Raises ValueError, also for none."""
     if not directories:
         raise ValueError("name the run directories, one per seed: ./run.sh leaderboard add runs/<one> runs/<two> ...")
-    return [read_run(user_path(directory)) for directory in directories]
+    runs = [read_run(user_path(directory)) for directory in directories]
+    for run, directory in zip(runs, directories, strict=True):
+        if run.summary.get("status") == "interrupted":
+            raise ValueError(f"{directory} was interrupted; remove it and run its seed {run.seed} again")
+    return runs
 
 
 def read_foreign(files: Sequence[Path]) -> list[Run]:

@@ -26,7 +26,7 @@ T = float(stats.t.ppf(0.975, DEGREES))
 class Standings(NamedTuple):
     hardware: str  # the reference machine; empty without duels
     relative: dict[str, Ratio]  # record's name -> its time over the fastest's; the fastest first
-    ahead: dict[str, Ratio]  # the same over that of the record before it in this order
+    gain: dict[str, Ratio]  # record's name -> its time over that of the next slower one
 
 
 def standings(duels: Sequence[dict[str, Any]], names: Iterable[str]) -> Standings:
@@ -57,7 +57,7 @@ def connected(duels: Sequence[dict[str, Any]]) -> list[tuple[set[str], list[dict
 
 
 def solve(duels: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[dict[str, Ratio], dict[str, Ratio]]:
-    """Times relative to the fastest, and to the one before."""
+    """Times relative to the fastest, and to the next slower one."""
     place = {name: i for i, name in enumerate(names)}
     differences, values, errors = np.zeros((len(duels), len(names))), np.zeros(len(duels)), np.zeros(len(duels))
     for i, duel in enumerate(duels):
@@ -82,4 +82,4 @@ def solve(duels: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[dict[s
 
     ordered = sorted(range(len(names)), key=lambda i: logs[i])
     relative = {names[i]: between(i, ordered[0]) for i in ordered}
-    return relative, {names[i]: between(i, before) for before, i in pairwise(ordered)}
+    return relative, {names[i]: between(i, slower) for i, slower in pairwise(ordered)}

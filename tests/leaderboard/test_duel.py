@@ -102,7 +102,8 @@ def test_records_that_never_met_compare_through_others() -> None:
     error = np.log(found.relative["oldest"].high / 2.5)
     narrower = stats.t.ppf(0.975, 10) / stats.t.ppf(0.975, 5)  # two errors are known better than one
     assert error == pytest.approx(2**0.5 * narrower * np.log(1.01), rel=1e-3)
-    assert found.ahead["oldest"].estimate == pytest.approx(1.25)
+    assert found.gain["old"].estimate == pytest.approx(0.8)
+    assert list(found.gain) == ["new", "old"]
     assert found.hardware == "1 x X"
 
 
@@ -195,7 +196,7 @@ def test_an_honest_duel_holds_and_ranks(kept: Duel, pair: dict[str, Record], hon
     assert path.stat().st_size < 20_000
     found = standings([verify_duel.load_duel(path)], [record.path.name for record in pair.values()])
     assert list(found.relative) == [honest.name, "2026-11-26_twin"]
-    assert found.ahead["2026-11-26_twin"].estimate == pytest.approx(1.1, rel=1e-4)
+    assert found.gain[honest.name].estimate == pytest.approx(1 / 1.1, rel=1e-4)
     duels = [verify_duel.load_duel(path)]
     for track in ("tiny", "another"):  # where records may have the same names
         table = rank.rows(list(pair.values()), [duels[0] | dict(track=track)])

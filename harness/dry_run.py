@@ -29,7 +29,7 @@ RANKS = 1, 8, 16
 ASSUMED_MFU = 0.5, 0.4
 SMALL_GIB, LARGE_GIB, OUTSIDE_GIB = 24, 80, 1  # GPUs' memory; what is not in torch's tensors
 NOTES = """\
-Weights, gradients and state are exact; the rest is counted tensor by tensor, without running anything"""
+Weights, gradients (of sparse tables the most) and state are exact; the rest is counted, without running anything"""
 NOTE_OF_GPU = f""". A GPU also holds
 its context and NCCL's buffers, about {OUTSIDE_GIB} GiB, and gaps that the allocator leaves."""
 

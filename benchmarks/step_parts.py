@@ -76,9 +76,9 @@ def without_mlps(model: Any) -> None:
         block.mlp.forward = same
 
 
-# Of each row: settings that differ, and what is done to the model.
+# What is left out in each row: settings that differ, and what is done to the model.
 PARTS: dict[str, tuple[dict[str, str], Callable[[Any], object]]] = {
-    "whole": ({}, same),
+    "nothing": ({}, same),
     "attention's scores": ({}, without_attention),
     "rotary": ({}, without_rotary),
     "QK-norm": ({}, without_qk_norm),
@@ -111,16 +111,15 @@ def forward_and_backward(run: Run, inputs: Tensor, targets: Tensor) -> None:
 def main(args: Args) -> None:
     runs = {name: prepared(args, *part) for name, part in PARTS.items()}
     work: dict[str, Callable[[], object]] = {name: partial(train_step, run, *run.batch()) for name, run in runs.items()}
-    whole = runs["whole"]
+    whole = runs["nothing"]
     work["optimizers"] = partial(forward_and_backward, whole, *whole.batch())
     seconds = median_seconds(work, args.turns, warmups=2)
     rows: list[Row] = []
     for name in work:
-        step_ms, whole_ms = 1e3 * seconds[name].wall, 1e3 * seconds["whole"].wall
+        step_ms, whole_ms = 1e3 * seconds[name].wall, 1e3 * seconds["nothing"].wall
         rows.append(dict(without=name, step_ms=step_ms, saves_ms=whole_ms - step_ms, saves=1 - step_ms / whole_ms))
     for run in runs.values():
         run.loader.close()
-    rows[0]["without"] = "nothing"
     report("step_parts", rows, "cpu", **dataclasses.asdict(args), dtype=str(whole.machine.dtype))
 
 

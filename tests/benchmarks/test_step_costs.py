@@ -27,7 +27,7 @@ def test_time_inside_operations_is_sorted_by_kind() -> None:
     assert all(ms > 0 for ms in found.values())
 
 
-@pytest.mark.parametrize("part", [part for part in step_parts.PARTS if part != "whole"])
+@pytest.mark.parametrize("part", [part for part in step_parts.PARTS if part != "nothing"])
 def test_a_model_without_a_part_computes_something_else(part: str, tiny_recipe: Path) -> None:
     def loss(name: str) -> float:
         run: Any = step_parts.prepared(step_parts.Args(str(tiny_recipe)), *step_parts.PARTS[name])
@@ -38,4 +38,4 @@ def test_a_model_without_a_part_computes_something_else(part: str, tiny_recipe: 
         run.loader.close()
         return run.compiled(inputs[0], targets[0]).item()
 
-    assert loss(part) != pytest.approx(loss("whole"), rel=1e-4)
+    assert loss(part) != pytest.approx(loss("nothing"), rel=1e-4)

@@ -3,8 +3,8 @@
     G_r <- G_r + g_r^2,   W_r <- W_r - lr g_r / (sqrt(G_r) + eps)        for every row r with a gradient, elementwise
 
 The cost of a step goes with the tokens, not with the table. A row that is seen rarely keeps a high rate, and nothing
-moves it in between, where Adam's momentum would. torch.optim.Adagrad computes the same with several times as many
-passes over the rows.
+moves it in between, where Adam's momentum would. torch.optim.Adagrad computes the same in more passes over the rows,
+and warns of sparse tensors that nobody checks.
 """
 
 from collections.abc import Callable

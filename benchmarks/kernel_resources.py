@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from data import console
 from data.processes import Workers
@@ -138,6 +139,9 @@ def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, .
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype].removeprefix('*')}[{block}]>"
         else:
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
             if isinstance(value, Tensor) or value % 16 == 0:

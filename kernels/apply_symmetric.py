@@ -14,35 +14,59 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, check_batch, check_scale, empty_in_order, operator, precision, product_tile
+from kernels.triton_common import (
+    Tile,
+    check_batch,
+    check_scale,
+    describes,
+    descriptor,
+    empty_in_order,
+    load_block,
+    operator,
+    precision,
+    product_tile,
+)
 
 OUTPUTS = ("matrix", "row_square", "both")
 
 
 @triton.jit
 def apply_symmetric_kernel(
-    x, s, scale, out, square, m, n, alpha, stride_xb, stride_xm, stride_xn, stride_ob, stride_om, stride_on,
+    left, right, tile_x, x, s, scale, out, square, m, n, alpha,
+    stride_xb, stride_xm, stride_xn, stride_ob, stride_om, stride_on,
     SCALE: tl.constexpr, STORE: tl.constexpr, SQUARE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Y, and its part of the sums of squares."""
+    """One tile of Y, and its part of the sums of squares; the first three are descriptors, of X (or X^T, if
+    TRANSPOSED), S and X again, by which they are loaded if DESCRIBED."""
     row_tiles, column_tiles = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
     j = tl.program_id(0) % column_tiles  # neighbours share the rows of X, which S is small enough to leave in cache
     i = tl.program_id(0) // column_tiles % row_tiles
-    b = (tl.program_id(0) // (column_tiles * row_tiles)).to(tl.int64)
+    matrix = tl.program_id(0) // (column_tiles * row_tiles)
+    b = matrix.to(tl.int64)
     rows, columns, depth = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     x += b * stride_xb + rows[:, None].to(tl.int64) * stride_xm
-    x_tile = x + depth[None, :].to(tl.int64) * stride_xn
-    s_tile = s + b * n * n + depth[:, None].to(tl.int64) * n + columns[None, :]
     y = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for k in range(0, n, DEPTH):
-        left = tl.load(x_tile, mask=(rows < m)[:, None] & (k + depth < n)[None, :], other=0.0)
-        right = tl.load(s_tile, mask=(k + depth < n)[:, None] & (columns < n)[None, :], other=0.0)
-        y = tl.dot(left, right, y, input_precision=PRECISION)
-        x_tile += tl.full((), DEPTH, tl.int64) * stride_xn
-        s_tile += DEPTH * n
-    y += alpha * tl.load(x + columns[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
+    if DESCRIBED:
+        for k in range(0, n, DEPTH):
+            x_block = load_block(left, matrix, i * ROWS, k, ROWS, DEPTH, TRANSPOSED)
+            s_block = load_block(right, matrix, k, j * COLUMNS, DEPTH, COLUMNS, False)
+            y = tl.dot(x_block, s_block, y)
+    else:
+        x_tile = x + depth[None, :].to(tl.int64) * stride_xn
+        s_tile = s + b * n * n + depth[:, None].to(tl.int64) * n + columns[None, :]
+        for k in range(0, n, DEPTH):
+            x_block = tl.load(x_tile, mask=(rows < m)[:, None] & (k + depth < n)[None, :], other=0.0)
+            s_block = tl.load(s_tile, mask=(k + depth < n)[:, None] & (columns < n)[None, :], other=0.0)
+            y = tl.dot(x_block, s_block, y, input_precision=PRECISION)
+            x_tile += tl.full((), DEPTH, tl.int64) * stride_xn
+            s_tile += DEPTH * n
+    if DESCRIBED:
+        y += alpha * load_block(tile_x, matrix, i * ROWS, j * COLUMNS, ROWS, COLUMNS, TRANSPOSED).to(tl.float32)
+    else:
+        y += alpha * tl.load(x + columns[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
     if SCALE:
         y *= tl.load(scale + b * m + rows, mask=rows < m, other=0.0)[:, None]
     if SQUARE:  # outside the matrix y is 0
@@ -100,10 +124,13 @@ def _apply_symmetric(
     out, square = _empty(X, S, alpha, row_scale, dtype, outputs, tile)
     B, m, n = X.shape
     rows, columns, depth, warps, stages = tile or product_tile(X)
-    is_stored = outputs != "row_square"
+    is_stored, described = outputs != "row_square", describes(X, S)
+    descriptors = [(X, rows, depth), (S, depth, columns), (X, rows, columns)]
     apply_symmetric_kernel[(B * triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
-        X, S, row_scale, out, square, m, n, alpha, *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
+        *(descriptor(*each) if described else None for each in descriptors), X, S, row_scale, out, square, m, n, alpha,
+        *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
         SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype), num_warps=warps, num_stages=stages,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype), DESCRIBED=described,
+        TRANSPOSED=X.stride(2) != 1, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, square

@@ -18,50 +18,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, check_batch, check_scale, lower_triangle, operator, precision, product_tile
+from kernels.triton_common import (
+    Tile,
+    check_batch,
+    check_scale,
+    describes,
+    descriptor,
+    load_block,
+    lower_triangle,
+    operator,
+    precision,
+    product_tile,
+)
 
 
 @triton.jit
 def gram_kernel(
-    x, row_scale, scale, out, m, n, lift, stride_b, stride_m, stride_n,
+    described, x, row_scale, scale, out, m, n, lift, stride_b, stride_m, stride_n,
     ROW_SCALE: tl.constexpr, SCALE: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (i, j) and (j, i) of one matrix's R [n, n]."""
+    """Tiles (i, j) and (j, i) of one matrix's R [n, n]; `described` is a descriptor of X, or of X^T if TRANSPOSED, by
+    which it is loaded if DESCRIBED."""
     tiles = tl.cdiv(n, SIZE)
     pairs = tiles * (tiles + 1) // 2
-    b = (tl.program_id(0) // pairs).to(tl.int64)
+    matrix = tl.program_id(0) // pairs
+    b = matrix.to(tl.int64)
     i, j = lower_triangle(tl.program_id(0) % pairs)
     columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
-    rows = tl.arange(0, DEPTH)
-    x += b * stride_b
-    # X_i is loaded transposed: so both operands come in as the product reads them, without a turn in registers
-    x_i = x + columns_i[:, None].to(tl.int64) * stride_n + rows[None, :].to(tl.int64) * stride_m
-    x_j = x + rows[:, None].to(tl.int64) * stride_m + columns_j[None, :].to(tl.int64) * stride_n
-    step = tl.full((), DEPTH, tl.int64) * stride_m
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
-    for k in range(0, m, DEPTH):
-        left = tl.load(x_i, mask=(columns_i < n)[:, None] & (k + rows < m)[None, :], other=0.0)
-        right = tl.load(x_j, mask=(k + rows < m)[:, None] & (columns_j < n)[None, :], other=0.0)
+    if DESCRIBED:
+        for k in range(0, m, DEPTH):
+            left = tl.trans(load_block(described, matrix, k, i * SIZE, DEPTH, SIZE, TRANSPOSED))
+            right = load_block(described, matrix, k, j * SIZE, DEPTH, SIZE, TRANSPOSED)
+            total = tl.dot(left, right, total)
+    else:
+        rows = tl.arange(0, DEPTH)
+        x += b * stride_b
+        # X_i is loaded transposed: so both operands come in as the product reads them, without a turn in registers
+        x_i = x + columns_i[:, None].to(tl.int64) * stride_n + rows[None, :].to(tl.int64) * stride_m
+        x_j = x + rows[:, None].to(tl.int64) * stride_m + columns_j[None, :].to(tl.int64) * stride_n
+        step = tl.full((), DEPTH, tl.int64) * stride_m
+        for k in range(0, m, DEPTH):
+            left = tl.load(x_i, mask=(columns_i < n)[:, None] & (k + rows < m)[None, :], other=0.0)
+            right = tl.load(x_j, mask=(k + rows < m)[:, None] & (columns_j < n)[None, :], other=0.0)
+            if ROW_SCALE:
+                d = tl.load(row_scale + b * m + k + rows, mask=k + rows < m, other=0.0)
+                left = (left * (d * d * lift)[None, :]).to(left.dtype)
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+            x_i += step
+            x_j += step
         if ROW_SCALE:
-            d = tl.load(row_scale + b * m + k + rows, mask=k + rows < m, other=0.0)
-            left = (left * (d * d * lift)[None, :]).to(left.dtype)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-        x_i += step
-        x_j += step
-    if ROW_SCALE:
-        total /= lift
+            total /= lift
     if SCALE:
         total *= tl.load(scale + b)
-    if i == j:  # symmetric but for the rounding of the scaled operand
-        total = 0.5 * (total + tl.trans(total))
     result = total.to(out.dtype.element_ty)
-    inside = (columns_i < n)[:, None] & (columns_j < n)[None, :]
+    # Of a tile on the diagonal, which is symmetric but for the rounding of a scaled operand, the lower triangle counts
+    inside = (columns_i < n)[:, None] & (columns_j < n)[None, :] & (columns_i[:, None] >= columns_j[None, :])
     out += b * n * n
     tl.store(out + columns_i[:, None].to(tl.int64) * n + columns_j[None, :], result, mask=inside)
-    if i != j:
-        tl.store(
-            out + columns_j[:, None].to(tl.int64) * n + columns_i[None, :], tl.trans(result), mask=tl.trans(inside)
-        )
+    tl.store(out + columns_j[:, None].to(tl.int64) * n + columns_i[None, :], tl.trans(result), mask=tl.trans(inside))
 
 
 def gram(
@@ -94,9 +110,10 @@ def _gram(
     size, _, depth, warps, stages = tile or product_tile(X)
     tiles = triton.cdiv(n, size)
     lift = 2.0 ** (14 - math.ceil(math.log2(m) / 2))
+    described = row_scale is None and describes(X)
     gram_kernel[(B * tiles * (tiles + 1) // 2,)](
-        X, row_scale, scale, out, m, n, lift, *X.stride(),
+        descriptor(X, depth, size) if described else None, X, row_scale, scale, out, m, n, lift, *X.stride(),
         ROW_SCALE=row_scale is not None, SCALE=scale is not None, SIZE=size, DEPTH=depth, PRECISION=precision(X.dtype),
-        num_warps=warps, num_stages=stages,
+        DESCRIBED=described, TRANSPOSED=X.stride(2) != 1, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -19,43 +19,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, check_batch, check_scale, lower_triangle, operator, precision, product_tile
+from kernels.triton_common import (
+    Tile,
+    check_batch,
+    check_scale,
+    describes,
+    descriptor,
+    load_block,
+    lower_triangle,
+    operator,
+    precision,
+    product_tile,
+)
 
 
 @triton.jit
 def symmetric_product_kernel(
-    a, b, added, out, n, alpha, beta, gamma,
+    left, right, tile_added, tile_b, a, b, added, out, n, alpha, beta, gamma,
     BETA: tl.constexpr, GAMMA: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (i, j) and (j, i) of alpha A B + beta added + gamma B, all contiguous [n, n]."""
+    """Tiles (i, j) and (j, i) of alpha A B + beta added + gamma B, all contiguous [n, n]. The first four are
+    descriptors, of A, B, `added` and B, by which all is loaded if DESCRIBED."""
     tiles = tl.cdiv(n, SIZE)
     pairs = tiles * (tiles + 1) // 2
-    batch = (tl.program_id(0) // pairs).to(tl.int64) * n * n
+    matrix = tl.program_id(0) // pairs
+    batch = matrix.to(tl.int64) * n * n
     i, j = lower_triangle(tl.program_id(0) % pairs)
-    rows, columns, depth = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE), tl.arange(0, DEPTH)
-    inside = (rows < n)[:, None] & (columns < n)[None, :]
-    a_tile = a + batch + rows[:, None].to(tl.int64) * n + depth[None, :]
-    b_tile = b + batch + depth[:, None].to(tl.int64) * n + columns[None, :]
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
-    for k in range(0, n, DEPTH):
-        left = tl.load(a_tile, mask=(rows < n)[:, None] & (k + depth < n)[None, :], other=0.0)
-        right = tl.load(b_tile, mask=(k + depth < n)[:, None] & (columns < n)[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-        a_tile += DEPTH
-        b_tile += DEPTH * n
+    if DESCRIBED:
+        for k in range(0, n, DEPTH):
+            a_block = load_block(left, matrix, i * SIZE, k, SIZE, DEPTH, False)
+            b_block = load_block(right, matrix, k, j * SIZE, DEPTH, SIZE, False)
+            total = tl.dot(a_block, b_block, total)
+    else:
+        rows, columns, depth = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE), tl.arange(0, DEPTH)
+        a_tile = a + batch + rows[:, None].to(tl.int64) * n + depth[None, :]
+        b_tile = b + batch + depth[:, None].to(tl.int64) * n + columns[None, :]
+        for k in range(0, n, DEPTH):
+            a_block = tl.load(a_tile, mask=(rows < n)[:, None] & (k + depth < n)[None, :], other=0.0)
+            b_block = tl.load(b_tile, mask=(k + depth < n)[:, None] & (columns < n)[None, :], other=0.0)
+            total = tl.dot(a_block, b_block, total, input_precision=PRECISION)
+            a_tile += DEPTH
+            b_tile += DEPTH * n
     total *= alpha
+    if DESCRIBED:
+        if BETA:
+            total += beta * load_block(tile_added, matrix, i * SIZE, j * SIZE, SIZE, SIZE, False).to(tl.float32)
+        if GAMMA:
+            total += gamma * load_block(tile_b, matrix, i * SIZE, j * SIZE, SIZE, SIZE, False).to(tl.float32)
+    # Of a tile on the diagonal the lower triangle counts: A and B commute but for rounding, and what is not symmetric
+    # here would grow from step to step
+    rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
+    inside = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] >= columns[None, :])
     here = batch + rows[:, None].to(tl.int64) * n + columns[None, :]
-    if BETA:
-        total += beta * tl.load(added + here, mask=inside, other=0.0).to(tl.float32)
-    if GAMMA:
-        total += gamma * tl.load(b + here, mask=inside, other=0.0).to(tl.float32)
-    if i == j:  # A and B commute but for rounding, and what is not symmetric here would grow from step to step
-        total = 0.5 * (total + tl.trans(total))
+    if not DESCRIBED:
+        if BETA:
+            total += beta * tl.load(added + here, mask=inside, other=0.0).to(tl.float32)
+        if GAMMA:
+            total += gamma * tl.load(b + here, mask=inside, other=0.0).to(tl.float32)
     result = total.to(out.dtype.element_ty)
     tl.store(out + here, result, mask=inside)
-    if i != j:
-        mirrored = batch + columns[:, None].to(tl.int64) * n + rows[None, :]
-        tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
+    mirrored = batch + columns[:, None].to(tl.int64) * n + rows[None, :]
+    tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
 
 
 def symmetric_product(
@@ -93,9 +119,11 @@ def _symmetric_product(
     n = A.size(-1)
     size, _, depth, warps, stages = tile or product_tile(A)
     tiles = triton.cdiv(n, size)
+    described = describes(A, B, added)
+    descriptors = [(A, size, depth), (B, depth, size), (added, size, size), (B, size, size)]
     symmetric_product_kernel[(A.size(0) * tiles * (tiles + 1) // 2,)](
-        A, B, added, out, n, alpha, beta, gamma,
-        BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth, PRECISION=precision(A.dtype),
+        *(descriptor(*each) if described else None for each in descriptors), A, B, added, out, n, alpha, beta, gamma,
+        BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth, PRECISION=precision(A.dtype), DESCRIBED=described,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import Library, infer_schema, register_fake
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import NAMESPACE, constant
 
@@ -46,6 +47,27 @@ def architecture(device: torch.device) -> int:
     """The entry of ARCHITECTURES for a device; Triton's interpreter takes Hopper's."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
+
+
+def describes(*matrices: Tensor) -> bool:
+    """Whether a kernel can load these batches [B, m, n] by descriptor (the bulk copies of Hopper and later): the first
+    in half precision, rows or columns next to each other in memory, and all else a multiple of 16 bytes apart."""
+    first = matrices[0]
+    if first.itemsize != 2 or architecture(first.device) < 90 or first.numel() == 0:
+        return False
+    for X in matrices:
+        batch, row, column = (stride * X.itemsize for stride in X.stride())
+        near, far = sorted((row, column))
+        if near != X.itemsize or far % 16 or batch % 16 or not batch or X.data_ptr() % 16:
+            return False
+    return True
+
+
+def descriptor(X: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For `load_block` of [rows, columns] of X [B, m, n]; of X^T where that is what memory holds. Zeros outside."""
+    if X.stride(2) == 1:
+        return TensorDescriptor(X, list(X.shape), list(X.stride()), [1, rows, columns])
+    return descriptor(X.mT, columns, rows)
 
 
 def operator(
@@ -114,6 +136,14 @@ def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tens
 def precision(dtype: torch.dtype) -> str:
     """Of tl.dot: float32 products are exact ("ieee"), not rounded to TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def load_block(x, b, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """X_b[row : row + ROWS, column : column + COLUMNS] by a descriptor of X, or, with TRANSPOSED, of X^T."""
+    if TRANSPOSED:
+        return tl.trans(tl.reshape(x.load([b, column, row]), (COLUMNS, ROWS)))
+    return tl.reshape(x.load([b, row, column]), (ROWS, COLUMNS))
 
 
 @triton.jit

@@ -72,12 +72,16 @@ def gram_kernel(
             total /= lift
     if SCALE:
         total *= tl.load(scale + b)
+    if i == j:  # symmetric but for the rounding of the scaled operand
+        total = 0.5 * (total + tl.trans(total))
     result = total.to(out.dtype.element_ty)
-    # Of a tile on the diagonal, which is symmetric but for the rounding of a scaled operand, the lower triangle counts
-    inside = (columns_i < n)[:, None] & (columns_j < n)[None, :] & (columns_i[:, None] >= columns_j[None, :])
+    inside = (columns_i < n)[:, None] & (columns_j < n)[None, :]
     out += b * n * n
     tl.store(out + columns_i[:, None].to(tl.int64) * n + columns_j[None, :], result, mask=inside)
-    tl.store(out + columns_j[:, None].to(tl.int64) * n + columns_i[None, :], tl.trans(result), mask=tl.trans(inside))
+    if i != j:
+        tl.store(
+            out + columns_j[:, None].to(tl.int64) * n + columns_i[None, :], tl.trans(result), mask=tl.trans(inside)
+        )
 
 
 def gram(

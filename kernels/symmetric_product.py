@@ -68,20 +68,23 @@ def symmetric_product_kernel(
             total += beta * load_block(tile_added, matrix, i * SIZE, j * SIZE, SIZE, SIZE, False).to(tl.float32)
         if GAMMA:
             total += gamma * load_block(tile_b, matrix, i * SIZE, j * SIZE, SIZE, SIZE, False).to(tl.float32)
-    # Of a tile on the diagonal the lower triangle counts: A and B commute but for rounding, and what is not symmetric
-    # here would grow from step to step
-    rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
-    inside = (rows < n)[:, None] & (columns < n)[None, :] & (rows[:, None] >= columns[None, :])
-    here = batch + rows[:, None].to(tl.int64) * n + columns[None, :]
-    if not DESCRIBED:
+    else:
+        tile = batch + rows[:, None].to(tl.int64) * n + columns[None, :]
+        is_inside = (rows < n)[:, None] & (columns < n)[None, :]
         if BETA:
-            total += beta * tl.load(added + here, mask=inside, other=0.0).to(tl.float32)
+            total += beta * tl.load(added + tile, mask=is_inside, other=0.0).to(tl.float32)
         if GAMMA:
-            total += gamma * tl.load(b + here, mask=inside, other=0.0).to(tl.float32)
+            total += gamma * tl.load(b + tile, mask=is_inside, other=0.0).to(tl.float32)
+    if i == j:  # A and B commute but for rounding, and what is not symmetric here would grow from step to step
+        total = 0.5 * (total + tl.trans(total))
     result = total.to(out.dtype.element_ty)
-    tl.store(out + here, result, mask=inside)
-    mirrored = batch + columns[:, None].to(tl.int64) * n + rows[None, :]
-    tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
+    # Numbers of rows and columns again: kept from above they would take registers from the loop's second block
+    rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
+    inside = (rows < n)[:, None] & (columns < n)[None, :]
+    tl.store(out + batch + rows[:, None].to(tl.int64) * n + columns[None, :], result, mask=inside)
+    if i != j:
+        mirrored = batch + columns[:, None].to(tl.int64) * n + rows[None, :]
+        tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
 
 
 def symmetric_product(

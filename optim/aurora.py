@@ -86,16 +86,17 @@ def aurora_polar(
         memory.copy_(torch.where(d > 0, c / mean, 1).view(memory.shape))
     elif variant == "paper":
         damped = torch.ones_like(norm)
-        U, row_square = polar_of(d, "matrix" if iterations == 1 else "both")
+        U, row_square = polar_of(None, "matrix" if iterations == 1 else "both")
         for remaining in range(iterations - 2, -1, -1):
             damped = damped / correction(row_square, n / m, beta / 2)
             polar_of, norm = row_scaled_polar(U, **polar_arguments)
             U, row_square = polar_of(norm / damped, "both" if remaining else "matrix")
     else:
+        scale: Tensor | None = None  # d, or None while it is 1
         for _ in range(iterations - 1):
-            _, row_square = polar_of(d, "row_square")
-            d = d * correction(row_square, n / m, beta)
-        U, _ = polar_of(d, "matrix")
+            _, row_square = polar_of(scale, "row_square")
+            scale = d = d * correction(row_square, n / m, beta)
+        U, _ = polar_of(scale, "matrix")
     return U.reshape(M.shape)
 
 

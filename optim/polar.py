@@ -94,6 +94,8 @@ LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
     torch.bfloat16: dict.fromkeys(COEFFICIENTS, 1),
     torch.float32: dict.fromkeys(COEFFICIENTS, 6) | {"cans": 4},
 }  # fmt: skip
+# What float16 holds of a matrix with a spectral norm of about 1, times this: entries far below 1, and up to 4.
+LIFT = 2.0**14
 PIECE_BYTES = 16 * 2**20  # half of the largest block that glibc keeps
 Segments = list[list[Coefficients]]
 
@@ -142,26 +144,29 @@ def polar(
 
 def row_scaled_polar(
     M: Tensor, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
-) -> tuple[Callable[[Tensor, str], tuple[Tensor, Tensor]], Tensor]:
+) -> tuple[Callable[[Tensor | None, str], tuple[Tensor, Tensor]], Tensor]:
     """(polar_of, norm) for tall M [B, m, n], with norm [B, m] the row norms of M, float32.
 
     `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
-    rows, float32 [B, m], for any d [B, m] that is not negative; `outputs` ("matrix", "row_square" or "both") says which
-    of them is wanted. In float16, and so on CUDA, d * M is never stored: d enters the products as they load M. But with
-    "aol" it is, as its columns are scaled by what d makes of them.
+    rows, float32 [B, m], for any d [B, m] that is not negative, or None for 1 in every row that is not zero; `outputs`
+    ("matrix", "row_square" or "both") says which of them is wanted. In float16, and so on CUDA, d * M is not stored for
+    the first Gram matrix: d enters it as M is loaded. But with "aol" it is, as its columns are scaled by what d makes
+    of them.
     """
     ops = backend(kernels, M.device)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
     is_folded = (ops.symmetric or storage == torch.float16) and method != "aol"
     rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
 
-    def polar_of(d: Tensor, outputs: str) -> tuple[Tensor, Tensor]:
+    def polar_of(d: Tensor | None, outputs: str) -> tuple[Tensor, Tensor]:
+        has_unit_rows = d is None
+        d = (norm > 0).float() if d is None else d
         if method == "svd":
             U = polar_svd(d.unsqueeze(-1) * rows)
             return U, U.square().sum(dim=-1).float()
         plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
         if is_folded:
-            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs)
+            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs, has_unit_rows)
         if method == "aol":
             X, norm_of_rows = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
             return newton_schulz(ops, X, norm_of_rows, plan, None, dtype, outputs)
@@ -255,28 +260,32 @@ def flops(segments: Segments, m: int, n: int, symmetric: bool) -> float:
 
 def newton_schulz(
     ops: Backend, X: Tensor, row_scale: Tensor | None, segments: Segments, safety: float | None, dtype: torch.dtype,
-    outputs: str = "matrix",
+    outputs: str = "matrix", has_unit_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Newton-Schulz on diag(row_scale) X, normalised as in `frobenius_scales`; the product is not stored.
+    """Newton-Schulz on diag(row_scale) X, normalised as in `frobenius_scales`; the product is not stored as such.
 
     X [B, m, n], m >= n, in the dtype to compute in, with rows of norm 1 (or 0); row_scale float32 [B, m], not
-    negative. Without row_scale X is taken as it is, with a spectral norm of at most 1.
+    negative, with `has_unit_rows` 1 but for zero rows. Without row_scale X is taken as it is, with a spectral norm of
+    at most 1.
     Returns the polar factor U [B, m, n] in `dtype` and the sums of squares of its rows, float32 [B, m]; `outputs`
     ("matrix", "row_square" or "both") says which are wanted, the other is empty. A zero matrix gives zeros.
     """
-    gram_scale = None
+    gram_scale = full_scale = None  # of the Gram matrix and of X's rows; None: 1
     if row_scale is not None:
         row_scale, gram_scale = frobenius_scales(row_scale, safety)
         full_scale = row_scale * gram_scale.sqrt().unsqueeze(-1)
+        row_scale = None if has_unit_rows else row_scale
+    lift = LIFT if X.dtype == torch.float16 else 1.0
     for segment in segments[:-1]:
         S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segment)
-        if row_scale is None or X.dtype == torch.float16:  # in float16 rows keep their own scale, for its range
+        if gram_scale is None or full_scale is None or (row_scale is None and X.dtype == torch.float16):
             X, _ = ops.apply_symmetric(X, S, alpha)
-        else:
-            X, _ = ops.apply_symmetric(X, S, alpha, full_scale)
-            row_scale = gram_scale = None
+            continue
+        X, _ = ops.apply_symmetric(X, S, alpha, lift * full_scale)  # so that no later loop multiplies by row_scale
+        row_scale = None
+        gram_scale, full_scale = torch.full_like(gram_scale, lift**-2), torch.full_like(full_scale, 1 / lift)
     S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segments[-1])
-    return ops.apply_symmetric(X, S, alpha, None if row_scale is None else full_scale, dtype, outputs=outputs)
+    return ops.apply_symmetric(X, S, alpha, full_scale, dtype, outputs=outputs)
 
 
 def frobenius_scales(row_scale: Tensor, safety: float | None) -> tuple[Tensor, Tensor]:

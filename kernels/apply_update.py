@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, check_batch, operator
+from kernels.triton_common import DTYPES, Tile, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
 FLAT, TILED = Tile(1, 2048, 0, 4, 1), Tile(64, 64, 0, 8, 1)
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors of a subclass may have no memory of their own
 
 
 @triton.jit
@@ -55,48 +56,45 @@ def apply_update(
     decay: float = 0.0,
     cautious: bool = False,
     tile: Tile | None = None,
-) -> None:
-    """weight <- weight - rate (decay weight + scale U[place]), in place, for each weight and its place.
+) -> bool:
+    """weight <- weight - rate (decay weight + scale U[place]), in place, for each weight and its place; False, with
+    nothing done, if there is one that the kernel cannot change.
 
-    U [B, m, n] is float16, bfloat16 or float32 with any strides; a weight has the m n numbers of one of its matrices,
-    in float32 and contiguous on U's device, and shares no memory with another. `rate` is a number, or a tensor of one
-    element that is then read on its device. Raises ValueError for other arguments.
+    U [B, m, n] has to be float16, bfloat16 or float32, with any strides; weights plain tensors in float32, contiguous,
+    of m n numbers on U's device, without memory in common. `rate` is a number, or a tensor of one element, which is
+    read on the device if it is there. Raises ValueError for other places than one for each weight, from 0 to below B.
     """
-    check_batch("apply_update: U", U)
-    if not can_apply(weights, U):
-        raise ValueError(
-            f"apply_update: a weight is not a float32 tensor, contiguous, of {U.size(1)} x {U.size(2)} numbers on "
-            f"{U.device}; see can_apply"
+    size, device = U[:1].numel(), U.device
+    if (
+        U.ndim != 3
+        or U.dtype not in DTYPES
+        or not all(
+            W.is_contiguous()
+            and W.numel() == size
+            and W.dtype == torch.float32
+            and W.device == device
+            and type(W) in PLAIN
+            for W in weights
         )
-    if len(places) != len(weights) or not all(0 <= place < U.size(0) for place in places):
+    ):
+        return False
+    if len(places) != len(weights) or (places and not 0 <= min(places) <= max(places) < U.size(0)):
         raise ValueError(
             f"apply_update: the places {places} must be one for each of {len(weights)} weights, from 0 to "
             f"{U.size(0) - 1}"
         )
     if not weights:
-        return
+        return True
     number, on_device = 0.0, None
     if isinstance(rate, Tensor) and rate.device == U.device:
         on_device = rate.float()
     else:
         number = float(rate)
     addresses = tuple([W.data_ptr() for W in weights])
-    table, is_aligned = _table(addresses, tuple(places), U.device), all(a % 16 == 0 for a in addresses)
+    table, is_aligned = _table(addresses, tuple(places), U.device), not any(a % 16 for a in addresses)
     _apply_update(U, weights, table, on_device, number, scale, decay, cautious, is_aligned, tile and list(tile))
     torch.autograd.graph.increment_version(weights)
-
-
-def can_apply(weights: list[Tensor], U: Tensor) -> bool:
-    """Whether the kernel can change these weights by matrices of U."""
-    size, device = U.size(1) * U.size(2), U.device
-    return U.dtype in DTYPES and all(
-        type(W) in (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
-        and W.dtype == torch.float32
-        and W.is_contiguous()
-        and W.numel() == size
-        and W.device == device
-        for W in weights
-    )
+    return True
 
 
 @lru_cache(maxsize=1024)

@@ -72,9 +72,7 @@ def _momentum(
 ) -> None:
     size = gradient.size(1) * gradient.size(2)
     _, columns, _, warps, stages = tile or FLAT
-    grid = gradient.size(0) * triton.cdiv(size, columns)
-    if grid > 0:
-        momentum_kernel[(grid,)](
-            gradient, buffer, active, size, None if active is None else active.stride(0), share, 1 - share,
-            NESTEROV=nesterov, COLUMNS=columns, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    momentum_kernel[(gradient.size(0) * triton.cdiv(size, columns),)](
+        gradient, buffer, active, size, None if active is None else active.stride(0), share, 1 - share,
+        NESTEROV=nesterov, COLUMNS=columns, num_warps=warps, num_stages=stages,
+    )  # fmt: skip

@@ -39,13 +39,14 @@ def apply_update(
     scale: float,
     decay: float = 0.0,
     cautious: bool = False,
-) -> None:
+) -> bool:
     """weight <- weight - rate (decay weight + scale U[place]) for each weight and its place; `cautious`: decay only
-    where weight and update have one sign."""
+    where weight and update have one sign. True, as there is nothing that it cannot do."""
     for W, place in zip(weights, places, strict=True):
         update = U[place].reshape(W.shape).to(W.dtype)
         decaying = W.where(W * update > 0, 0) if cautious else W
         W.sub_(rate * (decay * decaying + scale * update))
+    return True
 
 
 def gram(

@@ -102,14 +102,11 @@ def apply_in_one_pass(
     `bank.gathered` gives them. False, with nothing done, where other kernels are in use or this one cannot do it."""
     if bank.is_sharded or constrains(group) or backend(kernels, bank.device).name != "triton":
         return False
-    from kernels.apply_update import apply_update, can_apply
+    from kernels.apply_update import apply_update
 
     places, weights = bank.active_weights()
-    if not can_apply(weights, directions):
-        return False
-    lr, scale = rate(group, is_finite), SCALES[group["scale"]](bank.m, bank.n)
-    apply_update(weights, directions, places, lr, scale, float(group["weight_decay"]), group["cautious"])
-    return True
+    lr, scale, decay = rate(group, is_finite), SCALES[group["scale"]](bank.m, bank.n), float(group["weight_decay"])
+    return apply_update(weights, directions, places, lr, scale, decay, group["cautious"])
 
 
 def constrained_step(W: Tensor, U: Tensor, group: dict[str, Any], lr: Any) -> Tensor:

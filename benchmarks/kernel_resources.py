@@ -30,16 +30,19 @@ from data import console
 from data.processes import Workers
 from harness.tables import align
 from kernels.apply_symmetric import apply_symmetric
+from kernels.apply_update import apply_update
 from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
+from kernels.momentum import momentum
 from kernels.normalize_rows import normalize_rows
 from kernels.symmetric_product import symmetric_product
 from kernels.triton_common import ARCHITECTURES, DTYPES
 
 # Most shared memory one block may ask for, in bytes (CUDA C programming guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
-WITHOUT_PRODUCTS = ("normalize_rows", "cross_entropy")  # kernels with no use for tensor cores
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES |= {torch.int64: "*i64", torch.bool: "*i1"}
+WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "apply_update", "cross_entropy")  # no use for tensor cores
 
 
 class Launch(NamedTuple):
@@ -90,6 +93,10 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
             apply_symmetric(X, S, 2.0, d)
             normalize_rows(X.float(), torch.float16)
+            what = "float32 768"
+            G, rate, U = torch.empty(2, 2048, 768), torch.empty(()), X.bfloat16()
+            momentum(G, G.clone(), 0.95, True, torch.ones(2, dtype=torch.bool))
+            apply_update([*G], U, [0, 1], rate, 2.0, 0.1)
             what = "bfloat16 50304"
             logits, targets = torch.empty(2, 50304, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
             cross_entropy(logits, targets, 15.0, 50257, 0.0, -1, gradient=True)
@@ -120,6 +127,13 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             X = torch.empty(2, 2048, 768, dtype=dtype)
             normalize_rows(X, torch.float16)
             normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
+            for U in (X, X.new_empty(2, 768, 2048).mT):
+                apply_update([torch.empty(2048, 768)], U, [0], torch.empty(()), 2.0, 0.1)
+                apply_update([torch.empty(2048, 768)], U, [0], 0.02, 2.0, 0.1, cautious=True)
+        what, G = "float32 768", torch.empty(2, 2048, 768)
+        for nesterov in (True, False):
+            momentum(G, G.clone(), 0.95, nesterov)
+            momentum(G, G.clone(), 0.95, nesterov, torch.ones(2, dtype=torch.bool))
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{dtype} 50304".replace("torch.", "")
             logits, targets = torch.empty(2, 50304, dtype=dtype), torch.empty(2, dtype=torch.int64)

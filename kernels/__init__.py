@@ -1,8 +1,8 @@
 """Kernels of the optimizers and of the loss: Triton on CUDA, the same functions in plain torch everywhere else.
 
     ops = kernels.backend("auto", device)
-    R = ops.gram(X)                          normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy
-                                             (kernels/linear_cross_entropy.py puts the head before it)
+    R = ops.gram(X)                          momentum, normalize_rows, gram, symmetric_product, apply_symmetric,
+                                             cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
 
 Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
 """
@@ -21,10 +21,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None  # there is none for
 
 
 class Backend(NamedTuple):
-    """One implementation of every kernel. `symmetric`: computes half of a symmetric product."""
+    """One implementation of every kernel that both have. `symmetric`: computes half of a symmetric product."""
 
     name: str
     symmetric: bool
+    momentum: Callable[..., Any]
     normalize_rows: Callable[..., Any]
     gram: Callable[..., Any]
     symmetric_product: Callable[..., Any]
@@ -65,14 +66,17 @@ def constant(function: F) -> F:
 def _torch() -> Backend:
     from kernels import reference as r
 
-    return Backend("torch", False, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric, r.cross_entropy)
+    return Backend(
+        "torch", False, r.momentum, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric, r.cross_entropy
+    )
 
 
 def _triton() -> Backend:
     from kernels.apply_symmetric import apply_symmetric
     from kernels.cross_entropy import cross_entropy
     from kernels.gram import gram
+    from kernels.momentum import momentum
     from kernels.normalize_rows import normalize_rows
     from kernels.symmetric_product import symmetric_product
 
-    return Backend("triton", True, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy)
+    return Backend("triton", True, momentum, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy)

@@ -20,6 +20,35 @@ def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit.div_(norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
 
 
+def momentum(gradient: Tensor, buffer: Tensor, share: float, nesterov: bool, active: Tensor | None = None) -> Tensor:
+    """`gradient` [B, m, n], overwritten with the momentum after it, or with `nesterov` one more step ahead; `buffer`,
+    the momentum, changes, too, but for matrices that are not `active`, whose gradient counts as zero."""
+    weight: float | Tensor = 1 - share
+    if active is not None:
+        gradient.masked_fill_(~active[:, None, None], 0)
+        weight = weight * active[:, None, None].float()
+    buffer.lerp_(gradient, weight)
+    return gradient.lerp_(buffer, share) if nesterov else gradient.copy_(buffer)
+
+
+def apply_update(
+    weights: list[Tensor],
+    U: Tensor,
+    places: list[int],
+    rate: float | Tensor,
+    scale: float,
+    decay: float = 0.0,
+    cautious: bool = False,
+) -> bool:
+    """weight <- weight - rate (decay weight + scale U[place]) for each weight and its place; `cautious`: decay only
+    where weight and update have one sign. True, as there is nothing that it cannot do."""
+    for W, place in zip(weights, places, strict=True):
+        update = U[place].reshape(W.shape).to(W.dtype)
+        decaying = W.where(W * update > 0, 0) if cautious else W
+        W.sub_(rate * (decay * decaying + scale * update))
+    return True
+
+
 def gram(
     X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:

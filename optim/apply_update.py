@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import backend
+from optim.bank import Bank
 from optim.options import Option
 
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -91,6 +93,20 @@ def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, 
         else:
             torch._foreach_mul_(weights, 1 - decay)
     torch._foreach_sub_(weights, updates)
+
+
+def apply_in_one_pass(
+    bank: Bank, directions: Tensor, group: dict[str, Any], is_finite: Tensor | None, kernels: str
+) -> bool:
+    """`scaled` and `apply_update` on a bank's weights by one kernel, from the directions of all its matrices as
+    `bank.gathered` gives them. False, with nothing done, where other kernels are in use or this one cannot do it."""
+    if bank.is_sharded or constrains(group) or backend(kernels, bank.device).name != "triton":
+        return False
+    from kernels.apply_update import apply_update
+
+    places, weights = bank.active_weights()
+    lr, scale, decay = rate(group, is_finite), SCALES[group["scale"]](bank.m, bank.n), float(group["weight_decay"])
+    return apply_update(weights, directions, places, lr, scale, decay, group["cautious"])
 
 
 def constrained_step(W: Tensor, U: Tensor, group: dict[str, Any], lr: Any) -> Tensor:

@@ -225,7 +225,6 @@ class Bank:
 
     def start_gather(self, own: Tensor, is_exact: bool = False) -> None:
         """Give this rank's results [num_own, m, n] to all; new weights have to come out exact."""
-        own = own.contiguous()  # a wide one may be a transposed view, which weights would be slow to take in
         if self.num_ranks == 1:
             self._gathered = own, None
             return
@@ -248,14 +247,15 @@ class Bank:
 
     def active_pairs(self, everything: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(weights, their results in the same shape) of all matrices that have a gradient."""
-        results = everything.unbind(0)
-        active = [p if p.grad is not None else None for p in self.params]
-        pairs = [
-            (weight, results[i % self.num_ranks * self.num_slots + i // self.num_ranks].view(weight.shape))
-            for i, weight in enumerate(self.rows(active))
-            if weight is not None
-        ]
-        return [weight for weight, _ in pairs], [result for _, result in pairs]
+        results, (places, weights) = everything.unbind(0), self.active_weights()
+        return weights, [results[place].view(weight.shape) for place, weight in zip(places, weights, strict=True)]
+
+    def active_weights(self) -> tuple[list[int], list[Tensor]]:
+        """(places of their results in what `gathered` gives, weights) of all matrices that have a gradient."""
+        rows = self.rows(p if p.grad is not None else None for p in self.params)
+        active = [(i, weight) for i, weight in enumerate(rows) if weight is not None]
+        places = [i % self.num_ranks * self.num_slots + i // self.num_ranks for i, _ in active]
+        return places, [weight for _, weight in active]
 
     # State, whole and in parts
 

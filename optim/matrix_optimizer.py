@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.apply_update import SCALES, WEIGHT_OPTIONS, apply_update, scaled
+from optim.apply_update import SCALES, WEIGHT_OPTIONS, apply_in_one_pass, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
 from optim.batch import MatrixBatch
 from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
@@ -371,7 +371,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             active = is_finite.expand(bank.num_own) if active is None else active & is_finite
         views = {name: value[: bank.num_own] for name, value in bank.state.items()}
         state = dict(views)
-        batch = MatrixBatch(gradient[: bank.num_own], state, group, bank.own_weights, active)
+        batch = MatrixBatch(gradient[: bank.num_own], state, group, bank.own_weights, active, self.kernels)
         direction = self._direction(batch)
         for name, value in state.items():
             if name not in views:
@@ -391,15 +391,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _direction(self, batch: MatrixBatch) -> Tensor:
         """The direction to move in, [B, m, n]; the batch's state changes for the matrices alone that move."""
         state, active, before = batch.state, batch.active, State()
+        shape, device = batch.unmasked_gradient.shape, batch.unmasked_gradient.device
         if active is not None:
-            batch.gradient = torch.where(by_matrix(active, batch.gradient), batch.gradient, 0)
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
-        with torch.autocast(batch.gradient.device.type, enabled=False):  # the caller's would recast the products
+        with torch.autocast(device.type, enabled=False):  # the caller's would recast the products
             direction = self.direction(batch)
-        if direction.shape != batch.gradient.shape:  # a transposed one would be read in the wrong order
+        if direction.shape != shape:  # a transposed one would be read in the wrong order
             raise ValueError(
-                f"{type(self).__name__}: the update of matrices {tuple(batch.gradient.shape)} has shape "
-                f"{tuple(direction.shape)}; return one of the same shape"
+                f"{type(self).__name__}: the update of matrices {tuple(shape)} has shape {tuple(direction.shape)}; "
+                "return one of the same shape"
             )
         if active is not None:
             for name in state.keys() - OWN_STATE:
@@ -411,7 +411,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _finish_update(self, bank: Bank, group: dict[str, Any], is_finite: Tensor | None) -> None:
         results, is_moved = bank.gathered(), bank.is_moved_by_owner(group)
         if not is_moved:
-            results = scaled(results, bank.m, bank.n, group, is_finite)
+            if apply_in_one_pass(bank, results, group, is_finite, self.kernels):
+                return
+            # A wide update may be a transposed view, which weights would be slow to take in
+            results = scaled(results.contiguous(), bank.m, bank.n, group, is_finite)
         weights, updates = bank.active_pairs(results)
         if not weights:
             return

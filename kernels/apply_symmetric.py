@@ -103,7 +103,7 @@ def apply_symmetric(
             f"{(X.size(0), X.size(2), X.size(2))}"
         )
     Y, square = _apply_symmetric(X, S.contiguous(), alpha, row_scale, dtype or X.dtype, outputs, tile and list(tile))
-    return Y, square.sum(dim=1)
+    return Y, square.flatten() if outputs == "matrix" else square.sum(dim=1)
 
 
 def _empty(

@@ -65,9 +65,11 @@ def describes(*matrices: Tensor) -> bool:
 
 def descriptor(X: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """For `load_block` of [rows, columns] of X [B, m, n]; of X^T where that is what memory holds. Zeros outside."""
-    if X.stride(2) == 1:
-        return TensorDescriptor(X, list(X.shape), list(X.stride()), [1, rows, columns])
-    return descriptor(X.mT, columns, rows)
+    if X.stride(2) != 1:
+        X, rows, columns = X.mT, columns, rows
+    result = object.__new__(TensorDescriptor)  # without its own checks, which `describes` has made, for every launch
+    result.base, result.shape, result.strides, result.block_shape = X, [*X.shape], [*X.stride()], [1, rows, columns]
+    return result
 
 
 def operator(

@@ -21,6 +21,7 @@ from kernels.triton_common import (
     describes,
     descriptor,
     empty_in_order,
+    launch_options,
     load_block,
     operator,
     precision,
@@ -131,6 +132,6 @@ def _apply_symmetric(
         *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
         SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
         ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype), DESCRIBED=described,
-        TRANSPOSED=X.stride(2) != 1, num_warps=warps, num_stages=stages,
+        TRANSPOSED=X.stride(2) != 1, **launch_options(warps, stages),
     )  # fmt: skip
     return out, square

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, operator
+from kernels.triton_common import DTYPES, Tile, launch_options, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
@@ -115,6 +115,6 @@ def _apply_update(
     grid = len(weights) * triton.cdiv(m, rows) * triton.cdiv(n, columns)
     apply_update_kernel[(grid,)](
         U, table, rate_tensor, rate, scale, decay, len(weights), m, n, U.stride(0), n if is_flat else U.stride(1),
-        U.stride(2), CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns, num_warps=warps,
-        num_stages=stages,
+        U.stride(2), CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns,
+        **launch_options(warps, stages),
     )  # fmt: skip

@@ -13,8 +13,8 @@ A program takes a row: over its columns once for the sum, and again for the grad
 read, the second 2 V from L2 (a row of 50,304 is 100 kB, and those under way some 50 MB at most), 2 V written. Without
 gradients 2 V read. 6 special-function operations and about 40 FLOPs an element, against the 6 D of the three matrix
 products around it: at D = 768 and 50,304 columns these take 6 V D / 700 TFLOP/s = 0.33 us a row on an H100, the
-kernel's 6 V bytes 0.10 us at 3 TB/s: estimates from measured product and copy rates, not yet timed on a device. Plain
-torch moves some 90 V bytes a row between the same products, nearly all in float32.
+kernel's 6 V bytes 0.10 us at 3 TB/s. Measured there, all together: 0.48 us, when columns were still loaded two bytes at
+a time (docs/speed.md). Plain torch moves some 90 V bytes a row between the same products, nearly all in float32.
 """
 
 import torch
@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, operator
+from kernels.triton_common import DTYPES, Tile, launch_options, operator
 
-# Columns at a time, 8 KiB of them with 32 bytes a thread, by the bytes of a logit; fewer for short rows. Twice as many
-# in float32 spill registers on Hopper and Blackwell (python -m benchmarks.kernel_resources). Not yet timed on a device.
-ROW = {2: Tile(1, 4096, 0, 8, 1), 4: Tile(1, 2048, 0, 8, 1)}
+# Columns at a time, 8 per thread; fewer for short rows. Twice as many spill registers, in float32 on Hopper and in
+# bfloat16 on Blackwell (python -m benchmarks.kernel_resources).
+ROW = Tile(1, 2048, 0, 8, 1)
 SHORT_ROW = Tile(1, 512, 0, 4, 1)
 
 
@@ -58,8 +58,9 @@ def cross_entropy_kernel(
         target_z, _slope = soft_cap(tl.load(logits + target, mask=is_valid, other=0.0).to(tl.float32), softcap)
         lanes = tl.zeros((COLUMNS,), dtype=tl.float32)
         for k in range(0, vocab_size, COLUMNS):
-            inside = k + columns < vocab_size
-            z, slope = soft_cap(tl.load(logits + k + columns, mask=inside, other=0.0).to(tl.float32), softcap)
+            inside = k + columns < vocab_size  # loads go by num_columns, which keeps them 16 bytes wide
+            u = tl.load(logits + k + columns, mask=k + columns < num_columns, other=0.0)
+            z, slope = soft_cap(u.to(tl.float32), softcap)
             lanes += tl.where(inside, tl.exp(z), 0.0)
         total = tl.sum(lanes)
         log_total = tl.log(total)
@@ -69,7 +70,8 @@ def cross_entropy_kernel(
             scale = tl.where(is_valid, (1.0 + 2.0 * z_loss * log_total) / total, float("nan"))
             for k in range(0, num_columns, COLUMNS):
                 inside = k + columns < vocab_size
-                z, slope = soft_cap(tl.load(logits + k + columns, mask=inside, other=0.0).to(tl.float32), softcap)
+                u = tl.load(logits + k + columns, mask=k + columns < num_columns, other=0.0)
+                z, slope = soft_cap(u.to(tl.float32), softcap)
                 gradient = (tl.exp(z) * scale - tl.where(k + columns == target, 1.0, 0.0)) * slope
                 gradient = tl.where(inside, gradient, 0.0).to(logits.dtype.element_ty)
                 tl.store(logits + k + columns, gradient, mask=k + columns < num_columns)
@@ -113,9 +115,9 @@ def _cross_entropy(
     tile: list[int] | None,
 ) -> Tensor:  # fmt: skip
     loss = logits.new_empty(logits.size(0), dtype=torch.float32)
-    _, columns, _, warps, stages = tile or (ROW[logits.itemsize] if logits.size(1) > SHORT_ROW.columns else SHORT_ROW)
+    _, columns, _, warps, stages = tile or (ROW if logits.size(1) > SHORT_ROW.columns else SHORT_ROW)
     cross_entropy_kernel[(logits.size(0),)](
         logits, targets, loss, logits.size(1), vocab_size, logits.stride(0), softcap, z_loss, ignore_index,
-        GRADIENT=gradient, COLUMNS=columns, num_warps=warps, num_stages=stages,
+        GRADIENT=gradient, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip
     return loss

@@ -24,6 +24,7 @@ from kernels.triton_common import (
     check_scale,
     describes,
     descriptor,
+    launch_options,
     load_block,
     lower_triangle,
     operator,
@@ -118,6 +119,6 @@ def _gram(
     gram_kernel[(B * tiles * (tiles + 1) // 2,)](
         descriptor(X, depth, size) if described else None, X, row_scale, scale, out, m, n, lift, *X.stride(),
         ROW_SCALE=row_scale is not None, SCALE=scale is not None, SIZE=size, DEPTH=depth, PRECISION=precision(X.dtype),
-        DESCRIBED=described, TRANSPOSED=X.stride(2) != 1, num_warps=warps, num_stages=stages,
+        DESCRIBED=described, TRANSPOSED=X.stride(2) != 1, **launch_options(warps, stages),
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, operator
+from kernels.triton_common import Tile, launch_options, operator
 
 FLAT = Tile(1, 2048, 0, 4, 1)  # elements at a time: four loads of 16 bytes per thread from each. Not yet timed.
 
@@ -74,5 +74,5 @@ def _momentum(
     _, columns, _, warps, stages = tile or FLAT
     momentum_kernel[(gradient.size(0) * triton.cdiv(size, columns),)](
         gradient, buffer, active, size, None if active is None else active.stride(0), share, 1 - share,
-        NESTEROV=nesterov, COLUMNS=columns, num_warps=warps, num_stages=stages,
+        NESTEROV=nesterov, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip

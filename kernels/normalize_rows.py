@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, check_batch, empty_in_order, operator
+from kernels.triton_common import DTYPES, Tile, check_batch, empty_in_order, launch_options, operator
 
 # rows x columns at a time, by whether columns or rows are next to each other in memory. Not yet timed on a device.
 CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 3), Tile(64, 32, 0, 4, 3)
@@ -72,6 +72,6 @@ def _normalize_rows(X: Tensor, dtype: torch.dtype, tile: list[int] | None) -> tu
     rows, columns, _, warps, stages = tile or (TRANSPOSED if X.stride(1) < X.stride(2) else CONTIGUOUS)
     normalize_rows_kernel[(B * triton.cdiv(m, rows),)](
         X, out, norm, m, n, *X.stride(), *out.stride(),
-        ROWS=rows, COLUMNS=columns, num_warps=warps, num_stages=stages,
+        ROWS=rows, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip
     return out, norm

@@ -25,6 +25,7 @@ from kernels.triton_common import (
     check_scale,
     describes,
     descriptor,
+    launch_options,
     load_block,
     lower_triangle,
     operator,
@@ -75,16 +76,16 @@ def symmetric_product_kernel(
             total += beta * tl.load(added + tile, mask=is_inside, other=0.0).to(tl.float32)
         if GAMMA:
             total += gamma * tl.load(b + tile, mask=is_inside, other=0.0).to(tl.float32)
-    if i == j:  # A and B commute but for rounding, and what is not symmetric here would grow from step to step
-        total = 0.5 * (total + tl.trans(total))
     result = total.to(out.dtype.element_ty)
+    if i == j:  # A and B commute but for rounding, and what is not symmetric here would grow from step to step
+        result = (0.5 * (total + tl.trans(total))).to(out.dtype.element_ty)
     # Numbers of rows and columns again: kept from above they would take registers from the loop's second block
     rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
-    tl.store(out + batch + rows[:, None].to(tl.int64) * n + columns[None, :], result, mask=inside)
+    out += batch
+    tl.store(out + rows[:, None].to(tl.int64) * n + columns[None, :], result, mask=inside)
     if i != j:
-        mirrored = batch + columns[:, None].to(tl.int64) * n + rows[None, :]
-        tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
+        tl.store(out + columns[:, None].to(tl.int64) * n + rows[None, :], tl.trans(result), mask=tl.trans(inside))
 
 
 def symmetric_product(
@@ -127,6 +128,6 @@ def _symmetric_product(
     symmetric_product_kernel[(A.size(0) * tiles * (tiles + 1) // 2,)](
         *(descriptor(*each) if described else None for each in descriptors), A, B, added, out, n, alpha, beta, gamma,
         BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth, PRECISION=precision(A.dtype), DESCRIBED=described,
-        num_warps=warps, num_stages=stages,
+        **launch_options(warps, stages),
     )  # fmt: skip
     return out

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 # (python -m benchmarks.kernel_resources); not yet timed on a device. python -m benchmarks.polar_tiles times others.
 LARGE = {80: Tile(128, 128, 32, 8, 4), 89: Tile(128, 128, 32, 8, 3)}
 LARGE |= dict.fromkeys((90, 100), Tile(128, 128, 64, 8, 3))
-SMALL = dict.fromkeys(ARCHITECTURES, Tile(64, 64, 32, 4, 3)) | {90: Tile(64, 64, 64, 4, 3)}
+SMALL = dict.fromkeys((80, 89), Tile(64, 64, 32, 4, 3)) | {90: Tile(64, 64, 64, 4, 3), 100: Tile(64, 64, 32, 8, 3)}
 FLOAT32 = dict.fromkeys(ARCHITECTURES, Tile(32, 32, 32, 4, 2))
 
 
@@ -133,6 +133,11 @@ def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tens
             f"{what} is {scale.dtype} {tuple(scale.shape)} on {scale.device}; it must be float32 {shape} on {X.device}"
         )
     return scale.contiguous()
+
+
+def launch_options(warps: int, stages: int) -> dict[str, Any]:
+    """Of a kernel's launch: a multiplication and an addition become one instruction, whatever Triton's default is."""
+    return dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def precision(dtype: torch.dtype) -> str:

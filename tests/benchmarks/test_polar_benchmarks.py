@@ -76,7 +76,7 @@ def test_quality_of_a_small_matrix_is_reported_for_every_form(tiny: Path) -> Non
 
 
 def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of times that are given; every candidate has run."""
+    """Of times that are given for ten products; every candidate has run."""
     polar_tiles = pytest.importorskip("benchmarks.polar_tiles")
     from kernels.triton_common import Tile
 
@@ -96,4 +96,5 @@ def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest
         ("gram", "1x40x20"), ("symmetric_product", "1x40x20"), ("apply_symmetric", "1x40x20"),
         ("apply_symmetric", "1x40x20"),
     ]  # fmt: skip
-    assert [(row["tile"], row["ms"]) for row in rows[2:4]] == [(str(tuple(tiles[1])), 2), (str(tuple(tiles[0])), 3)]
+    assert [row["tile"] for row in rows[2:4]] == [str(tuple(tiles[1])), str(tuple(tiles[0]))]
+    assert [row["ms"] for row in rows[2:4]] == pytest.approx([0.2, 0.3])

@@ -1,0 +1,149 @@
+"""How long polar factors should take on an H100, product by product, said before one is asked.
+
+    python -m benchmarks.polar_model            the cases 124m and 1b of benchmarks/polar_speed.py; needs no GPU
+
+A product of T tiles runs in rounds of as many as the multiprocessors hold at once. It takes as long as the slowest of
+three: its FLOPs at TENSOR, what its tiles load and store at L2 (each tile its operands anew, whoever loaded them
+before), both for whole rounds, and what has to come from memory at DRAM; LAUNCH comes before. What the model leaves
+out: the start and end of a tile, where nothing is multiplied, cache misses beyond the first, and clocks that sink.
+
+The rates are of one H100 80GB HBM3 (benchmarks/results/h100_first_runs.txt). L2 is calibrated on a single product,
+apply_symmetric on 24 x 2048 x 768 by descriptor, 0.119 ms: what the model says of that one is no prediction.
+"""
+
+import sys
+from collections import Counter
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.polar_speed import CASES
+from data import console
+from harness.tables import align, cell
+from kernels import Backend
+from kernels.triton_common import LARGE
+from optim.aurora import aurora_polar
+from optim.polar import polar
+
+TENSOR = 767e12  # FLOP/s of a product of 8192 x 8192 matrices: polar_speed's executed_tflops / of_roofline
+L2 = 9.4e12  # bytes/s between L2 and the multiprocessors, both ways
+DRAM = 3.07e12  # bytes/s, read and written: a lerp of 85 million float32
+LAUNCH = 2e-6  # of a kernel in a CUDA graph: assumed
+PROCESSORS = 132
+SCALED = (
+    2.0  # a loop that multiplies by the rows' scale takes this much longer: 267 instructions for 91, one block for 2
+)
+
+
+class Call(NamedTuple):
+    """A launch: `what` of X [B, m, n], bytes from and to memory at least."""
+
+    what: str
+    B: int
+    m: int
+    n: int
+    memory: int
+
+
+def not_asked(*arguments: object) -> None:
+    raise AssertionError("polar factors need no other kernels")
+
+
+class Estimate(NamedTuple):
+    seconds: float
+    bound: str  # tensor cores, L2 or memory
+
+
+def recorder(calls: list[Call]) -> Backend:
+    """Kernels that note what they are asked for; on the device meta."""
+
+    def note(what: str, X: Tensor, *moved: Tensor | None) -> None:
+        B, m, n = X.shape
+        calls.append(Call(what, B, m, n, sum(t.numel() * t.itemsize for t in moved if t is not None)))
+
+    def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        Y = torch.empty_like(X, dtype=dtype)
+        note("normalize_rows", X, X, Y)
+        return Y, X.new_empty(X.shape[:2])
+
+    def gram(
+        X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        R = X.new_empty((X.size(0), X.size(2), X.size(2)), dtype=dtype or X.dtype)
+        note("gram" if row_scale is None else "gram, rows scaled", X, X, R)
+        return R
+
+    def symmetric_product(
+        A: Tensor, B: Tensor, alpha: float = 1, beta: float = 0, gamma: float = 0, unrounded_A: Tensor | None = None
+    ) -> Tensor:
+        C = torch.empty_like(A)
+        note("symmetric_product", A, A, None if A is B else B, unrounded_A, C)
+        return C
+
+    def apply_symmetric(
+        X: Tensor, S: Tensor, alpha: float = 0, row_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+        outputs: str = "matrix",
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        Y = torch.empty_like(X, dtype=dtype)
+        note("apply_symmetric", X, X, S, None if outputs == "row_square" else Y)
+        return Y, X.new_empty(X.shape[:2], dtype=torch.float32)
+
+    products = (gram, symmetric_product, apply_symmetric)
+    return Backend("model", True, not_asked, normalize_rows, *products, cross_entropy=not_asked)
+
+
+def estimate(call: Call) -> Estimate:
+    tile = LARGE[90]
+    if call.what == "normalize_rows":
+        return Estimate(LAUNCH + call.memory / DRAM, "memory")
+    rows, columns = (-(-size // tile.rows) for size in (call.m, call.n))
+    tiles = call.B * (rows * columns if call.what == "apply_symmetric" else columns * (columns + 1) // 2)
+    steps = -(-(call.m if call.what.startswith("gram") else call.n) // tile.depth)
+    is_scaled = call.what == "gram, rows scaled"
+    at_once = PROCESSORS * (1 if is_scaled else 2)
+    rounds = -(-tiles // at_once) * at_once / tiles
+    flops = 2 * tiles * steps * tile.rows * tile.columns * tile.depth
+    through_l2 = 2 * tiles * steps * (tile.rows + tile.columns) * tile.depth + call.memory
+    times = {
+        "tensor cores": flops / TENSOR * rounds,
+        "L2": through_l2 / L2 * rounds,
+        "memory": call.memory / DRAM,
+    }
+    bound = max(times, key=lambda name: times[name])
+    return Estimate(LAUNCH + times[bound] * (SCALED if is_scaled else 1), bound)
+
+
+def calls_of(case: str, iterations: int) -> list[Call]:
+    """The launches for the matrices of a case: Muon's polar factors, or with `iterations` Aurora's."""
+    calls: list[Call] = []
+    with mock.patch("optim.polar.backend", return_value=recorder(calls)):
+        for shape in CASES[case]:
+            X = torch.empty(shape, device="meta")
+            if iterations:
+                aurora_polar(X, iterations=iterations, dtype=torch.float16)
+            else:
+                polar(X, dtype=torch.float16)
+    return calls
+
+
+def main(argv: list[str]) -> int:
+    if argv:
+        raise ValueError(f"there are no arguments, and not {' '.join(argv)}")
+    totals = [["case", "polar factors, ms", "Aurora's, ms"]]
+    for case in ("124m", "1b"):
+        lines = [[case, "shape", "launches", "us each", "us", "bound by"]]
+        for call, count in Counter(calls_of(case, 0)).items():
+            seconds, bound = estimate(call)
+            shape = f"{call.B}x{call.m}x{call.n}"
+            lines.append([call.what, shape, str(count), cell(1e6 * seconds), cell(1e6 * count * seconds), bound])
+        print(align(lines) + "\n")
+        sums = [sum(estimate(call).seconds for call in calls_of(case, iterations)) for iterations in (0, 2)]
+        totals.append([case, *(cell(1e3 * seconds) for seconds in sums)])
+    print(align(totals))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(lambda: main(sys.argv[1:]), "the same command starts again"))

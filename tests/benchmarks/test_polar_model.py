@@ -1,0 +1,30 @@
+"""The model of the polar factors' time: it sees every launch, and says what it was fitted to."""
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton", reason="there is no Triton for this platform")
+
+from benchmarks.polar_model import Call, calls_of, estimate
+
+
+def test_every_launch_of_a_polar_factor_is_seen() -> None:
+    """124M: in the Gram form segments of three and two steps, 4 len - 3 products each; direct five steps of three."""
+    counts = Counter((call.what, call.B) for call in calls_of("124m", 0))
+    assert counts["symmetric_product", 24] == counts["symmetric_product", 12] == 9 + 5
+    assert counts["apply_symmetric", 24] == counts["gram", 24] + counts["gram, rows scaled", 24] == 2
+    assert counts["symmetric_product", 48] == counts["apply_symmetric", 48] == 5
+    first, second = (calls_of("124m", iterations) for iterations in (1, 2))
+    assert not any(call.what == "gram, rows scaled" for call in first if call.B != 48)  # unit rows: nothing to scale
+    assert sum(call.what == "gram, rows scaled" for call in second if call.B != 48) == 2
+
+
+def test_the_model_says_what_it_was_fitted_to_and_grows_with_the_work() -> None:
+    memory = 24 * 768 * (2 * 2048 + 768) * 2
+    fitted = estimate(Call("apply_symmetric", 24, 2048, 768, memory))
+    assert fitted.seconds == pytest.approx(0.1185e-3, rel=0.03)
+    assert estimate(Call("apply_symmetric", 48, 2048, 768, 2 * memory)).seconds > 1.9 * fitted.seconds
+    assert estimate(Call("gram, rows scaled", 24, 2048, 768, memory)).seconds > 1.9 * estimate(
+        Call("gram", 24, 2048, 768, memory)
+    ).seconds  # fmt: skip

@@ -26,7 +26,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # tensors of a subclass may have no memory
 @triton.jit
 def apply_update_kernel(
     u, table, rate_tensor, rate, scale, decay, num_weights, m, n, stride_b, stride_m, stride_n,
-    CAUTIOUS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECAYS: tl.constexpr, CAUTIOUS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row_blocks, column_blocks = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
     which = tl.program_id(0) // (row_blocks * column_blocks)
@@ -43,8 +43,11 @@ def apply_update_kernel(
     U = tl.load(u, mask=inside).to(tl.float32)
     if rate_tensor is not None:
         rate = tl.load(rate_tensor)
-    decaying = tl.where(W * U > 0, W, 0.0) if CAUTIOUS else W
-    tl.store(weight, W - rate * (decay * decaying + scale * U), mask=inside)
+    step = rate * scale * U
+    if DECAYS:
+        step += rate * decay * (tl.where(W * U > 0, W, 0.0) if CAUTIOUS else W)
+    step = tl.where(rate == 0, 0.0, step)  # 0 times infinity would be NaN
+    tl.store(weight, W - step, mask=inside)
 
 
 def apply_update(
@@ -115,6 +118,6 @@ def _apply_update(
     grid = len(weights) * triton.cdiv(m, rows) * triton.cdiv(n, columns)
     apply_update_kernel[(grid,)](
         U, table, rate_tensor, rate, scale, decay, len(weights), m, n, U.stride(0), n if is_flat else U.stride(1),
-        U.stride(2), CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns,
+        U.stride(2), DECAYS=decay != 0, CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns,
         **launch_options(warps, stages),
     )  # fmt: skip

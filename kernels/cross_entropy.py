@@ -13,8 +13,9 @@ A program takes a row: over its columns once for the sum, and again for the grad
 read, the second 2 V from L2 (a row of 50,304 is 100 kB, and those under way some 50 MB at most), 2 V written. Without
 gradients 2 V read. 6 special-function operations and about 40 FLOPs an element, against the 6 D of the three matrix
 products around it: at D = 768 and 50,304 columns these take 6 V D / 700 TFLOP/s = 0.33 us a row on an H100, the
-kernel's 6 V bytes 0.10 us at 3 TB/s. Measured there, all together: 0.48 us, when columns were still loaded two bytes at
-a time (docs/speed.md). Plain torch moves some 90 V bytes a row between the same products, nearly all in float32.
+kernel's 6 V bytes 0.10 us at 3 TB/s. Measured there, all together: 0.48 us (docs/speed.md), by a kernel
+that loaded two bytes at a time and took 4096 columns. Plain torch moves some 90 V bytes a row between the same
+products, nearly all in float32.
 """
 
 import torch

@@ -53,14 +53,17 @@ def momentum(
     matrices. Raises ValueError for other arguments.
     """
     for name, X in (("gradient", gradient), ("buffer", buffer)):
-        if X.shape != gradient.shape or X.ndim != 3 or X.dtype != torch.float32 or not X.is_contiguous():
+        is_alike = X.shape == gradient.shape and X.device == gradient.device
+        if not is_alike or X.ndim != 3 or X.dtype != torch.float32 or not X.is_contiguous():
             raise ValueError(
-                f"momentum: {name} is {X.dtype} {tuple(X.shape)} with strides {X.stride()}; gradient and buffer must "
-                "be float32 [B, m, n], contiguous and of one shape"
+                f"momentum: {name} is {X.dtype} {tuple(X.shape)} with strides {X.stride()} on {X.device}; gradient and "
+                "buffer must be float32 [B, m, n], contiguous, of one shape and on one device"
             )
-    if active is not None and (active.shape != gradient.shape[:1] or active.dtype != torch.bool):
+    B, device = gradient.size(0), gradient.device
+    if active is not None and (active.shape != (B,) or active.dtype != torch.bool or active.device != device):
         raise ValueError(
-            f"momentum: active is {active.dtype} {tuple(active.shape)}; it must be bool [{gradient.size(0)}]"
+            f"momentum: active is {active.dtype} {tuple(active.shape)} on {active.device}; it must be bool [{B}] on "
+            f"{device}"
         )
     _momentum(gradient, buffer, float(share), nesterov, active, tile and list(tile))
     return gradient

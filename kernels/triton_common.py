@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 
 # Tiles of the matrix products, by architecture. Chosen for occupancy and shared memory from compiler output
-# (python -m benchmarks.kernel_resources); not yet timed on a device. python -m benchmarks.polar_tiles times others.
+# (python -m benchmarks.kernel_resources); see docs/speed.md for an H100. python -m benchmarks.polar_tiles times others.
 LARGE = {80: Tile(128, 128, 32, 8, 4), 89: Tile(128, 128, 32, 8, 3)}
 LARGE |= dict.fromkeys((90, 100), Tile(128, 128, 64, 8, 3))
 SMALL = dict.fromkeys((80, 89), Tile(64, 64, 32, 4, 3)) | {90: Tile(64, 64, 64, 4, 3), 100: Tile(64, 64, 32, 8, 3)}

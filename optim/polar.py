@@ -94,7 +94,9 @@ LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
     torch.bfloat16: dict.fromkeys(COEFFICIENTS, 1),
     torch.float32: dict.fromkeys(COEFFICIENTS, 6) | {"cans": 4},
 }  # fmt: skip
-# What float16 holds of a matrix with a spectral norm of about 1, times this: entries far below 1, and up to 4.
+# What float16 holds of a matrix with a spectral norm of about 1, times this: entries far below 1, and up to 4. (Rows
+# that are multiples of each other are rounded each in its own way then: a matrix of rank one gets a little noise in
+# other directions, which methods of many steps raise.)
 LIFT = 2.0**14
 PIECE_BYTES = 16 * 2**20  # half of the largest block that glibc keeps
 Segments = list[list[Coefficients]]

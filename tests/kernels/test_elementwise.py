@@ -247,3 +247,19 @@ def test_bytes_of_a_step_around_the_matrix_products(monkeypatch: pytest.MonkeyPa
         without.setattr(momentum_module, "momentum", reference.momentum)
         assert bytes_of_step() > 80
     assert 44 < bytes_of_step() < 50
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_a_bad_gradient_leaves_an_infinite_weight_alone(kernels: str, value: float) -> None:
+    """Zero times infinity would be NaN; and without decay nothing multiplies the weight at all."""
+    p = nn.Parameter(torch.ones(24, 8, device=DEVICE))
+    with torch.no_grad():
+        p[0, 0] = value
+    p.grad = torch.full_like(p, float("nan"))
+    before = p.detach().clone()
+    Muon([p], lr=0.05, weight_decay=0.3, kernels=kernels, defer_check=True).step()
+    assert torch.equal(p, before)
+    p.grad = torch.ones_like(p)
+    Muon([p], lr=0.05, kernels=kernels).step()
+    assert p[0, 0] == value

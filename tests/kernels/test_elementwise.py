@@ -249,6 +249,7 @@ def test_bytes_of_a_step_around_the_matrix_products(monkeypatch: pytest.MonkeyPa
     assert 44 < bytes_of_step() < 50
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # in the interpreter, of the product that is not used
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_a_bad_gradient_leaves_an_infinite_weight_alone(kernels: str, value: float) -> None:

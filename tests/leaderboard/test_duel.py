@@ -356,7 +356,8 @@ def test_a_record_and_this_checkout_take_turns(
     assert len(found["turns"]) == 2 * 8 * 4
     assert a["fingerprint"] == duel.fingerprint(record.runs[0]) != b["fingerprint"]
     assert found["results"]["wall"]["low"] < found["results"]["wall"]["estimate"] < found["results"]["wall"]["high"]
-    assert duel.sentences(found)[-1].endswith("(wall time decides).")
+    # Not the last where a busy machine makes means and medians differ, which is then said, too
+    assert any(sentence.endswith("(wall time decides).") for sentence in duel.sentences(found))
 
 
 def test_records_of_two_tracks_of_others_or_of_several_ranks_are_refused(pair: dict[str, Record]) -> None:

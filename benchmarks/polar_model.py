@@ -30,7 +30,7 @@ from optim.polar import polar
 TENSOR = 767e12  # FLOP/s of a product of 8192 x 8192 matrices: polar_speed's executed_tflops / of_roofline
 L2 = 9.4e12  # bytes/s between L2 and the multiprocessors, both ways
 DRAM = 3.07e12  # bytes/s, read and written: a lerp of 85 million float32
-ROWS = 2.1e12  # the same of normalize_rows
+NORMALIZE = 2.1e12  # the same of normalize_rows
 LAUNCH = 2e-6  # of a kernel in a CUDA graph: assumed
 PROCESSORS = 132
 SCALED = (
@@ -98,7 +98,7 @@ def recorder(calls: list[Call]) -> Backend:
 def estimate(call: Call) -> Estimate:
     tile = LARGE[90]
     if call.what == "normalize_rows":
-        return Estimate(LAUNCH + call.memory / ROWS, "memory")
+        return Estimate(LAUNCH + call.memory / NORMALIZE, "memory")
     rows, columns = (-(-size // tile.rows) for size in (call.m, call.n))
     tiles = call.B * (rows * columns if call.what == "apply_symmetric" else columns * (columns + 1) // 2)
     steps = -(-(call.m if call.what.startswith("gram") else call.n) // tile.depth)

@@ -55,6 +55,7 @@ def apply_symmetric_kernel(
             x_block = load_block(left, matrix, i * ROWS, k, ROWS, DEPTH, TRANSPOSED)
             s_block = load_block(right, matrix, k, j * COLUMNS, DEPTH, COLUMNS, False)
             y = tl.dot(x_block, s_block, y)
+        y += alpha * load_block(tile_x, matrix, i * ROWS, j * COLUMNS, ROWS, COLUMNS, TRANSPOSED).to(tl.float32)
     else:
         x_tile = x + depth[None, :].to(tl.int64) * stride_xn
         s_tile = s + b * n * n + depth[:, None].to(tl.int64) * n + columns[None, :]
@@ -64,9 +65,6 @@ def apply_symmetric_kernel(
             y = tl.dot(x_block, s_block, y, input_precision=PRECISION)
             x_tile += tl.full((), DEPTH, tl.int64) * stride_xn
             s_tile += DEPTH * n
-    if DESCRIBED:
-        y += alpha * load_block(tile_x, matrix, i * ROWS, j * COLUMNS, ROWS, COLUMNS, TRANSPOSED).to(tl.float32)
-    else:
         y += alpha * tl.load(x + columns[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
     if SCALE:
         y *= tl.load(scale + b * m + rows, mask=rows < m, other=0.0)[:, None]

@@ -35,12 +35,12 @@ from kernels.triton_common import (
 
 @triton.jit
 def gram_kernel(
-    described, x, row_scale, scale, out, m, n, lift, stride_b, stride_m, stride_n,
+    descriptor_x, x, row_scale, scale, out, m, n, lift, stride_b, stride_m, stride_n,
     ROW_SCALE: tl.constexpr, SCALE: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (i, j) and (j, i) of one matrix's R [n, n]; `described` is a descriptor of X, or of X^T if TRANSPOSED, by
-    which it is loaded if DESCRIBED."""
+    """Tiles (i, j) and (j, i) of one matrix's R [n, n]; X is loaded by its descriptor if DESCRIBED (of X^T if
+    TRANSPOSED)."""
     tiles = tl.cdiv(n, SIZE)
     pairs = tiles * (tiles + 1) // 2
     matrix = tl.program_id(0) // pairs
@@ -50,8 +50,8 @@ def gram_kernel(
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
     if DESCRIBED:
         for k in range(0, m, DEPTH):
-            left = tl.trans(load_block(described, matrix, k, i * SIZE, DEPTH, SIZE, TRANSPOSED))
-            right = load_block(described, matrix, k, j * SIZE, DEPTH, SIZE, TRANSPOSED)
+            left = tl.trans(load_block(descriptor_x, matrix, k, i * SIZE, DEPTH, SIZE, TRANSPOSED))
+            right = load_block(descriptor_x, matrix, k, j * SIZE, DEPTH, SIZE, TRANSPOSED)
             total = tl.dot(left, right, total)
     else:
         rows = tl.arange(0, DEPTH)

@@ -79,7 +79,7 @@ def symmetric_product_kernel(
     result = total.to(out.dtype.element_ty)
     if i == j:  # A and B commute but for rounding, and what is not symmetric here would grow from step to step
         result = (0.5 * (total + tl.trans(total))).to(out.dtype.element_ty)
-    # Numbers of rows and columns again: kept from above they would take registers from the loop's second block
+    # Computed again: kept from above they would cost registers, and so the second block on a multiprocessor
     rows, columns = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
     out += batch

@@ -1,4 +1,4 @@
-"""A small decoder made of the GPT's own parts (model.py), with a choice of what turns scores into weights.
+"""A stack of small decoders, each the GPT of model.py, with a choice of what turns scores into weights.
 
 Softmax, stablemax and sparsemax, each in attention and in the loss:
 
@@ -8,18 +8,22 @@ Softmax, stablemax and sparsemax, each in attention and in the loss:
     sparsemax   the nearest point to z of the probability simplex; loss: 1/2 (1 + sum over the support of
                 z_j^2 - tau^2) - z_target (Martins and Astudillo, arXiv 1602.02068)
 
-Shape suffixes as in model.py, and Q: positions that are asked.
+Models this small are bound by the number of operations, not by their size: one process computes R of them at once, as
+products of stacked matrices. Shape suffixes as in model.py, and R: models, N: rows of the task's table, U: places,
+Q: positions that are asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import stack_module_state
 
-from kernels.fused import rms_norm
-from model import GPT, Attention, Block, ModelConfig
+from kernels.fused import rms_norm, rotate
+from model import GPT, ModelConfig, Rotary
 
+MATRICES = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down"  # of a block
 MASKED = -1e30  # a score that gets no weight from any of the three, and no NaN from its gradient
 
 
@@ -51,13 +55,13 @@ def sparsemax(z: Tensor) -> Tensor:
 
 def stablemax_loss(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
     weights_BV = stable_exp(logits_BV)
-    return (weights_BV.sum(-1).log() - weights_BV.gather(-1, targets_B[:, None])[:, 0].log()).mean()
+    return weights_BV.sum(-1).log() - weights_BV.gather(-1, targets_B[:, None])[:, 0].log()
 
 
 def sparsemax_loss(logits_BV: Tensor, targets_B: Tensor) -> Tensor:
     tau, support = sparsemax_threshold(logits_BV)
     squares = torch.where(support, logits_BV.square() - tau.square(), 0).sum(-1)
-    return ((1 + squares) / 2 - logits_BV.gather(-1, targets_B[:, None])[:, 0]).mean()
+    return (1 + squares) / 2 - logits_BV.gather(-1, targets_B[:, None])[:, 0]
 
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,57 +69,92 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "stablemax": stablemax,
     "sparsemax": sparsemax,
 }
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "softmax": F.cross_entropy,  # nats a row, mean
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # logits [B, V] and targets [B] to losses [B]
+    "softmax": lambda logits_BV, targets_B: F.cross_entropy(logits_BV, targets_B, reduction="none"),  # nats
     "stablemax": stablemax_loss,
     "sparsemax": sparsemax_loss,
 }
 
 
-class Decoder(GPT):
-    """Logits of the answer for rows of tokens. One token is answered, so the last block is computed for it alone."""
+def stacked_weights(config: ModelConfig, seeds: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """The float32 parameters of new GPTs by name, each with a leading dimension R: one model per seed, as it is made
+    after torch.manual_seed(seed)."""
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        with device:
+            models.append(GPT(config, torch.float32))
+    weights, _ = stack_module_state(models)
+    return weights
 
-    def __init__(self, config: ModelConfig, attention: str) -> None:
-        super().__init__(config, torch.float32)
-        self.weights = WEIGHTS[attention]
 
-    def forward(self, inputs_BT: Tensor, num_classes: int) -> Tensor:  # type: ignore[override]
-        """Token ids [B, T] to float32 logits [B, num_classes], without the GPT's soft cap."""
-        num_tokens, vocab_size = inputs_BT.size(1), self.embed.num_embeddings
-        # The first block's q, k and v depend on token and position alone: a table of them is smaller than a batch.
-        table_VTD = rms_norm(self.embed.weight)[:, None].expand(-1, num_tokens, -1)
-        place_BT = inputs_BT * num_tokens + torch.arange(num_tokens, device=inputs_BT.device)
-        x_BTD = F.embedding(inputs_BT, table_VTD[:, 0])
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            asked = slice(-1, None) if index == len(self.blocks) - 1 else slice(None)
+def norm(x: Tensor) -> Tensor:
+    return rms_norm(x, is_fused=True)
+
+
+def times(x_RBQD: Tensor, weight_RMD: Tensor) -> Tensor:
+    """Every model's own matrix, [R, B, Q, M]."""
+    return (x_RBQD.flatten(1, -2) @ weight_RMD.mT).unflatten(1, x_RBQD.shape[1:-1])
+
+
+class Decoders:
+    """Logits of the answers of R models to rows of one table of tokens, `inputs_NT` [N, T].
+
+    Only the last position is answered, so the last block is computed for it alone. What the first block makes of a
+    position depends on its token alone: it is computed once for each pair of token and position (a place) of the table.
+    """
+
+    def __init__(self, config: ModelConfig, inputs_NT: Tensor, attention: str = "softmax", is_causal: bool = True):
+        self.config, self.weigh, self.is_causal = config, WEIGHTS[attention], is_causal
+        num_tokens = inputs_NT.size(1)
+        self.position_T = torch.arange(num_tokens, device=inputs_NT.device)
+        place_U, self.place_NT = torch.unique(inputs_NT * num_tokens + self.position_T, return_inverse=True)
+        self.token_U, self.position_U = place_U // num_tokens, place_U % num_tokens
+        rotary = Rotary(config.head_dim, num_tokens).to(inputs_NT.device)
+        self.cos_TK, self.sin_TK = rotary.cos_TK, rotary.sin_TK
+
+    def __call__(self, weights: Mapping[str, Tensor], rows_RB: Tensor, num_classes: int) -> Tensor:
+        """[R, B, num_classes], without the GPT's soft cap, of the parameters of `stacked_weights` and of the rows of
+        the table with these numbers, each model's own."""
+        c, start_R11 = self.config, torch.arange(rows_RB.size(0), device=rows_RB.device)[:, None, None]
+        place_RBT = self.place_NT[rows_RB] + start_R11 * len(self.token_U)
+        x_RUD = norm(weights["embed.weight"])[:, self.token_U]
+        x_RBTD = torch.empty(0)
+        for index in range(c.num_layers):
+            qkv, out, gate_up, down = (
+                weights[f"blocks.{index}.{name}"]
+                for name in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+            )
+            asked = slice(-1, None) if index == c.num_layers - 1 else slice(None)
             if index == 0:
-                tables = self.project(block.attention, rms_norm(table_VTD))
-                q_BQHK, k_BTHK, v_BTHK = (
-                    F.embedding(place, table.reshape(vocab_size * num_tokens, -1)).unflatten(-1, table.shape[2:])
-                    for place, table in zip((place_BT[:, asked], place_BT, place_BT), tables, strict=True)
+                tables = *self.project(x_RUD, qkv, self.position_U), x_RUD
+                places = place_RBT[..., asked], place_RBT, place_RBT, place_RBT[..., asked]
+                q_RBQHK, k_RBTHK, v_RBTHK, x_RBQD = (
+                    F.embedding(place, table.flatten(0, 1).flatten(1)).unflatten(-1, table.shape[2:])
+                    for table, place in zip(tables, places, strict=True)
                 )
             else:
-                q_BTHK, k_BTHK, v_BTHK = self.project(block.attention, rms_norm(x_BTD))
-                q_BQHK = q_BTHK[:, asked]
-            x_BQD = x_BTD[:, asked] + F.linear(self.attend(q_BQHK, k_BTHK, v_BTHK), block.attention.out)
-            x_BTD = x_BQD + block.mlp(rms_norm(x_BQD))
-        return F.linear(rms_norm(x_BTD[:, -1]), self.head.weight[:num_classes])
+                q_RBTHK, k_RBTHK, v_RBTHK = self.project(x_RBTD, qkv, self.position_T)
+                q_RBQHK, x_RBQD = q_RBTHK[:, :, asked], x_RBTD[:, :, asked]
+            x_RBQD = x_RBQD + times(self.attend(q_RBQHK, k_RBTHK, v_RBTHK), out)
+            gate, up = times(norm(x_RBQD), gate_up.flatten(1, 2)).chunk(2, dim=-1)
+            x_RBTD = x_RBQD + times(F.silu(gate) * up, down)
+        return times(norm(x_RBTD), weights["head.weight"][:, :num_classes])[:, :, -1]
 
-    def project(self, attention: Attention, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, T, H, K] as model.Attention has them."""
-        qkv = F.linear(x_BTD, attention.qkv.flatten(0, 1)).unflatten(-1, (3, -1, attention.head_dim))
-        q_BTHK, k_BTHK, v_BTHK = qkv.unbind(2)
-        return self.rotary(rms_norm(q_BTHK)), self.rotary(rms_norm(k_BTHK)), v_BTHK
+    def project(self, x: Tensor, qkv_R3MD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [R, ..., H, K] as model.Attention has them, of x [R, ..., D] at these positions."""
+        products = times(norm(x), qkv_R3MD.flatten(1, 2)).unflatten(-1, (3, -1, self.config.head_dim))
+        q, k, v = products.unbind(-3)
+        cos, sin = self.cos_TK[position][:, None], self.sin_TK[position][:, None]
+        return rotate(norm(q), cos, sin, is_fused=True), rotate(norm(k), cos, sin, is_fused=True), v
 
-    def attend(self, q_BQHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
-        """Causal attention of the last Q of T positions with this decoder's weights, [B, Q, H*K].
-
-        Sums of products: for a few positions a head, batched matrix products are slower.
-        """
-        num_asked, num_tokens = q_BQHK.size(1), k_BTHK.size(1)
-        scores_BQHT = (q_BQHK[:, :, None] * k_BTHK[:, None]).sum(-1).mT / q_BQHK.size(-1) ** 0.5
-        position_T = torch.arange(num_tokens, device=scores_BQHT.device)
-        is_later_Q1T = position_T > position_T[-num_asked:, None, None]
-        weights_BQHT = self.weights(scores_BQHT.masked_fill(is_later_Q1T, MASKED))
-        return (weights_BQHT.mT[..., None] * v_BTHK[:, None]).sum(2).flatten(2)
+    def attend(self, q_RBQHK: Tensor, k_RBTHK: Tensor, v_RBTHK: Tensor) -> Tensor:
+        """Attention of the last Q of T positions, [R, B, Q, H*K]. Sums of products: for a few positions a head, batched
+        matrix products are slower."""
+        num_asked = q_RBQHK.size(2)
+        scores_RBQHT = (q_RBQHK[:, :, :, None] * k_RBTHK[:, :, None]).sum(-1).mT / q_RBQHK.size(-1) ** 0.5
+        if self.is_causal and num_asked > 1:
+            is_later_Q1T = self.position_T > self.position_T[-num_asked:, None, None]
+            scores_RBQHT = scores_RBQHT.masked_fill(is_later_Q1T, MASKED)
+        weights_RBQHT = self.weigh(scores_RBQHT)
+        return (weights_RBQHT.mT[..., None] * v_RBTHK[:, :, None]).sum(3).flatten(3)

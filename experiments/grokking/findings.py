@@ -3,196 +3,274 @@
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from experiments.arms import EDGE, at_edge
 from experiments.comparisons import holm
-from experiments.grokking.survival import logrank, median, stratified_logrank
-from experiments.grokking.tasks import TRAIN_SHARES
-from experiments.grokking.train import Settings
+from experiments.grokking import survival
+from experiments.grokking.protocol import BASELINE, BOXES, LATER, PAIR, PARTS, TUNED
+from experiments.grokking.survival import Ratio, median
+from experiments.grokking.train import COLLAPSED, GENERALISED, Settings
 from harness.figures import pyplot, save
 
 Run = dict[str, Any]
-Cell = tuple[str, str]  # setting, optimizer
-
-COLUMNS = {
-    "setting": "setting", "optimizer": "optimizer", "lr": "lr", "decay": "decay", "n": "n",
-    "memorised": "memorised", "crossed": "first 95%", "sustained": "held 95%", "interval": "interval", "never": "never",
-    "delay": "delay", "collapsed": "fell below 80%", "ratio": "of AdamW's steps", "p": "p", "seconds": "s per run",
-}  # fmt: skip
-BASELINE = "adamw"
+Arm = tuple[str, str]  # part, task
+DEFAULTS = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
 
 
-def thinned(run: Run, every: int = 2) -> Run:
-    """The run with every second measurement of its accuracies, for a file that is kept."""
-    kept = ("step", "train_accuracy", "val_accuracy")
-    return {**run, "curves": {key: values[::every] for key, values in run["curves"].items() if key in kept}}
+def thinned(run: Run) -> Run:
+    """The run as it is kept in a file: settings that are not the default, and every second look."""
+    settings = {key: value for key, value in run["settings"].items() if DEFAULTS.get(key) != value}
+    curves = {key: [round(value, 3) for value in values[::2]] for key, values in run["curves"].items()}
+    kept = {key: value for key, value in run.items() if key not in ("device", "git_commit")}
+    return {**kept, "settings": settings, "curves": curves}
 
 
-def setting_name(run: Run) -> str:
-    """A run's setting, without its optimizer and seed: add, 40% of rows, width 64."""
+def tuning_row(run: Run) -> Run:
+    """What is kept of a run that settings were chosen by."""
     settings = Settings(**run["settings"])
-    share = f"{settings.task}, {100 * (settings.train_share or TRAIN_SHARES[settings.task]):.0f}% of rows"
-    batch = f", batch {settings.batch_size}" if settings.batch_size else ""
-    is_plain = settings.attention == settings.loss == "softmax"
-    weights = "" if is_plain else f", {settings.attention} attention, {settings.loss} loss"
-    return f"{share}, width {settings.width}{batch}{weights}"
+    told = {key: getattr(settings, key) for key in ("task", "optimizer", "max_steps", *TUNED)}
+    return dict(part=run["part"], **told, crossed=run["crossed"], best_val_accuracy=run["best_val_accuracy"])
 
 
-def cells(runs: list[Run]) -> dict[Cell, list[Run]]:
-    found: dict[Cell, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[setting_name(run), run["settings"]["optimizer"]].append(run)
+def settings_of(run: Run) -> Settings:
+    return Settings(**run["settings"])
+
+
+def arms_of(result: Run) -> dict[Arm, dict[str, list[Run]]]:
+    """The runs by part and task, then by optimizer; without those of `later`."""
+    found: dict[Arm, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in result["runs"]:
+        if run["part"] != LATER:
+            settings = settings_of(run)
+            found[run["part"], settings.task][settings.optimizer].append(run)
     return found
 
 
-def rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """A row of the table for each setting and optimizer: steps, as medians over the seeds. COLUMNS has the headings."""
-    by_cell = cells(result["runs"])
-    return [_row(cell, by_cell, result["tuning"]) for cell in by_cell]
+def arm_name(arm: Arm) -> str:
+    """As in tables: add; mul, batch 128."""
+    part, task = arm
+    return task if part == "main" else f"{task}, {PARTS[part].text}"
 
 
-def _row(cell: Cell, by_cell: dict[Cell, list[Run]], tuning: list[Run]) -> dict[str, str]:
-    setting, optimizer = cell
-    runs, baseline = by_cell[cell], by_cell.get((setting, BASELINE), [])
-    held, n, is_compared = median(steps_of(runs)), len(runs), bool(baseline) and optimizer != BASELINE
-    ratio = held.value / median(steps_of(baseline)).value if is_compared else math.nan
-    p = logrank(steps_of(runs), steps_of(baseline)) if is_compared else None
-    delays = [run["delay"] for run in runs if run["delay"] is not None]
-    return dict(
-        setting=setting, optimizer=optimizer, n=str(n),
-        lr=chosen(runs[0], "lr", tuning), decay=chosen(runs[0], "weight_decay", tuning),
-        **{key: in_words(median(steps_of(runs, key)).value) for key in ("memorised", "crossed", "sustained")},
-        interval=f"{in_words(held.low)} to {in_words(held.high)}",
-        never=f"{sum(run['sustained'] is None for run in runs)}/{n}",
-        delay=f"{statistics.median(delays):.0f}" if delays else "-",
-        collapsed=f"{sum(run['collapsed'] for run in runs)}/{n}",
-        ratio=f"{ratio:.2f}" if math.isfinite(ratio) and ratio else "-", p="-" if p is None else f"{p:.2g}",
-        seconds=f"{statistics.median(run['seconds'] for run in runs):.0f}",
-    )  # fmt: skip
-
-
-def steps_of(runs: list[Run], key: str = "sustained") -> list[float | None]:
+def steps_of(runs: Iterable[Run], key: str = "crossed") -> list[float | None]:
     return [run[key] for run in runs]
 
 
 def in_words(step: float) -> str:
-    return f"{step:.0f}" if math.isfinite(step) else "never"
+    return f"{step:,.0f}" if math.isfinite(step) else "-"
 
 
-def chosen(run: Run, key: str, tuning: list[Run]) -> str:
-    """The value that the sweep chose; EDGE where it is the lowest or highest of those tried."""
-    optimizer, value = run["settings"]["optimizer"], run["settings"][key]
-    tried = {one["settings"][key] for one in tuning if one["settings"]["optimizer"] == optimizer}
-    return f"{value:g}{EDGE if at_edge(value, tried) else ''}"
+def compared(arm: Arm, by_optimizer: dict[str, list[Run]], optimizer: str) -> tuple[survival.Times, survival.Times]:
+    """Steps of the optimizer and of AdamW to what their part counts to."""
+    milestone = PARTS[arm[0]].milestone
+    return steps_of(by_optimizer[optimizer], milestone), steps_of(by_optimizer[BASELINE], milestone)
 
 
-def verdicts(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Each optimizer against AdamW over all settings together: the comparisons the experiment is made for."""
-    by_cell = cells(result["runs"])
-    strata: dict[str, list[tuple[list[float | None], list[float | None]]]] = defaultdict(list)
-    for (setting, optimizer), runs in by_cell.items():
-        if optimizer != BASELINE and (setting, BASELINE) in by_cell:
-            strata[optimizer].append((steps_of(runs), steps_of(by_cell[setting, BASELINE])))
-    p_values = {optimizer: stratified_logrank(of_it) for optimizer, of_it in strata.items()}
-    adjusted, found = holm(p_values), []
-    for optimizer, of_it in strata.items():
-        medians = [(median(a).value, median(b).value) for a, b in of_it]
-        ratios = [a / b for a, b in medians if math.isfinite(a + b) and a and b]
-        ratio = f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f} ({len(ratios)})" if ratios else "-"
-        before, after = str(sum(a < b for a, b in medians)), str(sum(a > b for a, b in medians))
-        row = dict(optimizer=optimizer, settings=str(len(medians)), before=before, after=after, ratio=ratio)
-        found.append(row | dict(p=f"{p_values[optimizer]:.2g}", holm=f"{adjusted[optimizer]:.2g}"))
+def last_step(arm: Arm, runs: Iterable[Run]) -> int:
+    """The last one that a run which is cut off could have been seen at."""
+    latest = min(settings_of(run).max_steps for run in runs)
+    return latest - Settings.hold_steps if PARTS[arm[0]].milestone == "held" else latest
+
+
+def ratio_in_words(found: Ratio) -> str:
+    if found.least == found.most:
+        return f"{found.least:.2f}"
+    if found.least == 0:
+        return f"< {found.most:.2f}" if math.isfinite(found.most) else "?"
+    return f"> {found.least:.2f}" if math.isinf(found.most) else f"{found.least:.2f} to {found.most:.2f}"
+
+
+def interval_in_words(found: Ratio) -> str:
+    """Without ends that the runs do not give."""
+    if found.low == 0:
+        return f"to {found.high:.2f}" if math.isfinite(found.high) else "?"
+    return f"from {found.low:.2f}" if math.isinf(found.high) else f"{found.low:.2f} to {found.high:.2f}"
+
+
+class Verdict(NamedTuple):
+    """An optimizer against AdamW in one part and task."""
+
+    ratio: Ratio
+    p: float | None  # None: no run got there
+    adjusted: float | None  # Holm's, over the tasks of the part
+
+
+def verdicts(result: Run, optimizer: str) -> dict[Arm, Verdict]:
+    arms = {arm: each for arm, each in arms_of(result).items() if BASELINE in each and optimizer in each}
+    pairs = {arm: compared(arm, each, optimizer) for arm, each in arms.items()}
+    p_values = {arm: survival.logrank(*pair) for arm, pair in pairs.items()}
+    adjusted: dict[Arm, float] = {}
+    for part in PARTS:
+        adjusted |= holm({arm: p for arm, p in p_values.items() if arm[0] == part and p is not None})
+    return {
+        arm: Verdict(survival.ratio(*pair, last_step(arm, arms[arm][optimizer])), p_values[arm], adjusted.get(arm))
+        for arm, pair in pairs.items()
+    }
+
+
+class Overall(NamedTuple):
+    """An optimizer against AdamW over the tasks of `main`."""
+
+    num_known: int  # tasks whose ratio is known
+    mean: float  # the geometric mean of those ratios, with an interval over tasks
+    low: float
+    high: float
+    before: int  # of all tasks: those with a median before AdamW's, and after it
+    after: int
+    p: float  # stratified log-rank test
+
+
+def overall(result: Run, optimizer: str) -> Overall | None:
+    """None without anything to compare."""
+    found = {arm: each for arm, each in verdicts(result, optimizer).items() if arm[0] == "main"}
+    if not found:
+        return None
+    logs = [math.log(each.ratio.least) for each in found.values() if 0 < each.ratio.least == each.ratio.most]
+    mean, half = (statistics.fmean(logs) if logs else math.nan), math.nan
+    if len(logs) > 1:
+        half = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
+    by_arm = arms_of(result)
+    strata = [compared(arm, by_arm[arm], optimizer) for arm in found]
+    medians = [(median(mine), median(other)) for mine, other in strata]
+    return Overall(
+        len(logs), math.exp(mean), math.exp(mean - half), math.exp(mean + half),
+        sum(a < b for a, b in medians), sum(a > b for a, b in medians), survival.stratified_logrank(strata),
+    )  # fmt: skip
+
+
+def rows(result: Run) -> list[dict[str, str]]:
+    """A row of the table for each part and task; steps are medians over the seeds.
+
+    Of AdamW and Muon: memorised / first at 95% / held, and how many runs came to 95% if not all; of others the second.
+    """
+    found, against_adamw = [], verdicts(result, PAIR[1])
+    optimizers = [name for name in BOXES if any(settings_of(run).optimizer == name for run in result["runs"])]
+    for arm, by_optimizer in arms_of(result).items():
+        row = {"task": arm_name(arm)} | dict.fromkeys(optimizers, "")
+        for optimizer, runs in by_optimizer.items():
+            keys = ("memorised", "crossed", "held") if optimizer in PAIR else ("crossed",)
+            told = " / ".join(in_words(median(steps_of(runs, key))) for key in keys)
+            reached = sum(run[PARTS[arm[0]].milestone] is not None for run in runs)
+            row[optimizer] = told if reached == len(runs) else f"{told} ({reached} of {len(runs)})"
+        verdict = against_adamw.get(arm)
+        row["muon / adamw"] = ratio_in_words(verdict.ratio) if verdict else ""
+        row["interval"] = interval_in_words(verdict.ratio) if verdict else ""
+        row["p (Holm)"] = f"{verdict.adjusted:.2g}" if verdict and verdict.adjusted is not None else ""
+        found.append(row)
     return found
 
 
-def summary(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The table in brief, a row a setting: each optimizer's `first 95% / held 95%`, and how many runs held it."""
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in rows(result):
-        steps = " / ".join(dict.fromkeys((row["crossed"], row["sustained"])))
-        held = int(row["n"]) - int(row["never"].split("/")[0])
-        found[row["setting"]] |= {row["optimizer"]: f"{steps} ({held} of {row['n']})"}
-        if row["optimizer"] != BASELINE:
-            found[row["setting"]] |= {f"p, {row['optimizer']}": row["p"]}
-    return [{"setting": setting, **row} for setting, row in found.items()]
+def later_rows(result: Run) -> list[dict[str, str]]:
+    """What became of generalised runs that were trained on: a row for each optimizer and task, frozen or not."""
+    alike: dict[tuple[str, str, bool], list[Run]] = defaultdict(list)
+    for run in result["runs"]:
+        if run["part"] == LATER:
+            settings = settings_of(run)
+            alike[settings.optimizer, settings.task, settings.is_frozen].append(run)
+    found = []
+    for (optimizer, task, is_frozen), runs in alike.items():
+        crossed = [run for run in runs if run["crossed"] is not None]
+        found.append({
+            "optimizer": optimizer, "task": task, "embedding and head": "frozen" if is_frozen else "trained",
+            "settings": str(len(runs)), "came to 95%": str(len(crossed)),
+            "fell below 95% again": str(sum(run["lowest_after"] < GENERALISED for run in crossed)),
+            "below 80%": str(sum(run["lowest_after"] < COLLAPSED for run in crossed)),
+            "below 95% at the end": str(sum(run["curves"]["val_accuracy"][-1] < GENERALISED for run in crossed)),
+        })  # fmt: skip
+    return found
 
 
-def remarks(result: dict[str, Any]) -> list[str]:
-    """Lines below the table: the meaning of its marks, and the verdicts."""
+def edges(result: Run) -> list[str]:
+    """Chosen values in the lowest or highest tenth of a box (of its logarithm), where one beyond may be better."""
+    found = []
+    for part, by_optimizer in result["chosen"].items():
+        for optimizer, chosen in by_optimizer.items():
+            for key, (low, high) in zip(TUNED, BOXES[optimizer], strict=True):
+                place = math.log(chosen[key] / low) / math.log(high / low)
+                if not 0.1 < place < 0.9:
+                    found.append(f"{part}, {optimizer}: {key} {chosen[key]:g}")
+    return found
+
+
+def remarks(result: Run) -> list[str]:
+    """Lines below the table: what its columns are, the verdicts, and what was chosen at an edge."""
     options = result["options"]
-    latest = options["max_steps"] - options["sustain_steps"]
-    limits = [
-        f"with {n} seeds it covers {median([0] * n).coverage:.0%} and p is {2 / math.comb(2 * n, n):.2g} or more"
-        for n in sorted({len(runs) for runs in cells(result["runs"]).values()})
-    ]
     lines = [
-        f"steps: medians over n seeds; never: not by step {options['max_steps']}, held 95%: not from step {latest} on, "
-        f"the last one that could be watched for {options['sustain_steps']}",
-        "interval: of the median of held 95%; p: log-rank test of held 95% against adamw, by permutation; "
-        + "; ".join(limits),
-        "delay: from memorised to held 95%, of runs that held it; fell below 80%: after the first 95%, while watched",
-        f"{EDGE}: at an edge of the {options['lrs']} x {options['weight_decays']} grid that each optimizer tried",
+        f"steps: medians over {len(options['seeds'])} seeds; adamw, muon: memorised / first at 95% / held; -: not by "
+        f"step {options['max_steps']:,} in more than half of the runs",
     ]
-    for row in verdicts(result):
-        lines.append(
-            f"{row['optimizer']} over all {row['settings']} settings: before adamw in {row['before']}, after it in "
-            f"{row['after']}; stratified log-rank p = {row['p']} (Holm over the optimizers: {row['holm']}); geometric "
-            f"mean of the ratios of steps, where both got there (in how many): {row['ratio']}"
-        )
+    if found := verdicts(result, PAIR[1]):
+        coverage = min(each.ratio.coverage for each in found.values())
+        lines.append(f"muon / adamw: ratio of steps to 95%, or of held 95%; its interval covers {coverage:.0%} or more")
+        lines.append("p: log-rank test by permutation, after Holm's correction over the tasks of a part")
+    for optimizer in BOXES:
+        if optimizer != BASELINE and (total := overall(result, optimizer)):
+            told = f"{optimizer}, {PARTS['main'].text}: before adamw in {total.before} tasks, after it in {total.after}"
+            if total.num_known:
+                told += f"; ratio {total.mean:.2f} over {total.num_known} tasks where it is known"
+            if total.num_known > 1:
+                told += f" (95% interval over tasks {total.low:.2f} to {total.high:.2f})"
+            lines.append(f"{told}; stratified log-rank p = {total.p:.2g}")
+    for row in later_rows(result):
+        lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))
+    if at_edge := edges(result):
+        lines.append(f"chosen near an edge of its box: {'; '.join(at_edge)}")
     return lines
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Curves of accuracy for up to six settings, and a map of the medians of all: settings x optimizers."""
-    by_cell = cells(result["runs"])
-    settings, optimizers = (list(dict.fromkeys(cell[i] for cell in by_cell)) for i in (0, 1))
-    num_rows = math.ceil(len(settings[:6]) / 3)
-    heights = 2.4 * num_rows + 0.6, 0.35 * len(settings) + 1.4
+def draw(result: Run, path: Path) -> None:
+    """Curves of accuracy for up to four tasks, and the ratio of Muon's steps to AdamW's with its interval for all."""
+    found, against_adamw = arms_of(result), verdicts(result, PAIR[1])
+    ranked = [("main", "add"), ("main", "mul"), ("main", "div"), ("full_batch", "add"), *found]
+    shown = [arm for arm in dict.fromkeys(ranked) if arm in found][:4]
+    heights = 3.0, 0.3 * len(against_adamw) + 1.2
     figure = pyplot().figure(figsize=(12, sum(heights)), layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=heights)).flat
-    grid = above.subplots(num_rows, min(3, len(settings)), sharey=True, squeeze=False)
-    for axis, setting in zip(grid.flat, settings, strict=False):
-        _draw_curves(axis, setting, {name: by_cell.get((setting, name), []) for name in optimizers})
-    for axis in grid.flat[len(settings) :]:
-        axis.set_axis_off()
-    grid[0, 0].set_ylabel("accuracy (dotted: training rows)", fontsize=8)
-    grid[0, 0].legend(frameon=False, fontsize=8)
-    latest = result["options"]["max_steps"] - result["options"]["sustain_steps"]
-    axis = below.subplots()
-    found = {cell: median(steps_of(runs)).value for cell, runs in by_cell.items()}
-    medians = [[found.get((setting, name), math.nan) for name in optimizers] for setting in settings]
-    below.colorbar(_draw_map(axis, medians, latest), ax=axis)
-    axis.set_xticks(range(len(optimizers)), optimizers, fontsize=8)
-    axis.set_yticks(range(len(settings)), settings, fontsize=8)
+    axes = above.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, arm in zip(axes, shown, strict=True):
+        _draw_curves(axis, arm_name(arm), {name: found[arm].get(name, []) for name in PAIR})
+    axes[0].set_ylabel("accuracy (dotted: training rows)", fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
+    if against_adamw:
+        _draw_ratios(below.subplots(), {arm_name(arm): verdict.ratio for arm, verdict in against_adamw.items()})
     figure.suptitle(result["device"], fontsize=9)
     save(figure, path, dpi=100)
 
 
-def _draw_curves(axis: Any, setting: str, runs_of: dict[str, list[Run]]) -> None:
+def _draw_curves(axis: Any, name: str, runs_of: dict[str, list[Run]]) -> None:
     for index, (optimizer, runs) in enumerate(runs_of.items()):
         for seed, run in enumerate(runs):
             curves, color, label = run["curves"], f"C{index}", None if seed else optimizer
-            axis.plot(curves["step"], curves["val_accuracy"], color=color, linewidth=1, label=label)
-            axis.plot(curves["step"], curves["train_accuracy"], ":", color=color, linewidth=0.6, alpha=0.7)
-    axis.set_title(setting, fontsize=9)
+            step = np.arange(len(curves["val_accuracy"])) * 2 * settings_of(run).look_every
+            axis.plot(step, curves["val_accuracy"], color=color, linewidth=1, label=label)
+            axis.plot(step, curves["train_accuracy"], ":", color=color, linewidth=0.6, alpha=0.7)
+    axis.set_title(name, fontsize=9)
     axis.set_xlabel("step", fontsize=8)
+    axis.set_xscale("symlog", linthresh=100)
     axis.grid(alpha=0.3)
 
 
-def _draw_map(axis: Any, medians: list[list[float]], latest: int) -> Any:
-    """Medians as colors and numbers; `latest` stands for never."""
-    from matplotlib.colors import LogNorm
-
-    values = np.array(medians)
-    capped = np.clip(values, 1, latest)
-    image = axis.imshow(capped, aspect="auto", cmap="viridis_r", norm=LogNorm(np.nanmin(capped), latest * 1.01))
-    for (row, column), value in np.ndenumerate(values):
-        text = "" if math.isnan(value) else f"> {latest}" if math.isinf(value) else f"{value:.0f}"
-        color = "white" if image.norm(min(value, latest)) > 0.6 else "black"
-        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    axis.set_title("steps until validation accuracy is 95% and stays there, median over seeds", fontsize=9)
-    return image
+def _draw_ratios(axis: Any, ratios: dict[str, Ratio]) -> None:
+    """Ends that are not known reach to the frame."""
+    finite = [x for each in ratios.values() for x in each if 0 < x < math.inf]
+    low, high = min([*finite, 0.5]) / 1.3, max([*finite, 2.0]) * 1.3
+    for place, found in enumerate(ratios.values()):
+        axis.plot([max(low, found.low), min(high, found.high)], [place, place], color="C0", linewidth=1.5)
+        if found.least == found.most:
+            axis.plot(found.least, place, "o", color="C0")
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if low < tick < high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(ratios)), ratios, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("Muon's steps to 95% validation accuracy as a share of AdamW's", fontsize=8)
+    axis.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, one thread each, and the file that holds every run that has ended."""
+"""Stacks of runs in processes of their own, one thread each, and the file that holds every run that has ended."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.files import try_lock
 from data.processes import Workers
-from experiments.grokking.train import Settings, train
+from experiments.grokking.train import Settings, stacks, train
 from harness.machine import device_name, git_commit
 
 
@@ -66,17 +66,26 @@ class Store:
         print(json.dumps(run), file=self.file, flush=True)
 
 
+def unfinished(wanted: Sequence[Settings], known: dict[Settings, dict[str, Any]]) -> list[list[Settings]]:
+    """The stacks of these runs of which some are not known. A stack is trained as a whole, so that a run's last digits
+    do not depend on where an earlier start was cut off."""
+    return [stack for stack in stacks(wanted) if any(run not in known for run in stack)]
+
+
 def run_all(wanted: Sequence[Settings], store: Store, jobs: int, what: str) -> None:
     """Run what is not in the store. Whatever ends this early leaves no process behind."""
-    todo = [settings for settings in dict.fromkeys(wanted) if settings not in store.runs]
-    bar = tqdm(total=len(todo), desc=what, unit="run", dynamic_ncols=True, disable=not todo)
+    todo = unfinished(wanted, store.runs)
+    todo.sort(key=lambda stack: -stack[0].max_steps * stack[0].width * stack[0].depth)  # the longest do not come last
+    bar = tqdm(total=sum(map(len, todo)), desc=what, unit="run", dynamic_ncols=True, disable=not todo)
     number = multiprocessing.get_context("spawn").Value("i", 0)
     with bar, Workers(jobs, _prepare_worker, number) as pool:
-        for future in as_completed([pool.submit(train, settings) for settings in todo]):
-            run = future.result()
-            store.add(run)
-            bar.set_postfix_str(f"{run['settings']['task']}, {run['settings']['optimizer']}: {run['sustained']}")
-            bar.update()
+        for future in as_completed([pool.submit(train, stack) for stack in todo]):
+            runs = future.result()
+            for run in runs:
+                store.add(run)
+            told = runs[0]["settings"]
+            bar.set_postfix_str(f"{told['task']}, {told['optimizer']}: {[run['crossed'] for run in runs]}")
+            bar.update(len(runs))
 
 
 def _prepare_worker(number: Any) -> None:

@@ -1,16 +1,15 @@
-"""Steps to an event that may not have come by the end of a run: medians, their intervals, and a test.
+"""Steps to an event that may not have come by the end of a run: medians, ratios with their intervals, and a test.
 
 All runs of a comparison end at the same step at the latest, so that a run without the event is known to be later than
-every run with it. The Kaplan-Meier curve is then the share of runs without the event, its median an order statistic
-(infinite if more than half of the runs are without), and order statistics also give an interval for it that holds for
-any distribution: between the k-th smallest and the k-th largest of n lies the median with probability 1 - 2 P(B < k), B
-binomial(n, 1/2). For five runs that is lowest to highest, with 93.75%. With so few runs the log-rank test's usual
-normal approximation says too much (n = 3 against 3 apart comes out at 0.02, and cannot be below 0.1), so its p-value
-is taken over all divisions of the runs into two groups.
+every run with it. With as few runs as here nothing is taken from a normal approximation (n = 3 against 3 apart comes
+out at p = 0.02 by the usual log-rank test, and cannot be below 0.1): intervals are order statistics, and p-values are
+over all divisions of the runs into two groups.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,24 +18,49 @@ from scipy import stats
 Times = Sequence[float | None]  # steps; None: not seen
 
 
-class Median(NamedTuple):
-    value: float  # inf: more than half of the runs are without the event
+class Ratio(NamedTuple):
+    """Of the steps of one group to those of another, with an interval for it."""
+
+    least: float  # the estimate lies between these two, which are equal where no run that it depends on was cut off
+    most: float
     low: float
     high: float
     coverage: float  # of the interval from low to high
 
 
-def median(times: Times, confidence: float = 0.95) -> Median:
-    """Time at which the Kaplan-Meier curve reaches one half, with the narrowest interval of `confidence` or more.
+def median(times: Times) -> float:
+    """The lower median, inf if more than half of the runs are without the event. Raises StatisticsError for none."""
+    return statistics.median_low(math.inf if time is None else time for time in times)
 
-    Of fewer than six times that is lowest to highest, whatever that covers. Raises ValueError for no times.
+
+def ratio(times: Times, baseline: Times, last: float, confidence: float = 0.95) -> Ratio:
+    """Hodges and Lehmann's estimate of a factor between two groups: the median of all ratios of a run's steps to a
+    run's of the baseline, with the interval between the k-th lowest and the k-th highest of them, which inverts the
+    exact Mann-Whitney test; of few runs, that is lowest to highest, whatever that covers.
+
+    A run without the event has taken `last` steps or more: each ratio lies between two bounds, the lower end of the
+    interval is of the lower ones and the upper end of the upper ones.
     """
-    if not times:
-        raise ValueError("a median needs at least one time")
-    ordered, n = sorted(math.inf if time is None else float(time) for time in times), len(times)
-    coverages = [1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5)) for k in range(1, n // 2 + n % 2 + 1)]
-    k = max((k for k, coverage in enumerate(coverages, start=1) if coverage >= confidence), default=1)
-    return Median(ordered[(n - 1) // 2], ordered[k - 1], ordered[n - k], coverages[k - 1])
+    lower, upper = [], []
+    for mine in times:
+        for other in baseline:
+            lower.append(0.0 if other is None else (last if mine is None else mine) / other)
+            upper.append(math.inf if mine is None else mine / (last if other is None else other))
+    lower.sort()
+    upper.sort()
+    n, m = len(times), len(baseline)
+    tails = [2 * sum(num_splits(n, m, u) for u in range(k)) / math.comb(n + m, n) for k in range(1, n * m // 2 + 1)]
+    k = max((k for k, tail in enumerate(tails, start=1) if tail <= 1 - confidence + 1e-12), default=1)
+    covered = 1 - (tails[k - 1] if tails else 1.0)
+    return Ratio(statistics.median(lower), statistics.median(upper), lower[k - 1], upper[-k], covered)
+
+
+@cache
+def num_splits(n: int, m: int, u: int) -> int:
+    """In how many orders of n runs and m others, u of the pairs have the one before the other."""
+    if u < 0 or not (n and m):
+        return int(u == 0)
+    return num_splits(n - 1, m, u - m) + num_splits(n, m - 1, u)
 
 
 def logrank(times: Times, baseline: Times) -> float | None:

@@ -46,9 +46,6 @@ class Rows:
     targets: Tensor
     num_classes: int
 
-    def take(self, indices: Tensor) -> "Rows":
-        return Rows(self.inputs[indices], self.targets[indices], self.num_classes)
-
     def to(self, device: torch.device) -> "Rows":
         return Rows(self.inputs.to(device), self.targets.to(device), self.num_classes)
 
@@ -67,8 +64,8 @@ def table(task: str) -> Rows:
     return Rows(torch.tensor([(a, OP, b, EQUALS) for a, b in pairs]), torch.tensor(answers), P)
 
 
-def split(rows: Rows, train_share: float, generator: torch.Generator) -> tuple[Rows, Rows]:
-    """Training and validation rows, drawn at random: every row in exactly one of them."""
-    order = torch.randperm(len(rows.targets), generator=generator)
-    num_train = round(train_share * len(order))
-    return rows.take(order[:num_train]), rows.take(order[num_train:])
+def split(num_rows: int, train_share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of the training and of the validation rows, drawn at random: every row in exactly one of them."""
+    order = torch.randperm(num_rows, generator=generator)
+    num_train = round(train_share * num_rows)
+    return order[:num_train], order[num_train:]

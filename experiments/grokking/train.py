@@ -1,169 +1,315 @@
-"""One run: a decoder on one task until it has grokked and held it, or until its steps are used up.
+"""A stack of runs: decoders on one task, trained side by side until each has generalised and held it, or its steps are
+used up.
 
-Steps are counted, not seconds: `memorised` is the first measurement at which the training rows are at 99% accuracy,
-`crossed` the first one from there on with the validation rows at 95% (the definition of arXiv 2504.16041), `sustained`
-the first from which they stay at 95% for `sustain_steps`. A run ends when that is seen. What has not happened by then
-is censored, not missing: it is known to be later than the last step at which it could have been seen.
+Steps are counted, not seconds. `memorised` is the first look at which the training rows are at 99% accuracy, `crossed`
+the first with the validation rows at 95%, whatever the training rows are at, `held` the first from which they stay at
+95% for `hold_steps`. What has not happened when a run ends is censored, not missing: it is later than the last step at
+which it could have been seen.
+
+Runs of a stack share task, shape and optimizer; rates, decays and seed are each run's own. Only the gradient couples an
+optimizer here to the weights, so one with a rate of 1 and no decay moves a stack of zeros instead, which is the negated
+update, and each run takes its own share of that:
+
+    W <- (1 - lr * weight_decay) * W + lr * move
+
+The decay of sgd and rmsprop is torch's for them: added to the gradient. A run that has ended leaves the stack; one that
+diverges is zeroed before it does, and no other run sees it.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from experiments.grokking.decoder import LOSSES, Decoder
-from experiments.grokking.tasks import MAX_TOKENS, TRAIN_SHARES, VOCAB_SIZE, Rows, split, table
+from experiments.grokking.decoder import LOSSES, Decoders, stacked_weights
+from experiments.grokking.tasks import MAX_TOKENS, VOCAB_SIZE, Rows, split, table
 from model import ModelConfig
-from optim import MatrixOptimizer, build_optimizers
+from optim.config import TORCH_OPTIMIZERS, adamw, find_rule
+from optim.routing import rule_optimizer
 from train_gpt import Config
 
 MEMORISED, GENERALISED, COLLAPSED = 0.99, 0.95, 0.8  # accuracies
-ROWS_MEASURED = 1024  # of either part at most: a standard error of 0.7 points at the 95% line
-BATCH_SIZES = {"parity": 128}  # rows per step; its 512 training rows would be one batch
-DEFAULT_BATCH_SIZE = 512
+ROWS_MEASURED = 512  # of either part at most: a standard error of one point at the 95% line
+COUPLED = ("sgd", "rmsprop")  # whose decay is added to the gradient
+LARGEST_STACK, STACK_NUMBERS = 10, 2**19  # runs; rows per step times width of all of them, past which caches overflow
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that decide a run's curve. Whatever is not a hidden matrix is the same for every optimizer."""
+    """Settings that decide a run's curve. What is not a hidden matrix is on AdamW whatever the optimizer."""
 
     task: str
     optimizer: str = "muon"  # of the hidden matrices, as matrix_optimizer in training
     lr: float = 0.02  # of the hidden matrices
-    weight_decay: float = 1.0  # of the hidden matrices; torch's own rule for sgd and rmsprop: added to the gradient
+    weight_decay: float = 0.3  # of the hidden matrices
+    adam_weight_decay: float = 0.1  # of embedding and head
     seed: int = 0  # of weights, split and batches
+    init: Literal["normal", "zero"] = "normal"  # of the outputs of attention and MLP, and of the head
     attention: str = "softmax"
     loss: str = "softmax"
-    train_share: float = 0.0  # of the rows; 0: the task's own
-    batch_size: int = 0  # rows per step; 0: the task's own
+    is_causal: bool = True
+    train_share: float = 0.5  # of the rows
+    batch_size: int = 512  # rows per step; 0: all training rows
     depth: int = 1  # blocks
-    width: int = 128
+    width: int = 64
     heads: int = 4
-    max_steps: int = 2000
-    sustain_steps: int = 300
-    look_every: int = 10  # steps
+    stop: Literal["crossed", "held", "never"] = "held"  # when a run ends before max_steps
+    is_frozen: bool = False  # embedding and head stay as they are once a look has seen 95%
+    max_steps: int = 2500
+    hold_steps: int = 300
+    look_every: int = 20  # steps
     warmup_steps: int = 10
     adam_lr: float = 0.01  # embedding and head
-    adam_weight_decay: float = 0.01  # embedding and head
 
     @property
-    def rows_per_step(self) -> int:
-        return self.batch_size or BATCH_SIZES.get(self.task, DEFAULT_BATCH_SIZE)
+    def kind(self) -> "Settings":
+        """What runs of one stack share."""
+        return replace(self, lr=0.0, weight_decay=0.0, adam_weight_decay=0.0, seed=0)
+
+
+@dataclass
+class Member:
+    """A run of the stack and the rows that are its own, as numbers of rows of the task's table."""
+
+    settings: Settings
+    batches: Iterator[Tensor]
+    measured: tuple[Tensor, ...]  # rows of the training and of the validation part
+    looks: list["Look"] = field(default_factory=list)
+    has_diverged: bool = False
+
+    @property
+    def has_crossed(self) -> bool:
+        return any(look.val_accuracy >= GENERALISED for look in self.looks)
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Look:
     step: int
-    train_loss: float
     train_accuracy: float
-    val_loss: float
     val_accuracy: float
 
 
-def build(settings: Settings, device: torch.device) -> tuple[Decoder, list[torch.optim.Optimizer]]:
-    """The model and its optimizers, routed as in training. `width` is an even number times `heads`."""
-    shape = ModelConfig(
+def shape(settings: Settings) -> ModelConfig:
+    """The model. normal: 0.5 / sqrt(fan-in) for output projections, as input matrices have, and 0.02 for the head."""
+    config = ModelConfig(
         vocab_size=VOCAB_SIZE, num_layers=settings.depth, num_heads=settings.heads,
         head_dim=settings.width // settings.heads, model_dim=settings.width, seq_len=MAX_TOKENS,
     )  # fmt: skip
-    config = Config(
-        matrix_optimizer=settings.optimizer, matrix_lr=settings.lr, matrix_weight_decay=settings.weight_decay,
-        embed_lr=settings.adam_lr, head_lr=settings.adam_lr, weight_decay=settings.adam_weight_decay,
-        adam_betas=(0.9, 0.98), adam_eps=1e-8,
-    )  # fmt: skip
-    with device:
-        model = Decoder(shape, settings.attention)
-    return model, build_optimizers(model, config)
+    if settings.init == "zero":
+        return config
+    stds = dict(init_out=0.5 / settings.width**0.5, init_down=0.5 / config.hidden_dim**0.5, init_head=0.02)
+    return replace(config, **stds)
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Run to the end; settings, outcome and curves, all of it JSON. The same settings give the same curves."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    share = settings.train_share or TRAIN_SHARES[settings.task]
-    train_rows, val_rows = (part.to(device) for part in split(table(settings.task), share, generator))
-    model, optimizers = build(settings, device)
-    loss_of, rows_of = LOSSES[settings.loss], batches(train_rows, settings.rows_per_step, generator)
-    measured: list[Measurement] = []
-    status, start = "ended", time.perf_counter()
-    for step in range(settings.max_steps + 1):
-        if step % settings.look_every == 0:
-            measured.append(measure(model, loss_of, step, train_rows, val_rows))
-            if not math.isfinite(measured[-1].train_loss + measured[-1].val_loss):
-                status, measured = "diverged", measured[:-1]
-                break
-            if milestones(measured, settings.sustain_steps)["sustained"] is not None or step == settings.max_steps:
-                break
-        rows = next(rows_of)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / settings.warmup_steps)
-        loss_of(model(rows.inputs, rows.num_classes), rows.targets).backward()
-        try:
-            for optimizer in optimizers:
+@cache
+def rows_of(task: str, device: torch.device) -> Rows:
+    return table(task).to(device)
+
+
+class Stack:
+    """Models and optimizers of runs of one kind. `weights` and `moves` are by name, [R, ...]."""
+
+    def __init__(self, runs: Sequence[Settings], device: torch.device) -> None:
+        self.kind, self.device, self.rows = runs[0].kind, device, rows_of(runs[0].task, device)
+        config = shape(self.kind)
+        self.decoders = Decoders(config, self.rows.inputs, self.kind.attention, self.kind.is_causal)
+        self.weights = stacked_weights(config, [run.seed for run in runs], device)
+        self.members = [self.join(run) for run in runs]
+        self.moves = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.optimizers = build_optimizers(self.kind.optimizer, self.moves)
+
+    def join(self, settings: Settings) -> Member:
+        generator = torch.Generator().manual_seed(settings.seed)
+        train_rows, val_rows = split(len(self.rows.targets), settings.train_share, generator)
+        measured = (rows[:ROWS_MEASURED].to(self.device) for rows in (train_rows, val_rows))
+        return Member(settings, batches(train_rows, settings.batch_size, generator), tuple(measured))
+
+    def column(self, key: str, like: Tensor) -> Tensor:
+        """A setting of every run, to be multiplied with a tensor [R, ...]."""
+        values = [getattr(member.settings, key) for member in self.members]
+        return torch.tensor(values, dtype=like.dtype, device=self.device).view(-1, *[1] * (like.ndim - 1))
+
+    def losses(self, rows_RB: Tensor) -> Tensor:
+        """The mean loss over the rows, [R]."""
+        logits = self.decoders(self.weights, rows_RB, self.rows.num_classes)
+        of_rows = LOSSES[self.kind.loss](logits.flatten(0, 1), self.rows.targets[rows_RB].flatten())
+        return of_rows.view(rows_RB.shape).mean(1)
+
+    def step(self, warmup: float) -> None:
+        """One step of every run; `warmup` multiplies all rates."""
+        rows_RB = torch.stack([next(member.batches) for member in self.members]).to(self.device)
+        self.losses(rows_RB).sum().backward()
+        self.drop_diverged()
+        with torch.no_grad():
+            is_coupled = self.kind.optimizer in COUPLED
+            for name, weight in self.weights.items():
+                gradient = self.moves[name].grad = weight.grad
+                if is_coupled and is_matrix(name) and gradient is not None:
+                    gradient.addcmul_(self.column("weight_decay", weight), weight)
+            for optimizer in self.optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
-                if isinstance(optimizer, MatrixOptimizer) and step % settings.look_every == 0:
-                    optimizer.raise_if_not_finite()  # a GPU puts this off
-        except FloatingPointError:  # a gradient of muon or a relative
-            status = "diverged"
-            break
-    outcome = dict(status=status, steps=step, seconds=round(time.perf_counter() - start, 3))
-    curves = {field.name: [getattr(one, field.name) for one in measured] for field in fields(Measurement)}
-    return dict(settings=asdict(settings), **outcome, **milestones(measured, settings.sustain_steps), curves=curves)
+            for name, weight in self.weights.items():
+                rates = warmup * self.column("lr" if is_matrix(name) else "adam_lr", weight)
+                if not is_matrix(name) and self.kind.is_frozen:
+                    is_free = [not member.has_crossed for member in self.members]
+                    rates *= torch.tensor(is_free, device=self.device).view_as(rates)
+                if not (is_coupled and is_matrix(name)):
+                    decays = self.column("weight_decay" if is_matrix(name) else "adam_weight_decay", weight)
+                    weight.mul_(1 - rates * decays)
+                weight.addcmul_(rates, self.moves[name])
+                self.moves[name].zero_()
+                weight.grad = None
+
+    @torch.no_grad()
+    def drop_diverged(self) -> None:
+        """Zero weights and gradients of runs whose gradient is not finite."""
+        norms = [weight.grad.flatten(1).norm(dim=1) for weight in self.weights.values() if weight.grad is not None]
+        is_sound = torch.stack(norms).isfinite().all(0)
+        if is_sound.all():
+            return
+        for member, sound in zip(self.members, is_sound.tolist(), strict=True):
+            member.has_diverged |= not sound
+        for weight in self.weights.values():
+            for values in (weight, weight.grad):
+                assert values is not None
+                values.masked_fill_(~is_sound.view(-1, *[1] * (weight.ndim - 1)), 0)
+
+    @torch.no_grad()
+    def look(self, step: int) -> None:
+        """Accuracy of every run on the first rows of either part, whose order is random."""
+        accuracies = []
+        for parts in zip(*(member.measured for member in self.members), strict=True):
+            rows_RB = torch.stack(parts)
+            logits = self.decoders(self.weights, rows_RB, self.rows.num_classes)
+            accuracies.append((logits.argmax(-1) == self.rows.targets[rows_RB]).float().mean(1).tolist())
+        for member, *found in zip(self.members, *accuracies, strict=True):
+            member.looks.append(Look(step, *found))
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these runs alone."""
+        kept = torch.tensor(places, device=self.device)
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        self.members = [self.members[place] for place in places]
+        self.weights = {name: w.detach()[kept].requires_grad_() for name, w in self.weights.items()}
+        self.moves = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.optimizers = build_optimizers(self.kind.optimizer, self.moves)
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            for state in saved["state"].values():  # of [R, ...], but for torch's count of steps
+                state.update({key: value[kept] for key, value in state.items() if value.ndim})
+            optimizer.load_state_dict(saved)
 
 
-def seconds_per_step(settings: Settings, steps: int = 10) -> float:
-    """Wall-clock seconds per step of a short run, measurements included, without the first step, which sets up."""
-    train(replace(settings, max_steps=1))
-    return train(replace(settings, max_steps=steps))["seconds"] / steps
+def is_matrix(name: str) -> bool:
+    return name.startswith("blocks.")
 
 
-def batches(rows: Rows, batch_size: int, generator: torch.Generator) -> Iterator[Rows]:
-    """Epoch after epoch of the rows in a new order, cut into batches of one size; some lie across two epochs."""
+def build_optimizers(name: str, moves: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
+    """The optimizer of the matrices and AdamW for embedding and head, at a rate of 1 and without decay."""
+    config = Config(matrix_optimizer=name, adam_betas=(0.9, 0.98), adam_eps=1e-8)
+    make = TORCH_OPTIMIZERS.get(name) or partial(rule_optimizer, find_rule(name))
+    groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
+    for each in moves.items():
+        groups[is_matrix(each[0])].append(each)
+    plain: dict[str, Any] = dict(lr=1.0, weight_decay=0.0)
+    matrices = dict(params=groups[True], flatten=False, **plain)  # leading dimensions are matrices beside each other
+    return [make([matrices], config), adamw([dict(params=groups[False], **plain)], config)]
+
+
+def train(runs: Sequence[Settings]) -> list[dict[str, Any]]:
+    """Run all of a stack to the end; settings, outcome and curves of each, all of it JSON. The same stack gives the
+    same curves; another stack with the same run gives the same to rounding."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if len({run.kind for run in runs}) > 1:
+        raise ValueError("a stack is of runs that differ in rates, decays and seed alone")
+    stack, results, start = Stack(runs, device), dict[Settings, dict[str, Any]](), time.perf_counter()
+    run_steps = 0
+    for step in range(stack.kind.max_steps + 1):
+        if step % stack.kind.look_every == 0 or step == stack.kind.max_steps:
+            stack.look(step)
+            ended = [place for place, member in enumerate(stack.members) if has_ended(member, step)]
+            for member in (stack.members[place] for place in ended):
+                results[member.settings] = outcome(member, step)
+            if len(ended) == len(stack.members):
+                break
+            if ended:
+                stack.keep([place for place in range(len(stack.members)) if place not in ended])
+        stack.step(min(1.0, (step + 1) / stack.kind.warmup_steps))
+        run_steps += len(stack.members)
+    seconds = (time.perf_counter() - start) / max(1, run_steps)
+    return [dict(results[run], seconds_per_step=round(seconds, 6)) for run in runs]
+
+
+def has_ended(member: Member, step: int) -> bool:
+    settings = member.settings
+    if member.has_diverged or step == settings.max_steps:
+        return True
+    return settings.stop != "never" and milestones(member.looks, settings.hold_steps)[settings.stop] is not None
+
+
+def outcome(member: Member, step: int) -> dict[str, Any]:
+    """A look at a run that has diverged is of zeros, and left out."""
+    looks = member.looks[:-1] if member.has_diverged else member.looks
+    status = "diverged" if member.has_diverged else "ended"
+    curves = {key: [round(getattr(look, key), 4) for look in looks] for key in ("train_accuracy", "val_accuracy")}
+    told = milestones(looks, member.settings.hold_steps)
+    return dict(settings=asdict(member.settings), status=status, steps=step, **told, curves=curves)
+
+
+def stacks(runs: Sequence[Settings]) -> list[list[Settings]]:
+    """The runs by kind, in as few and as even stacks as are not too large."""
+    alike: dict[Settings, list[Settings]] = {}
+    for run in dict.fromkeys(runs):
+        alike.setdefault(run.kind, []).append(run)
+    found = []
+    for kind, members in alike.items():
+        rows = kind.batch_size or round(kind.train_share * len(table(kind.task).targets))
+        largest = max(1, min(LARGEST_STACK, STACK_NUMBERS // (rows * kind.width)))
+        number = math.ceil(len(members) / largest)
+        found += [members[i::number] for i in range(number)]
+    return found
+
+
+def seconds_per_step(runs: Sequence[Settings], steps: int = 5) -> float:
+    """Wall-clock seconds per step and run of a stack, its looks included."""
+    train([replace(run, max_steps=1) for run in runs])  # sets up
+    return train([replace(run, max_steps=steps) for run in runs])[0]["seconds_per_step"]
+
+
+def batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Epoch after epoch of the rows in a new order, cut into batches of one size; some lie across two epochs. 0: all of
+    them at every step."""
     order = torch.empty(0, dtype=torch.int64)
     while True:
+        if not batch_size:
+            yield rows
+            continue
         while len(order) < batch_size:
-            order = torch.cat((order, torch.randperm(len(rows.targets), generator=generator)))
-        yield rows.take(order[:batch_size].to(rows.targets.device))
+            order = torch.cat((order, rows[torch.randperm(len(rows), generator=generator)]))
+        yield order[:batch_size]
         order = order[batch_size:]
 
 
-@torch.no_grad()
-def measure(
-    model: Decoder, loss_of: Callable[[Tensor, Tensor], Tensor], step: int, train_rows: Rows, val_rows: Rows
-) -> Measurement:
-    """Loss and accuracy on the first rows of either part, whose order is random."""
-    found = []
-    for rows in (train_rows, val_rows):
-        targets = rows.targets[:ROWS_MEASURED]
-        logits = model(rows.inputs[:ROWS_MEASURED], rows.num_classes)
-        hits = (logits.argmax(-1) == targets).float().mean()
-        found += [round(loss_of(logits, targets).item(), 5), round(hits.item(), 4)]
-    return Measurement(step, *found)
+def milestones(looks: Sequence[Look], hold_steps: int) -> dict[str, Any]:
+    """Milestones of a curve: the three steps above (None: not seen), validation accuracy when the training rows were
+    memorised and at its best, the lowest after it had crossed, and whether that was a collapse, below 80%.
 
-
-def milestones(measured: Sequence[Measurement], sustain_steps: int) -> dict[str, Any]:
-    """Milestones of a curve: the three steps above (None: not seen), delay from memorised to sustained, and collapse.
-
-    collapsed: whether validation accuracy was below 80% at any measurement after it had crossed 95%. A run is not
-    watched longer than it takes to see 95% held, so that later collapses are not seen.
+    With stop = "held" a run is not watched longer than it takes to see 95% held: later collapses are not seen.
     """
-    memorised = next((one.step for one in measured if one.train_accuracy >= MEMORISED), None)
-    later = [one for one in measured if memorised is not None and one.step >= memorised]
-    crossed = next((one.step for one in later if one.val_accuracy >= GENERALISED), None)
-    groups = groupby(later, lambda one: one.val_accuracy >= GENERALISED)
-    spans = [[one.step for one in group] for is_up, group in groups if is_up]
-    sustained = next((steps[0] for steps in spans if steps[-1] - steps[0] >= sustain_steps), None)
-    after = [one.val_accuracy for one in later if crossed is not None and one.step >= crossed]
+    memorised = next((look for look in looks if look.train_accuracy >= MEMORISED), None)
+    crossed = next((look.step for look in looks if look.val_accuracy >= GENERALISED), None)
+    groups = groupby(looks, lambda look: look.val_accuracy >= GENERALISED)
+    spans = [[look.step for look in group] for is_up, group in groups if is_up]
+    held = next((steps[0] for steps in spans if steps[-1] - steps[0] >= hold_steps), None)
+    after = [look.val_accuracy for look in looks if crossed is not None and look.step >= crossed]
     return dict(
-        memorised=memorised, crossed=crossed, sustained=sustained,
-        delay=None if sustained is None or memorised is None else sustained - memorised,
-        collapsed=bool(after) and min(after) < COLLAPSED,
-        best_val_accuracy=max((one.val_accuracy for one in measured), default=0.0),
+        memorised=memorised.step if memorised else None, crossed=crossed, held=held,
+        val_when_memorised=round(memorised.val_accuracy, 4) if memorised else None,
+        best_val_accuracy=round(max((look.val_accuracy for look in looks), default=0.0), 4),
+        lowest_after=round(min(after), 4) if after else None, collapsed=bool(after) and min(after) < COLLAPSED,
     )  # fmt: skip

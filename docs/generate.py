@@ -195,12 +195,16 @@ def ideas_section() -> str:
     return markdown(rows, {key: key.replace("option", "idea") for key in rows[0]}) + f"\n({said})\n"
 
 
-def grokking_section(name: str) -> str:
-    """Steps to generalisation of each setting and optimizer, in one of the committed results."""
-    result = kept(name)
-    latest = f"> {result['options']['max_steps']:,}"  # a run that was cut off there says no more than this
-    rows = [{key: text.replace("never", latest) for key, text in row.items()} for row in grokking.summary(result)]
-    return markdown(rows, {key: key for key in max(rows, key=len)})
+def grokking_section() -> str:
+    """Steps to generalisation by task and optimizer, and Muon's as a share of AdamW's."""
+    rows = grokking.rows(kept("grokking"))
+    return markdown(rows, {key: key for key in rows[0]})
+
+
+def later_section() -> str:
+    """What became of runs that had generalised."""
+    rows = grokking.later_rows(kept("grokking"))
+    return markdown(rows, {key: key for key in rows[0]})
 
 
 def neurons_section() -> str:
@@ -289,8 +293,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "polar_loss": lambda: rules_section("polar"),
     "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),
-    "grokking": lambda: grokking_section("grokking"),
-    "grokking_scale": lambda: grokking_section("grokking_scale"),
+    "grokking": grokking_section,
+    "grokking_later": later_section,
     "neurons": neurons_section,
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,

@@ -1,7 +1,8 @@
-"""Parts of the grokking experiment: tasks by brute force, weights and losses by definition, the decoder by the GPT."""
+"""Parts of the grokking experiment: tasks by brute force, weights and losses by definition, a stack of runs by the GPT
+and the optimizers that are trained here elsewhere."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch import Tensor
+from torch.func import functional_call
 
-from experiments.grokking import decoder, survival, tasks, train
-from experiments.grokking.train import Measurement, Settings
-from model import ModelConfig
+from experiments.grokking import decoder, protocol, survival, tasks, train
+from experiments.grokking.train import Look, Settings, Stack
+from model import GPT, ModelConfig
+from optim import build_optimizers
+from train_gpt import Config
+
+CPU = torch.device("cpu")
 
 P = 97
 
@@ -68,13 +75,12 @@ def test_parity_of_all_ten_bit_numbers() -> None:
 
 @pytest.mark.parametrize(("task", "num_train"), [("add", 7527), ("div", 7450), ("exp", 6586), ("parity", 512)])
 def test_a_split_has_every_row_once(task: str, num_train: int) -> None:
-    rows = tasks.table(task)
-    parts = tasks.split(rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(1))
-    assert len(parts[0].targets) == num_train
-    together = [tuple(row) for part in parts for row in part.inputs.tolist()]
-    assert sorted(together) == sorted(map(tuple, rows.inputs.tolist()))
-    other = tasks.split(rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(2))
-    assert not torch.equal(parts[0].inputs, other[0].inputs)
+    num_rows = len(tasks.table(task).targets)
+    parts = tasks.split(num_rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(1))
+    assert len(parts[0]) == num_train
+    assert torch.cat(parts).sort().values.tolist() == list(range(num_rows))
+    other = tasks.split(num_rows, tasks.TRAIN_SHARES[task], torch.Generator().manual_seed(2))
+    assert not torch.equal(parts[0], other[0])
 
 
 def stablemax_by_definition(z: list[float]) -> list[float]:
@@ -116,72 +122,299 @@ def test_gradients_of_weights_and_losses(name: str) -> None:
     z = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 1, 2, 3, 6, 6])
     assert torch.autograd.gradcheck(decoder.WEIGHTS[name], (z,))
-    assert torch.autograd.gradcheck(lambda z: decoder.LOSSES[name](z, targets), (z,))
+    assert torch.autograd.gradcheck(lambda z: decoder.LOSSES[name](z, targets).sum(), (z,))
 
 
 def test_losses_are_those_of_the_definitions() -> None:
     torch.manual_seed(0)
     z, targets = 3 * torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 5
     own = torch.arange(8), targets
-    torch.testing.assert_close(decoder.stablemax_loss(z, targets), -decoder.stablemax(z)[own].log().mean())
+    torch.testing.assert_close(decoder.stablemax_loss(z, targets), -decoder.stablemax(z)[own].log())
     # Fenchel-Young: conjugate of half the squared norm on the simplex, plus that norm of the target, minus its score
     p = decoder.sparsemax(z)
     conjugate = (p * z).sum(-1) - p.square().sum(-1) / 2
-    torch.testing.assert_close(decoder.sparsemax_loss(z, targets), (conjugate + 0.5 - z[own]).mean())
+    torch.testing.assert_close(decoder.sparsemax_loss(z, targets), conjugate + 0.5 - z[own])
     z = torch.zeros(2, 5, dtype=torch.float64)
     z[:, 3] = 1.0  # by the margin at which sparsemax is sure and its loss is zero
-    assert decoder.sparsemax_loss(z, torch.tensor([3, 3])).item() == 0
-    assert decoder.sparsemax_loss(z, torch.tensor([3, 0])).item() > 0
+    assert decoder.sparsemax_loss(z, torch.tensor([3, 3])).sum() == 0
+    assert decoder.sparsemax_loss(z, torch.tensor([3, 0])).sum() > 0
 
 
-def tiny_decoder(depth: int, attention: str = "softmax") -> decoder.Decoder:
-    torch.manual_seed(depth)
-    shape = dict(vocab_size=tasks.VOCAB_SIZE, num_layers=depth, num_heads=2, head_dim=8, model_dim=16, seq_len=16)
-    model = decoder.Decoder(ModelConfig(**shape), attention)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.3)
-    model.dtype = torch.float64
-    return model.double()
+# ------------------------------------------------------------------------------------------------------------
+# A stack of decoders, by the GPT
 
 
+def of_stack(weights: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    return {name: weight[place] for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("task", ["parity", "mul"])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_the_decoder_with_softmax_is_the_gpt(depth: int) -> None:
-    model, rows = tiny_decoder(depth), tasks.table("parity").take(torch.arange(0, 1024, 37))
-    expected = F.linear(model.hidden(rows.inputs)[:, -1], model.head.weight[:2])
-    torch.testing.assert_close(model(rows.inputs, 2), expected)
-    gradients = []
-    for logits in (model(rows.inputs, 2), expected):
-        gradients.append(torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True))
-    for found, wanted in zip(*gradients, strict=True):
-        assert found is not None and wanted is not None
-        torch.testing.assert_close(found, wanted)
+def test_every_decoder_of_a_stack_is_the_gpt(depth: int, task: str) -> None:
+    config = ModelConfig(
+        vocab_size=tasks.VOCAB_SIZE, num_layers=depth, num_heads=2, head_dim=8, model_dim=16, seq_len=16,
+        fused=("none",),
+    )  # fmt: skip
+    gpt = GPT(config, torch.float64).double()
+    torch.manual_seed(depth)
+    weights = {name: 0.3 * torch.randn(3, *p.shape, dtype=torch.float64, requires_grad=True) for name, p in
+               gpt.named_parameters()}  # fmt: skip
+    rows = tasks.table(task)
+    rows_RB = torch.randint(len(rows.targets), (3, 20))
+    decoders = decoder.Decoders(config, rows.inputs)
+    decoders.cos_TK, decoders.sin_TK = (
+        angle[: rows.inputs.size(1)] for angle in (gpt.rotary.cos_TK, gpt.rotary.sin_TK)
+    )
+    found = decoders(weights, rows_RB, rows.num_classes)
+
+    class Hidden(torch.nn.Module):  # functional_call calls a module's forward
+        def __init__(self) -> None:
+            super().__init__()
+            self.gpt = gpt
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.gpt.hidden(inputs)[:, -1]
+
+    expected = []
+    for place in range(3):
+        own = of_stack(weights, place)
+        hidden = functional_call(Hidden(), {f"gpt.{name}": w for name, w in own.items()}, rows.inputs[rows_RB[place]])
+        expected.append(F.linear(hidden, own["head.weight"][: rows.num_classes]))
+    torch.testing.assert_close(found, torch.stack(expected))
+    gradients = [torch.autograd.grad(logits.square().sum(), list(weights.values()))
+                 for logits in (found, torch.stack(expected))]  # fmt: skip
+    for mine, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
+def test_a_stack_begins_as_the_seeds_say() -> None:
+    config = train.shape(Settings("mul", width=16, heads=2))
+    weights = decoder.stacked_weights(config, (5, 3), CPU)
+    for place, seed in enumerate((5, 3)):
+        torch.manual_seed(seed)
+        expected = dict(GPT(config, torch.float32).named_parameters())
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name][place], p) for name, p in expected.items())
+    stds = {name: weight.std().item() for name, weight in weights.items()}
+    assert stds["blocks.0.attention.out"] == pytest.approx(0.5 / 4, rel=0.1)
+    assert stds["blocks.0.mlp.down"] == pytest.approx(0.5 / 8, rel=0.1)
+    assert stds["head.weight"] == pytest.approx(0.02, rel=0.1)
+    zero = decoder.stacked_weights(train.shape(Settings("mul", width=16, heads=2, init="zero")), (5,), CPU)
+    assert not any(zero[name].any() for name in ("blocks.0.attention.out", "blocks.0.mlp.down", "head.weight"))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("attention", decoder.WEIGHTS)
-def test_attention_is_causal_and_weighs_as_named(attention: str) -> None:
-    model, shape = tiny_decoder(1, attention), (2, 5, 2, 8)
-    q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-    found = model.attend(q, k, v)
-    for position in range(5):
-        scores = torch.einsum("bhk,bthk->bht", q[:, position], k[:, : position + 1]) / math.sqrt(8)
-        expected = torch.einsum("bht,bthk->bhk", decoder.WEIGHTS[attention](scores), v[:, : position + 1])
-        torch.testing.assert_close(found[:, position], expected.flatten(1))
+def test_attention_sees_what_it_should_and_weighs_as_named(attention: str, is_causal: bool) -> None:
+    config = ModelConfig(vocab_size=8, num_heads=2, head_dim=8, model_dim=16, seq_len=5)
+    decoders = decoder.Decoders(config, torch.zeros(1, 5, dtype=torch.int64), attention, is_causal)
+    q, k, v = (torch.randn(2, 3, 5, 2, 8, dtype=torch.float64) for _ in range(3))
+    for asked in (5, 1):
+        found = decoders.attend(q[:, :, -asked:], k, v)
+        for position in range(5 - asked, 5):
+            seen = slice(position + 1) if is_causal else slice(None)
+            scores = torch.einsum("rbhk,rbthk->rbht", q[:, :, position], k[:, :, seen]) / math.sqrt(8)
+            expected = torch.einsum("rbht,rbthk->rbhk", decoder.WEIGHTS[attention](scores), v[:, :, seen])
+            torch.testing.assert_close(found[:, :, position - 5], expected.flatten(2))
     k.requires_grad_()
-    model.attend(q, k, v).sum().backward()
+    decoders.attend(q, k, v).sum().backward()
     assert k.grad is not None and k.grad.isfinite().all()
 
 
-def curve(*values: tuple[float, float]) -> list[Measurement]:
-    """Measurements every 10 steps from (train accuracy, validation accuracy)."""
-    return [Measurement(10 * i, 0.0, of_train, 0.0, of_val) for i, (of_train, of_val) in enumerate(values)]
+# ------------------------------------------------------------------------------------------------------------
+# A stack of runs, by runs of their own
+
+RATES = {"adamw": (0.003, 0.3), "sgd": (0.1, 0.001), "rmsprop": (0.0003, 0.001)}
+SMALL = Settings("mul", batch_size=128, width=32, max_steps=60)
+
+
+def three_runs(optimizer: str, **changes: Any) -> list[Settings]:
+    lr, decay = RATES.get(optimizer, (0.02, 0.3))
+    plain = replace(SMALL, optimizer=optimizer, **changes)
+    return [
+        replace(plain, lr=lr * factor, weight_decay=decay * factor, adam_weight_decay=0.1 * factor, seed=factor)
+        for factor in (1, 2, 3)
+    ]
+
+
+def losses_of(stack: Stack, steps: int) -> list[list[float]]:
+    """The loss of every run before each step."""
+    found: list[list[float]] = []
+    genuine = stack.losses
+
+    def noted(rows_RB: Tensor) -> Tensor:
+        losses = genuine(rows_RB)
+        found.append(losses.tolist())
+        return losses
+
+    stack.losses = noted  # type: ignore[method-assign]
+    for step in range(steps):
+        stack.step(min(1.0, (step + 1) / stack.kind.warmup_steps))
+    return [list(of_run) for of_run in zip(*found, strict=True)]
+
+
+def losses_alone(settings: Settings, steps: int) -> list[float]:
+    """The same of one GPT with the optimizers as the trainer builds them."""
+    config = Config(
+        matrix_optimizer=settings.optimizer, matrix_lr=settings.lr, matrix_weight_decay=settings.weight_decay,
+        embed_lr=settings.adam_lr, head_lr=settings.adam_lr, weight_decay=settings.adam_weight_decay,
+        adam_betas=(0.9, 0.98), adam_eps=1e-8,
+    )  # fmt: skip
+    torch.manual_seed(settings.seed)
+    model = GPT(replace(train.shape(settings), fused=("none",)), torch.float32)
+    optimizers = build_optimizers(model, config)
+    rows, generator = tasks.table(settings.task), torch.Generator().manual_seed(settings.seed)
+    train_rows, _ = tasks.split(len(rows.targets), settings.train_share, generator)
+    stream, found = train.batches(train_rows, settings.batch_size, generator), []
+    for step in range(steps):
+        batch = next(stream)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] * min(1.0, (step + 1) / settings.warmup_steps)
+        logits = F.linear(model.hidden(rows.inputs[batch])[:, -1], model.head.weight[: rows.num_classes])
+        loss = F.cross_entropy(logits, rows.targets[batch])
+        loss.backward()
+        found.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("optimizer", protocol.BOXES)
+def test_runs_of_a_stack_are_runs_of_their_own(optimizer: str) -> None:
+    """To rounding, which a polar factor of a nearly singular momentum makes larger."""
+    runs = three_runs(optimizer)
+    found = losses_of(Stack(runs, CPU), 60)
+    for run, losses in zip(runs, found, strict=True):
+        expected = losses_alone(run, 60)
+        assert losses[:6] == pytest.approx(expected[:6], rel=1e-4)
+        assert losses == pytest.approx(expected, rel=1e-2)
+    assert len({of_run[-1] for of_run in found}) == 3
+
+
+@pytest.mark.parametrize("optimizer", protocol.BOXES)
+def test_a_run_that_leaves_changes_no_other(optimizer: str) -> None:
+    runs = three_runs(optimizer)
+    whole, thinned = Stack(runs, CPU), Stack(runs, CPU)
+    losses_of(whole, 5)
+    losses_of(thinned, 5)
+    thinned.keep([0, 2])
+    expected = losses_of(whole, 20)
+    for losses, wanted in zip(losses_of(thinned, 20), (expected[0], expected[2]), strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_run_that_diverges_stops_no_other(optimizer: str) -> None:
+    runs = three_runs(optimizer)
+    sound = train.train(runs)
+    runs[1] = replace(runs[1], lr=1e30)
+    found = train.train(runs)
+    assert (found[1]["status"], found[1]["crossed"]) == ("diverged", None)
+    assert found[1]["steps"] < 60 and len(found[1]["curves"]["val_accuracy"]) == 1
+    for place in (0, 2):
+        assert (found[place]["status"], found[place]["steps"]) == ("ended", 60)
+        assert found[place]["curves"]["train_accuracy"] == pytest.approx(
+            sound[place]["curves"]["train_accuracy"], abs=0.02
+        )
+
+
+def test_embedding_and_head_freeze_once_a_run_has_generalised() -> None:
+    stack = Stack(three_runs("muon", is_frozen=True), CPU)
+    stack.members[1].looks.append(Look(20, 1.0, 0.96))
+    stack.members[2].looks.append(Look(20, 1.0, 0.94))
+    before = {name: weight.detach().clone() for name, weight in stack.weights.items()}
+    stack.step(1.0)
+    for name, weight in stack.weights.items():
+        has_moved = [not torch.equal(weight[place], before[name][place]) for place in range(3)]
+        assert has_moved == [True, train.is_matrix(name), True]
+
+
+@pytest.mark.parametrize("optimizer", protocol.BOXES)
+def test_every_optimizer_learns_and_repeats_itself(optimizer: str) -> None:
+    lr = {"adamw": 0.003, "sgd": 0.1, "rmsprop": 0.0003}.get(optimizer, 0.02)
+    settings = Settings("gcd", optimizer, lr, 0.0, 0.0, width=16, heads=2, batch_size=128, max_steps=60)
+    run, other = train.train([settings, replace(settings, seed=1)])
+    assert run["steps"] == 60 and len(run["curves"]["train_accuracy"]) == 4
+    assert run["curves"]["train_accuracy"][-1] > 0.3  # the answer is 1 for 60% of the rows
+    if optimizer == "muon":
+        again = train.train([settings, replace(settings, seed=1)])
+        assert [each["curves"] for each in again] == [run["curves"], other["curves"]]
+
+
+def test_a_stack_trains_on_training_rows_and_looks_at_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By splits made here: what is learnt from, what is measured, and that no row is in both."""
+    trained: list[Tensor] = []
+    genuine = train.batches
+
+    def noted_batches(rows: Tensor, *arguments: Any) -> Any:
+        trained.append(rows)
+        return genuine(rows, *arguments)
+
+    monkeypatch.setattr(train, "batches", noted_batches)
+    runs = [Settings("mul", seed=seed, train_share=0.3, width=16, heads=2, batch_size=16) for seed in (7, 8)]
+    stack = Stack(runs, CPU)
+    for seed, rows, member in zip((7, 8), trained, stack.members, strict=True):
+        parts = tasks.split(9409, 0.3, torch.Generator().manual_seed(seed))
+        assert [len(part) for part in parts] == [2823, 6586]
+        assert torch.equal(rows, parts[0])
+        for measured, part in zip(member.measured, parts, strict=True):
+            assert torch.equal(measured, part[:512])
+        batch = next(member.batches)
+        assert len(batch) == 16 and set(batch.tolist()) <= set(parts[0].tolist())
+
+
+def test_a_look_is_the_accuracy_on_the_rows() -> None:
+    stack = Stack([Settings("gcd", seed=seed, width=16, heads=2) for seed in (1, 2)], CPU)
+    with torch.no_grad():
+        stack.weights["head.weight"].mul_(100)  # answers of many kinds
+    stack.look(40)
+    for place, member in enumerate(stack.members):
+        weights = {name: weight[place : place + 1] for name, weight in stack.weights.items()}
+        (look,), accuracies = member.looks, []
+        for rows in member.measured:
+            answers = stack.decoders(weights, rows[None], 97)[0].argmax(-1).tolist()
+            targets = stack.rows.targets[rows].tolist()
+            accuracies.append(sum(a == b for a, b in zip(answers, targets, strict=True)) / 512)
+        assert look == Look(40, *(pytest.approx(each, abs=1e-6) for each in accuracies))
+
+
+BASE = Settings("gcd", "adamw", 0.01, width=16, heads=2, batch_size=32, max_steps=20, warmup_steps=5, depth=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=1), dict(attention="stablemax"), dict(attention="sparsemax"), dict(loss="stablemax"),
+        dict(loss="sparsemax"), dict(depth=1), dict(train_share=0.3), dict(batch_size=64), dict(batch_size=0),
+        dict(warmup_steps=1), dict(adam_lr=0.02), dict(adam_weight_decay=1.0), dict(lr=0.02), dict(weight_decay=3.0),
+        dict(heads=4), dict(init="zero"), dict(is_causal=False), dict(task="mul"), dict(optimizer="sgd"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_setting_changes_what_is_computed(change: dict[str, Any]) -> None:
+    found = []
+    for settings in (BASE, replace(BASE, **change)):
+        stack = Stack([settings], CPU)
+        losses_of(stack, 6)
+        found.append(stack.weights["blocks.0.mlp.down"].detach())
+    assert not torch.equal(*found)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Milestones
+
+
+def curve(*values: tuple[float, float]) -> list[Look]:
+    """Looks every 10 steps from (train accuracy, validation accuracy)."""
+    return [Look(10 * i, of_train, of_val) for i, (of_train, of_val) in enumerate(values)]
 
 
 NEW, MEMORISED, GROKKED = (0.01, 0.01), (1.0, 0.2), (1.0, 0.97)
 
 
 @pytest.mark.parametrize(
-    ("measured", "memorised", "crossed", "sustained", "collapsed"),
+    ("looks", "memorised", "crossed", "held", "collapsed"),
     [
         pytest.param(curve(*[NEW] * 8), None, None, None, False, id="learns nothing"),
         pytest.param(curve(NEW, *[MEMORISED] * 9), 10, None, None, False, id="never groks"),
@@ -194,136 +427,123 @@ NEW, MEMORISED, GROKKED = (0.01, 0.01), (1.0, 0.2), (1.0, 0.97)
             curve(NEW, MEMORISED, GROKKED, (1.0, 0.9), *[GROKKED] * 5), 10, 20, 40, False, id="dips, no collapse"
         ),
         pytest.param(curve(NEW, GROKKED, *[(0.5, 0.4)] * 9), 10, 10, None, True, id="collapses for good"),
-        pytest.param(curve(NEW, (0.9, 0.96), *[GROKKED] * 5), 20, 20, 20, False, id="generalises before it memorises"),
+        pytest.param(curve(NEW, (0.9, 0.96), *[GROKKED] * 5), 20, 10, 10, False, id="generalises before it memorises"),
+        pytest.param(curve(NEW, *[(0.98, 0.96)] * 6), None, 10, 10, False, id="held without memorised"),
         pytest.param([], None, None, None, False, id="never"),
     ],
 )
 def test_milestones_of_synthetic_curves(
-    measured: list[Measurement], memorised: int | None, crossed: int | None, sustained: int | None, collapsed: bool
+    looks: list[Look], memorised: int | None, crossed: int | None, held: int | None, collapsed: bool
 ) -> None:
-    found = train.milestones(measured, sustain_steps=40)
-    assert [found[key] for key in ("memorised", "crossed", "sustained")] == [memorised, crossed, sustained]
+    found = train.milestones(looks, hold_steps=40)
+    assert [found[key] for key in ("memorised", "crossed", "held")] == [memorised, crossed, held]
     assert found["collapsed"] == collapsed
-    assert found["delay"] == (None if sustained is None or memorised is None else sustained - memorised)
+    after = [look.val_accuracy for look in looks if crossed is not None and look.step >= crossed]
+    assert found["lowest_after"] == (min(after) if after else None)
+    when_memorised = [look.val_accuracy for look in looks if look.step == memorised]
+    assert found["val_when_memorised"] == (when_memorised[0] if when_memorised else None)
+
+
+@pytest.mark.parametrize(("stop", "ends"), [("crossed", 30), ("held", 60), ("never", 200)])
+def test_a_run_ends_when_it_has_got_there(monkeypatch: pytest.MonkeyPatch, stop: Any, ends: int) -> None:
+    def generalised(self: Stack, step: int) -> None:
+        for member in self.members:
+            member.looks.append(Look(step, 1.0 if step >= 20 else 0.2, 0.96 if step >= 30 else 0.1))
+
+    monkeypatch.setattr(Stack, "look", generalised)
+    settings = Settings("parity", width=16, heads=2, max_steps=200, hold_steps=30, look_every=10, stop=stop)
+    (run,) = train.train([settings])
+    held = None if stop == "crossed" else 30
+    assert (run["memorised"], run["crossed"], run["held"], run["steps"]) == (20, 30, held, ends)
 
 
 def test_batches_go_through_all_rows_before_any_comes_again() -> None:
-    rows = tasks.table("parity")
+    rows = torch.randperm(9409)[:1024]
     stream = train.batches(rows, 96, torch.Generator().manual_seed(0))
-    seen = torch.cat([next(stream).inputs for _ in range(32)])  # three epochs of 1024
-    numbers = (seen[:, :10] * 2 ** torch.arange(10)).sum(1).view(3, 1024)
-    assert all(sorted(epoch) == list(range(1024)) for epoch in numbers.tolist())
-    assert not torch.equal(numbers[0], numbers[1])
+    seen = torch.cat([next(stream) for _ in range(32)]).view(3, 1024)  # three epochs
+    assert all(epoch.sort().values.tolist() == rows.sort().values.tolist() for epoch in seen)
+    assert not torch.equal(seen[0], seen[1])
+    whole = train.batches(rows, 0, torch.Generator().manual_seed(0))
+    assert torch.equal(next(whole), rows) and torch.equal(next(whole), rows)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "aurora", "normuon", "sgd", "rmsprop"])
-def test_every_optimizer_learns_and_repeats_itself(optimizer: str) -> None:
-    lr = {"adamw": 0.003, "sgd": 0.1, "rmsprop": 0.0003}.get(optimizer, 0.02)
-    settings = Settings("gcd", optimizer, lr, 0.0, width=16, heads=2, batch_size=128, max_steps=40, sustain_steps=20)
-    run = train.train(settings)
-    losses = run["curves"]["train_loss"]
-    assert run["steps"] == 40 and run["curves"]["step"] == [0, 10, 20, 30, 40]
-    assert losses[0] == pytest.approx(math.log(P), abs=1e-3)  # a new model has no preference
-    assert losses[-1] < 0.7 * losses[0]
-    if optimizer == "muon":
-        assert train.train(settings)["curves"] == run["curves"]
+def test_stacks_are_of_one_kind_even_and_not_too_large() -> None:
+    plain = [Settings("mul", lr=lr, seed=seed) for lr in (0.1, 0.2) for seed in range(12)]
+    wide = [replace(run, width=128, batch_size=0) for run in plain[:3]]
+    found = train.stacks([*plain, *wide, *plain[:5]])
+    assert sorted(run.seed for stack in found for run in stack) == sorted(run.seed for run in [*plain, *wide])
+    assert [len(stack) for stack in found] == [8, 8, 8, 1, 1, 1]
+    assert all(len({run.kind for run in stack}) == 1 for stack in found)
+    with pytest.raises(ValueError, match="rates, decays and seed alone"):
+        train.train([plain[0], replace(plain[1], depth=2)])
 
 
-def test_batches_are_of_training_rows_and_measurements_of_either_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a split made here: what is learnt from, what is measured as which, and that no row is in both."""
-    seen: dict[str, list[tasks.Rows]] = {"batches": [], "measured": []}
-    genuine_batches, genuine_measure = train.batches, train.measure
-
-    def noted_batches(rows: tasks.Rows, *arguments: Any) -> Any:
-        seen["batches"].append(rows)
-        return genuine_batches(rows, *arguments)
-
-    def noted_measure(model: Any, loss_of: Any, step: int, *parts: tasks.Rows) -> Measurement:
-        seen["measured"] += parts
-        return genuine_measure(model, loss_of, step, *parts)
-
-    monkeypatch.setattr(train, "batches", noted_batches)
-    monkeypatch.setattr(train, "measure", noted_measure)
-    train.train(
-        Settings("mul", seed=7, train_share=0.3, width=16, heads=2, batch_size=16, max_steps=10, sustain_steps=10)
-    )
-    parts = tasks.split(tasks.table("mul"), 0.3, torch.Generator().manual_seed(7))
-    assert [len(part.targets) for part in parts] == [2823, 6586]
-    assert not {tuple(row) for row in parts[0].inputs.tolist()} & {tuple(row) for row in parts[1].inputs.tolist()}
-    for found, expected in zip([*seen["batches"], *seen["measured"]], [parts[0], *parts, *parts], strict=True):
-        assert torch.equal(found.inputs, expected.inputs) and torch.equal(found.targets, expected.targets)
+# ------------------------------------------------------------------------------------------------------------
+# How settings are chosen
 
 
-def test_a_measurement_is_loss_and_accuracy_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "ROWS_MEASURED", 300)
-    rows = tasks.table("gcd")
-    model = tiny_decoder(1).float()
-    found = train.measure(model, F.cross_entropy, 30, rows.take(torch.arange(200)), rows)
-    for count, loss, accuracy in (
-        (200, found.train_loss, found.train_accuracy),
-        (300, found.val_loss, found.val_accuracy),
-    ):
-        logits = model(rows.inputs[:count], rows.num_classes)
-        hits = sum(int(row.argmax()) == int(target) for row, target in zip(logits, rows.targets[:count], strict=True))
-        assert accuracy == pytest.approx(hits / count, abs=1e-4)
-        assert loss == pytest.approx(F.cross_entropy(logits, rows.targets[:count]).item(), abs=1e-4)
+def test_every_optimizer_chooses_from_as_many_settings_of_its_own_box() -> None:
+    for name, box in protocol.BOXES.items():
+        found = protocol.candidates(name, 20)
+        assert len({tuple(each.values()) for each in found}) == 20
+        for key, (low, high) in zip(protocol.TUNED, box, strict=True):
+            values = sorted(each[key] for each in found)
+            assert low * 0.95 <= values[0] < low * (high / low) ** 0.15  # from end to end
+            assert high * 1.05 >= values[-1] > high / (high / low) ** 0.15
+    ranks = [np.argsort([each["lr"] for each in protocol.candidates(name, 20)]).tolist() for name in protocol.PAIR]
+    assert ranks[0] == ranks[1]
 
 
-BASE = Settings("gcd", "adamw", 0.01, width=16, heads=2, batch_size=32, max_steps=20, sustain_steps=10, warmup_steps=5)
+def test_a_third_goes_on_and_one_is_left() -> None:
+    left, kept = 20, []
+    for rung in range(len(protocol.RUNGS)):
+        left = protocol.num_kept(left, rung)
+        kept.append(left)
+    assert kept == [7, 3, 1]
 
 
-@pytest.fixture(scope="module")
-def base_curve() -> Any:
-    return train.train(BASE)["curves"]
+def chosen_runs(part: protocol.Part, outcomes: Mapping[float, Sequence[tuple[int | None, float]]]) -> Any:
+    """Runs of settings with these rates, on each of the part's tuning tasks: (step of the milestone, accuracy)."""
+    tried = [dict(lr=lr, weight_decay=0.1, adam_weight_decay=0.2) for lr in outcomes]
+    runs = []
+    for settings in protocol.rung_runs(part, "muon", tried, 0, seed=100):
+        step, best = outcomes[settings.lr][part.tuned_on.index(settings.task)]
+        runs.append({"settings": vars(settings), "crossed": step, "held": step, "best_val_accuracy": best})
+    return tried, runs
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(seed=1), dict(attention="stablemax"), dict(attention="sparsemax"), dict(loss="stablemax"),
-        dict(loss="sparsemax"), dict(depth=2), dict(train_share=0.3), dict(batch_size=64), dict(warmup_steps=1),
-        dict(adam_lr=0.02), dict(adam_weight_decay=1.0), dict(lr=0.02), dict(weight_decay=3.0), dict(heads=4),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_every_setting_changes_what_is_computed(change: dict[str, Any], base_curve: Any) -> None:
-    curves = train.train(replace(BASE, **change))["curves"]
-    assert curves["step"] == base_curve["step"]
-    assert curves["train_loss"][1:] != base_curve["train_loss"][1:]
+@pytest.mark.parametrize("part", ["main", "held"])
+def test_halving_keeps_what_it_should(part: str) -> None:
+    outcomes = {
+        0.1: [(100, 1.0), (None, 0.9)],  # 150 steps for the task that did not get there: 250
+        0.2: [(140, 1.0), (100, 1.0)],
+        0.3: [(None, 0.3), (None, 0.2)],
+        0.4: [(None, 0.3), (None, 0.4)],
+        0.5: [(120, 1.0), (60, 1.0)],
+    }
+    tried, runs = chosen_runs(protocol.PARTS[part], outcomes)
+    kept = protocol.survivors(protocol.PARTS[part], tried, runs, 4)
+    assert [each["lr"] for each in kept] == [0.5, 0.2, 0.1, 0.4]
+    assert kept == protocol.survivors(protocol.PARTS[part], tried, runs[::-1], 4)
+    assert {run["settings"]["max_steps"] for run in runs} == {150 if part == "main" else 450}
+    assert {run["settings"]["stop"] for run in runs} == {"crossed" if part == "main" else "held"}
 
 
-def test_all_that_is_no_hidden_matrix_is_the_same_for_every_optimizer() -> None:
-    cpu = torch.device("cpu")
-    for optimizer in ("adamw", "muon", "sgd"):
-        settings = replace(BASE, optimizer=optimizer, lr=0.3, weight_decay=0.7, adam_lr=0.02, adam_weight_decay=0.1)
-        model, (matrices, rest) = train.build(settings, cpu)
-        assert [(g["name"], g["lr"], g["weight_decay"]) for g in matrices.param_groups] == [("matrix", 0.3, 0.7)]
-        assert [(g["name"], g["lr"], g["weight_decay"]) for g in rest.param_groups] == [
-            ("embed", 0.02, 0.1), ("head", 0.02, 0.1)
-        ]  # fmt: skip
-        assert {id(p) for g in matrices.param_groups for p in g["params"]} == {id(p) for p in model.blocks.parameters()}
+def test_a_diverged_setting_is_not_chosen() -> None:
+    outcomes = {0.1: [(None, 0.01), (None, 0.01)], 0.2: [(None, 0.02), (None, 0.02)]}
+    tried, runs = chosen_runs(protocol.PARTS["main"], outcomes)
+    assert [each["lr"] for each in protocol.survivors(protocol.PARTS["main"], tried, runs, 1)] == [0.2]
 
 
-def test_a_gradient_that_is_not_finite_ends_a_run_of_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train.LOSSES, "softmax", lambda logits, targets: F.cross_entropy(logits, targets) * math.inf)
-    monkeypatch.setattr(train, "measure", lambda model, loss_of, step, *rows: Measurement(step, 1.0, 0.1, 1.0, 0.1))
-    run = train.train(replace(BASE, optimizer="muon"))
-    assert (run["status"], run["steps"], run["sustained"]) == ("diverged", 0, None)
-
-
-def test_a_run_ends_when_generalisation_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    def grokked(model: object, loss_of: object, step: int, *rows: object) -> Measurement:
-        return Measurement(step, 0.1, 1.0 if step >= 20 else 0.2, 0.1, 0.96 if step >= 30 else 0.1)
-
-    monkeypatch.setattr(train, "measure", grokked)
-    run = train.train(Settings("parity", width=16, heads=2, max_steps=200, sustain_steps=20))
-    assert (run["memorised"], run["crossed"], run["sustained"], run["delay"], run["steps"]) == (20, 30, 30, 10, 50)
-
-
-def test_a_run_that_blows_up_is_a_result() -> None:
-    run = train.train(Settings("parity", "sgd", 1e30, width=16, heads=2, max_steps=60, sustain_steps=20))
-    assert run["status"] == "diverged" and run["sustained"] is None and run["steps"] < 60
-    assert all(math.isfinite(loss) for loss in run["curves"]["val_loss"])
+def test_what_comes_later_is_around_what_was_chosen() -> None:
+    chosen = {name: dict(lr=0.03, weight_decay=0.3, adam_weight_decay=0.1) for name in protocol.PAIR}
+    runs = protocol.later_runs(chosen, seed=1)
+    assert len(set(runs)) == len(runs) == 9 * 3 * len(protocol.LATER_TASKS)
+    assert {(run.lr, run.weight_decay) for run in runs} == {
+        (lr, d) for lr in (0.01, 0.03, 0.09) for d in (0.1, 0.3, 0.9)
+    }
+    assert {(run.optimizer, run.is_frozen) for run in runs} == {("adamw", False), ("muon", False), ("muon", True)}
+    assert {(run.stop, run.max_steps, run.adam_weight_decay) for run in runs} == {("never", 5000, 0.1)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -340,20 +560,50 @@ def test_median_is_kaplan_meiers(n: int) -> None:
         sf = stats.ecdf(stats.CensoredData(seen, right=[latest] * times.count(None))).sf
         below_half = [q for q, p in zip(sf.quantiles, sf.probabilities, strict=True) if p <= 0.5 + 1e-12]
         reached = [q for q in below_half if q < latest]
-        assert survival.median(times).value == (min(reached) if reached else math.inf)
+        assert survival.median(times) == (min(reached) if reached else math.inf)
 
 
-@pytest.mark.parametrize(("n", "least"), [(3, 0.75), (5, 0.9375), (6, 0.95), (12, 0.95)])
-def test_interval_of_the_median_covers_as_stated(n: int, least: float) -> None:
-    rng, latest = np.random.default_rng(0), 900
-    draws = np.round(400 * np.exp(rng.normal(size=(1500, n))), 6)
-    hits, stated = 0, 0.0
-    for draw in draws:
-        found = survival.median([step if step < latest else None for step in draw])
-        hits += found.low <= 400 <= found.high
-        stated = found.coverage
-    assert stated >= least - 1e-9
-    assert hits / len(draws) == pytest.approx(stated, abs=0.025)
+def test_splits_are_those_of_the_mann_whitney_test() -> None:
+    for n, m in ((3, 3), (4, 6), (6, 6)):
+        counts = [survival.num_splits(n, m, u) for u in range(n * m + 1)]
+        assert sum(counts) == math.comb(n + m, n)
+        for u in range(n * m // 2):
+            x = np.arange(n) * 100.0  # apart from the others but for u pairs
+            y = 1000.0 + np.arange(m)
+            pairs = u
+            for i in reversed(range(n)):
+                beyond = min(m, pairs)
+                x[i] = 999.5 - n + i if beyond == 0 else 1000.0 + beyond - 0.5 + 0.01 * i
+                pairs -= beyond
+            found = stats.mannwhitneyu(x, y, method="exact")
+            assert found.statistic == u
+            assert min(1.0, 2 * sum(counts[: u + 1]) / sum(counts)) == pytest.approx(found.pvalue)
+
+
+@pytest.mark.parametrize(("n", "covered"), [(3, 0.9), (5, 0.968), (6, 0.959)])
+def test_interval_of_a_ratio_covers_as_stated(n: int, covered: float) -> None:
+    rng, hits, known = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        mine, other = 200 * np.exp(0.5 * rng.normal(size=n)), 400 * np.exp(0.5 * rng.normal(size=n))
+        found = survival.ratio(mine.tolist(), other.tolist(), 1e9)
+        hits += found.low <= 0.5 <= found.high
+        assert found.coverage == pytest.approx(covered, abs=1e-3)
+        assert found.least == found.most and found.low <= found.least <= found.high
+        cut = [[step if step < 500 else None for step in group.tolist()] for group in (mine, other)]
+        censored = survival.ratio(cut[0], cut[1], 500)
+        assert censored.low <= found.low and found.high <= censored.high  # what is not known only widens it
+        assert censored.least <= found.least <= censored.most
+        known += censored.least == censored.most
+    assert hits / 600 >= covered - 0.03
+    assert 0 < known < 600
+
+
+def test_a_ratio_of_runs_that_were_cut_off() -> None:
+    never, early, late = [None] * 6, [100] * 6, [400] * 6
+    assert survival.ratio(early, late, 500)[:4] == (0.25,) * 4
+    assert survival.ratio(early, never, 500)[:4] == (0, 0.2, 0, 0.2)  # AdamW took 500 steps or more
+    assert survival.ratio(never, early, 500)[:4] == (5, math.inf, 5, math.inf)
+    assert survival.ratio(never, never, 500)[:4] == (0, math.inf, 0, math.inf)
 
 
 def test_logrank_by_permutation() -> None:

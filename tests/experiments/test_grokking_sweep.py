@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,15 +18,27 @@ from typing import Any
 import pytest
 
 from experiments.grokking import __main__ as grokking
-from experiments.grokking import findings, pool
+from experiments.grokking import findings, pool, protocol
+from experiments.grokking.protocol import PARTS, RUNGS
+from experiments.grokking.survival import Ratio
 from experiments.grokking.train import Settings
 from harness.machine import git_commit
 from tests.conftest import ROOT
 
-SMALL = ["--tasks", "parity", "--optimizers", "adamw", "muon", "--attentions", "softmax", "--losses", "softmax",
-         "--widths", "16", "--heads=2", "--seeds", "0", "1", "--lrs=2", "--weight_decays=1", "--batch_sizes", "64",
-         "--max_steps=20", "--sustain_steps=10", "--jobs=1", "--preset=full", "--yes"]  # fmt: skip
-NUM_RUNS = 2 * (2 + 2)  # optimizers x (pairs tried + seeds reported)
+SMALL = ["--preset=full", "--parts", "main", "--tasks", "parity", "--optimizers", "adamw", "muon", "--seeds", "0", "1",
+         "--candidates=2", "--max_steps=20", "--jobs=1", "--yes"]  # fmt: skip
+TINY = protocol.Part("tiny", ("parity",), ("parity",), changes=dict(width=16, heads=2, batch_size=16))
+NUM_TUNING, NUM_REPORTED = 2 * (2 + 1 + 1), 2 * 2  # optimizers x (settings in three rounds), optimizers x seeds
+
+
+@pytest.fixture(autouse=True)
+def small_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of a few steps of a small model."""
+    monkeypatch.setitem(PARTS, "main", TINY)
+    monkeypatch.setattr(protocol, "RUNGS", (4, 8, 12))
+    monkeypatch.setattr(protocol, "LATER_TASKS", ("parity",))
+    monkeypatch.setattr(protocol, "LATER_STEPS", 20)
+    monkeypatch.setattr(grokking, "RUNGS", protocol.RUNGS)
 
 
 class HerePool:
@@ -40,10 +53,10 @@ class HerePool:
 
     def shutdown(self, **_: Any) -> None: ...
 
-    def submit(self, function: Any, settings: Settings) -> Future[Any]:
+    def submit(self, function: Any, stack: list[Settings]) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            future.set_result(function(settings))
+            future.set_result(function(stack))
         except BaseException as error:
             future.set_exception(error)
         return future
@@ -61,55 +74,71 @@ def what_came_out(out: Path) -> dict[str, Any]:
     """result.json without what differs from machine to machine and from one time to the next."""
     result: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
     result["options"].pop("out")
-    for run in result["tuning"] + result["runs"]:
-        run.pop("seconds")
+    for run in result["runs"]:
+        run.pop("seconds_per_step")
     return result
 
 
-def test_a_resumed_sweep_is_the_uninterrupted_one(in_process: None, tmp_path: Path) -> None:
+def test_a_resumed_experiment_is_the_uninterrupted_one(in_process: None, tmp_path: Path) -> None:
     assert grokking.main([*SMALL, f"--out={tmp_path / 'whole'}"]) == 0
     whole = what_came_out(tmp_path / "whole")
     lines = (tmp_path / "whole/runs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == NUM_RUNS and len(whole["tuning"]) == len(whole["runs"]) == 4
-    for kept in (2, 5):  # in the sweep, and after it
+    assert len(lines) == NUM_TUNING + NUM_REPORTED
+    assert (len(whole["tuning"]), len(whole["runs"])) == (NUM_TUNING, NUM_REPORTED)
+    for kept in (1, 3, NUM_TUNING, NUM_TUNING + 1):  # within a stack and between two, in the choice and after it
         out = tmp_path / f"cut_{kept}"
         out.mkdir()
-        (out / "runs.jsonl").write_text(
-            "".join(lines[:kept]) + lines[kept][:200], encoding="utf-8"
-        )  # killed while it wrote a line
+        cut = "".join(lines[:kept]) + lines[kept][:200]  # killed while it wrote a line
+        (out / "runs.jsonl").write_text(cut, encoding="utf-8")
         assert grokking.main([*SMALL, f"--out={out}"]) == 0
         assert what_came_out(out) == whole
         assert (out / "runs.jsonl").read_text(encoding="utf-8").startswith("".join(lines[:kept]))
-    assert {run["settings"]["seed"] for run in whole["tuning"]} == {100}
-    assert {run["settings"]["seed"] for run in whole["runs"]} == {0, 1}
-    assert {(run["git_commit"], run["device"]) for run in whole["runs"]} == {(git_commit(), pool.place())}
+    settings = [json.loads(line)["settings"] for line in lines]
+    assert [each["seed"] for each in settings[:NUM_TUNING]] == [100] * NUM_TUNING
+    assert {each["seed"] for each in settings[NUM_TUNING:]} == {0, 1}
+    assert (whole["git_commit"], whole["device"]) == (git_commit(), pool.place())
 
 
-def test_a_finished_sweep_runs_nothing_again(
+def test_what_is_reported_is_what_was_chosen(in_process: None, tmp_path: Path) -> None:
+    assert grokking.main([*SMALL, "--parts", "main", "later", f"--out={tmp_path}"]) == 0
+    result = what_came_out(tmp_path)
+    last = [row for row in result["tuning"] if row["max_steps"] == protocol.RUNGS[-1]]
+    assert {row["optimizer"]: {key: row[key] for key in protocol.TUNED} for row in last} == result["chosen"]["main"]
+    for run in result["runs"]:
+        settings = findings.settings_of(run)
+        chosen = result["chosen"]["main"][settings.optimizer]
+        near = {chosen["weight_decay"] * factor for factor in (1 / 3, 1, 3)} if run["part"] == "later" else None
+        assert settings.adam_weight_decay == chosen["adam_weight_decay"]
+        assert settings.weight_decay in [pytest.approx(each, rel=0.06) for each in near or {chosen["weight_decay"]}]
+    assert len([run for run in result["runs"] if run["part"] == "later"]) == 27
+    assert len(findings.later_rows(result)) == 3
+
+
+def test_a_finished_experiment_runs_nothing_again(
     in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*SMALL, "--optimizers", "muon", f"--out={tmp_path}"]
+    command = [*SMALL, f"--out={tmp_path}"]
     assert grokking.main(command) == 0
     first = capsys.readouterr().out
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(pool, "train", lambda settings: pytest.fail("ran again"))
+    monkeypatch.setattr(pool, "train", lambda stack: pytest.fail("ran again"))
     written = (tmp_path / "result.json").stat().st_mtime_ns
-    with pool.Store(tmp_path):  # as while the sweep goes on
+    with pool.Store(tmp_path):  # as while it goes on
         assert grokking.main([*command, "--table"]) == 0
     assert grokking.main(["--draw", str(tmp_path / "result.json")]) == 0
     assert (tmp_path / "result.json").stat().st_mtime_ns == written
-    table, _, _ = first.rpartition("2 runs -> ")
+    table, _, _ = first.rpartition(f"{NUM_REPORTED} runs -> ")
     assert capsys.readouterr().out == table * 2
     assert grokking.main(command) == 0
-    assert "2 runs to report; 4 are done\n" in capsys.readouterr().err
+    assert f"{NUM_REPORTED} runs to report; {NUM_TUNING + NUM_REPORTED} are done\n" in capsys.readouterr().err
     assert grokking.main([*SMALL, "--table", f"--out={tmp_path / 'new'}"]) == 2
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.grokking", *SMALL, "--max_steps=200", f"--out={tmp_path}"]
-    command += ["--lrs=3", "--weight_decays=5", "--seeds", *map(str, range(99))]  # far more than will be run
+    command = [sys.executable, "-m", "experiments.grokking", *SMALL, f"--out={tmp_path}"]
+    command += ["--candidates=999"]  # far more than will be run
     for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         process = subprocess.Popen(
             command,
@@ -130,7 +159,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
         assert process.returncode == status
         assert "Traceback" not in errors
     kept = pool.Store(tmp_path)
-    assert all(run["curves"]["step"][-1] == 200 for run in kept.runs.values())
+    assert all(run["steps"] == RUNGS[0] for run in kept.runs.values())  # the process has the genuine ones
 
 
 def hear_ctrl_c() -> None:
@@ -163,62 +192,56 @@ def test_a_store_needs_no_locks(
     assert "there are no locks here; see to it that no other process writes it" in capsys.readouterr().err
 
 
-def test_where_there_is_no_commit_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = grokking.QUICK
-    tuning = grokking.tuning_runs(options)
-    known = {run: {**run_of(), "settings": asdict(run), "device": "a", "git_commit": ""} for run in tuning}
-    known[tuning[0]]["git_commit"] = "c0ffee-dirty"
-    assert grokking.collect(options, known)["git_commit"] == "c0ffee-dirty, unknown"
+def test_where_there_is_no_commit_the_result_says_so() -> None:
+    runs = [{**run_of(), "device": "a", "git_commit": commit} for commit in ("", "c0ffee-dirty")]
+    result = grokking.collect(grokking.QUICK, [], {"main": runs}, {})
+    assert result["git_commit"] == "c0ffee-dirty, unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The protocol
 
 
-def test_every_optimizer_gets_a_sweep_of_the_same_size() -> None:
-    for options in (grokking.Options(), grokking.QUICK):
-        counts: dict[tuple[str, str], int] = {}
-        for run in grokking.tuning_runs(options):
-            counts[run.task, run.optimizer] = counts.get((run.task, run.optimizer), 0) + 1
-        assert len(counts) == len(options.tasks) * len(options.optimizers)
-        assert set(counts.values()) == {options.lrs * options.weight_decays}
-    assert all((len(set(lrs)), len(set(decays))) == (3, 5) for lrs, decays in grokking.GRIDS.values())
+def test_the_full_preset_is_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    options, any_choice = grokking.Options(), dict.fromkeys(protocol.TUNED, 0.1)
+    chosen = {name: dict.fromkeys(part.optimizers, any_choice) for name, part in PARTS.items()}
+    found = {name: len(set(runs)) for name, runs in grokking.reported(options, chosen).items()}
+    assert found["main"] == 7 * 6 * 6
+    assert (found["published"], found["held"], found["mul" if "mul" in found else "zero"]) == (72, 36, 24)
+    assert found.keys() == {*PARTS, "later"} and found["later"] == 54
+    grokking.check(options)
+    grokking.check(grokking.QUICK)
 
 
-def test_the_full_preset_is_everything() -> None:
-    tuned = [Settings(task, optimizer) for task in grokking.TASKS for optimizer in grokking.Options().optimizers]
-    runs = grokking.reported_runs(grokking.Options(), tuned)
-    assert len(set(runs)) == len(runs) == 7 * 6 * 3 * 3 * 5
+def test_published_shares_are_published() -> None:
+    found = {task: PARTS["published"].settings(task, "muon").train_share for task in PARTS["published"].tasks}
+    assert found == {"add": 0.8, "mul": 0.5, "div": 0.8, "exp": 0.7, "gcd": 0.5, "parity": 0.5}
+    assert PARTS["full_batch"].settings("add", "muon").train_share == 0.3
 
 
-def test_the_half_split_trains_on_half_as_many_rows() -> None:
-    options = grokking.Options(tasks=("add", "gcd"), splits=("paper", "half"))
-    shares = {(run.task, run.train_share) for run in grokking.tuning_runs(options)}
-    assert shares == {("add", 0.8), ("add", 0.4), ("gcd", 0.5), ("gcd", 0.25)}
+def test_parts_have_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    options = grokking.Options(tasks=("add", "div"), optimizers=("muon", "sgd"), parts=("main", "held", "batch"))
+    found = grokking.parts_of(options)
+    assert {name: (part.tasks, part.optimizers) for name, part in found.items()} == {
+        "main": (("add", "div"), ("muon", "sgd")), "held": (("add", "div"), ("muon",))
+    }  # fmt: skip
+    assert found["main"].tuned_on == ("add", "mul")
 
 
 def run_of(
-    optimizer: str = "muon", sustained: int | None = None, best: float = 0.5, seed: int = 100, **settings: Any
-) -> dict[str, Any]:
+    optimizer: str = "muon", crossed: int | None = None, seed: int = 100, part: str = "main", task: str = "parity",
+    **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """A run as it is kept, made by hand."""
-    chosen = asdict(Settings("add", optimizer, seed=seed, max_steps=1000, sustain_steps=200, **settings))
-    curves = dict(step=[0, 500], train_accuracy=[0.0, 1.0], val_accuracy=[0.0, best])
+    chosen = asdict(Settings(task, optimizer, seed=seed, max_steps=1000, **settings))
+    curves = dict(train_accuracy=[0.0, 1.0], val_accuracy=[0.0, 0.5])
     return dict(
-        settings=chosen, status="ended", steps=1000, seconds=10.0, memorised=100, collapsed=False,
-        crossed=None if sustained is None else sustained - 50, sustained=sustained,
-        delay=None if sustained is None else sustained - 100, best_val_accuracy=best, curves=curves,
+        part=part, settings=chosen, status="ended", steps=1000, seconds_per_step=0.01, memorised=100,
+        collapsed=False, crossed=crossed, held=None if crossed is None else crossed + 50, val_when_memorised=0.1,
+        best_val_accuracy=0.5, lowest_after=None if crossed is None else 0.9, curves=curves,
     )  # fmt: skip
-
-
-def test_the_sweep_chooses_fewest_steps_then_accuracy() -> None:
-    runs = [
-        run_of(lr=0.1, sustained=300), run_of(lr=0.2, sustained=200), run_of(lr=0.3, best=1.0),
-        run_of("adamw", lr=0.1, best=0.5), run_of("adamw", lr=0.2, best=0.7), run_of("adamw", lr=0.3, best=0.6),
-    ]  # fmt: skip
-    assert [(best.optimizer, best.lr) for best in grokking.choose(runs)] == [("muon", 0.2), ("adamw", 0.2)]
-    second = [run_of(lr=0.1, sustained=210, seed=101), run_of(lr=0.2, seed=101)]  # the latter fails on another seed
-    assert [best.lr for best in grokking.choose([*runs[:2], *second])] == [0.1]
-    assert [best.lr for best in grokking.choose([*second, *runs[:2]])] == [0.1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,81 +251,117 @@ def test_the_sweep_chooses_fewest_steps_then_accuracy() -> None:
 @pytest.fixture
 def result() -> dict[str, Any]:
     """Muon at 100 to 500 steps; AdamW at 600 to 800, and twice never."""
-    tuning = [
-        run_of(name, lr=lr, weight_decay=wd) for name in ("adamw", "muon") for lr in (0.1, 0.2, 0.3) for wd in (1, 2)
-    ]
     steps = {"adamw": (600, 700, 800, None, None), "muon": (100, 200, 300, 400, 500)}
-    runs = [
-        run_of(name, sustained, seed=seed, lr=0.2 if name == "muon" else 0.3, weight_decay=1)
-        for name, of_seeds in steps.items()
-        for seed, sustained in enumerate(of_seeds)
-    ]
-    options = asdict(grokking.Options(max_steps=1000, sustain_steps=200))
-    return dict(options=options, device="none", tuning=tuning, runs=runs)
+    runs = [run_of(name, crossed, seed) for name, of_seeds in steps.items() for seed, crossed in enumerate(of_seeds)]
+    chosen = {"adamw": dict(lr=0.05, weight_decay=0.3, adam_weight_decay=0.1)}
+    chosen["muon"] = dict(lr=0.02, weight_decay=0.3, adam_weight_decay=0.1)
+    options = asdict(grokking.Options(max_steps=1000, seeds=(0, 1, 2, 3, 4)))
+    return dict(options=options, device="none", tuning=[], chosen={"main": chosen}, runs=runs)
 
 
 def test_the_table_says_what_the_runs_do(result: dict[str, Any]) -> None:
-    adamw, muon = findings.rows(result)
-    assert (adamw["sustained"], adamw["interval"], adamw["never"]) == ("800", "600 to never", "2/5")
-    assert (muon["sustained"], muon["interval"], muon["never"]) == ("300", "100 to 500", "0/5")
-    assert (muon["delay"], muon["memorised"], muon["ratio"]) == ("200", "100", "0.38")
-    assert (adamw["crossed"], muon["crossed"]) == ("750", "250")
-    assert (muon["p"], adamw["ratio"], adamw["p"]) == ("0.0079", "-", "-")
-    assert (adamw["lr"], muon["lr"], muon["decay"]) == ("0.3*", "0.2", "1*")
-    told = "\n".join(findings.remarks(result))
-    assert "muon over all 1 settings: before adamw in 1, after it in 0; stratified log-rank p = 0.00" in told
-    assert "0.38 (1)" in told and "with 5 seeds it covers 94% and p is 0.0079 or more" in told
-
-
-def test_the_table_in_brief(result: dict[str, Any]) -> None:
-    (row,) = findings.summary(result)
+    (row,) = findings.rows(result)
     assert row == {
-        "setting": "add, 80% of rows, width 128", "adamw": "750 / 800 (3 of 5)", "muon": "250 / 300 (5 of 5)",
-        "p, muon": "0.0079",
+        "task": "parity", "adamw": "100 / 800 / 850 (3 of 5)", "muon": "100 / 300 / 350",
+        "muon / adamw": "0.17 to 0.38", "interval": "to 0.67", "p (Holm)": "0.0079",
     }  # fmt: skip
+    told = "\n".join(findings.remarks(result))
+    assert "muon, tiny: before adamw in 1 tasks, after it in 0; stratified log-rank p = 0.0" in told
+    assert "covers 97% or more" in told and "chosen near an edge of its box: main, adamw: lr 0.05\n" in told + "\n"
+
+
+def test_a_part_may_count_to_another_milestone(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for run in result["runs"]:
-        run["crossed"] = run["sustained"] = None
-    (row,) = findings.summary(result)
-    assert (row["adamw"], row["muon"], row["p, muon"]) == ("never (0 of 5)", "never (0 of 5)", "-")
+        if run["settings"]["optimizer"] == "muon":
+            run["held"] = 400
+    plain = findings.verdicts(result, "muon")["main", "parity"]
+    monkeypatch.setitem(PARTS, "main", protocol.Part("tiny", milestone="held"))
+    held = findings.verdicts(result, "muon")["main", "parity"]
+    assert held.ratio.high == pytest.approx(400 / 650) and plain.ratio.high != held.ratio.high
+    assert held.ratio.low == 0 and held.ratio.most == pytest.approx(400 / 700)  # cut off: not held from 700 on
 
 
-def test_verdicts_are_adjusted_over_the_optimizers(result: dict[str, Any]) -> None:
-    muon = [run for run in result["runs"] if run["settings"]["optimizer"] == "muon"]
-    result["runs"] += [{**run, "settings": {**run["settings"], "optimizer": "aurora"}} for run in muon]
-    first, second = findings.verdicts(result)
-    assert first["p"] == second["p"] and float(first["holm"]) == pytest.approx(2 * float(first["p"]), rel=0.06)
+def test_p_values_are_adjusted_over_the_tasks_of_a_part(result: dict[str, Any]) -> None:
+    for run in list(result["runs"]):
+        for part, task in (("main", "add"), ("zero", "add")):
+            settings = {**run["settings"], "task": task}
+            result["runs"].append({**run, "part": part, "settings": settings})
+    found = findings.verdicts(result, "muon")
+    adjusted = [found[arm].adjusted for arm in (("main", "parity"), ("main", "add"), ("zero", "add"))]
+    assert adjusted == pytest.approx([2 / 126, 2 / 126, 1 / 126])
+    total = findings.overall(result, "muon")
+    assert total is not None
+    assert (total.num_known, total.before, total.after) == (0, 2, 0)
+    assert [row["task"] for row in findings.rows(result)] == ["parity", "add", f"add, {PARTS['zero'].text}"]
 
 
-def test_settings_are_told_apart_by_their_names() -> None:
-    differing: list[dict[str, Any]] = [
-        {}, {"width": 64}, {"batch_size": 64}, {"train_share": 0.4}, {"attention": "sparsemax"}, {"loss": "stablemax"}
-    ]  # fmt: skip
-    names = [findings.setting_name(run_of(**settings)) for settings in differing]
-    assert len(set(names)) == len(names)
-    assert names[0] == "add, 80% of rows, width 128"
+def test_over_the_tasks_the_ratio_is_a_geometric_mean(result: dict[str, Any]) -> None:
+    result["runs"] = [
+        run_of(name, steps * factor, seed, task=task)
+        for task, factor in (("add", 1), ("mul", 3))
+        for name, steps in (("adamw", 100), ("muon", 25 * factor))
+        for seed in range(5)
+    ]
+    total = findings.overall(result, "muon")
+    assert total is not None and total.num_known == 2
+    assert total.mean == pytest.approx((0.25 * 0.75) ** 0.5)
+    assert total.low < 0.01 and total.high > 4  # two tasks say little
+
+
+@pytest.mark.parametrize(
+    ("bounds", "ratio", "interval"),
+    [
+        ((0.5, 0.5, 0.4, 0.6), "0.50", "0.40 to 0.60"),
+        ((0, 0.3, 0, 0.4), "< 0.30", "to 0.40"),
+        ((3, math.inf, 2, math.inf), "> 3.00", "from 2.00"),
+        ((0.2, 0.3, 0, 0.4), "0.20 to 0.30", "to 0.40"),
+        ((0, math.inf, 0, math.inf), "?", "?"),
+    ],
+)
+def test_what_is_not_known_is_not_told(bounds: tuple[float, ...], ratio: str, interval: str) -> None:
+    found = Ratio(*bounds, coverage=0.95)
+    assert (findings.ratio_in_words(found), findings.interval_in_words(found)) == (ratio, interval)
+
+
+def test_what_became_of_generalised_runs(result: dict[str, Any]) -> None:
+    for lowest, last, crossed in ((0.99, 0.99, 100), (0.9, 0.96, 100), (0.3, 0.4, 100), (None, 0.2, None)):
+        run = run_of("muon", crossed, part="later", is_frozen=True)
+        result["runs"].append({**run, "lowest_after": lowest, "curves": dict(train_accuracy=[1], val_accuracy=[last])})
+    (row,) = findings.later_rows(result)
+    assert list(row.values()) == ["muon", "parity", "frozen", "4", "3", "2", "1", "1"]
+    assert len(findings.rows(result)) == 1  # those are of other steps
+
+
+def test_a_kept_run_has_what_is_not_the_default() -> None:
+    run = {**run_of("sgd", 300, seed=3, width=32), "device": "a", "git_commit": "b"}
+    run["curves"] = dict(train_accuracy=[0.12345, 0.2, 0.3], val_accuracy=[0.5, 0.6, 0.7])
+    kept = findings.thinned(run)
+    assert findings.settings_of(kept) == findings.settings_of(run)
+    assert kept["settings"].keys() == {"task", "optimizer", "seed", "width", "max_steps"}
+    assert kept["curves"] == dict(train_accuracy=[0.123, 0.3], val_accuracy=[0.5, 0.7])
+    assert not {"device", "git_commit"} & kept.keys()
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--tasks", "pow"], "tasks = 'pow' must be one of add, sub"),
+        (["--parts", "half"], "parts = 'half' must be one of main, published"),
         (["--optimizers", "lion"], "optimizers = 'lion' must be one of adamw"),
         (["--preset=slow"], "must be one of quick, full"),
         (["--preset", "slow"], "must be one of quick, full"),
-        (["--seeds", "100"], "overlap"),
-        (["--widths", "100"], "even number times heads"),
-        (["--max_steps", "300"], "more than sustain_steps"),
-        (["--lrs=4"], "must be <= 3"),
-        (["--losses"], "--losses has no value"),
+        (["--seeds", "100"], "have the tuning_seed"),
+        (["--seeds"], "--seeds has no value"),
         (["--seeds", "1", "1"], "each once"),
-        (["--attentions", "softmax", "softmax"], "each once"),
-        (["--max_steps", "305"], "multiple of 10"),
-        (["--heads=0"], "must be >= 1"),
-        (["--depth=-1"], "must be >= 1"),
-        (["--widths", "0"], "must be >= 2"),
+        (["--parts", "main", "main"], "each once"),
+        (["--max_steps", "305"], "multiple of 20"),
+        (["--candidates=0"], "must be >= 1"),
         (["--jobs=-1"], "must be >= 0"),
-        (["--adam_lr=nan"], "must be >= 0"),
         (["--seeds", str(2**64)], "must be <= 4611686018427387904"),
+        (["--preset=full", "--parts", "later"], "goes on from what main chose"),
+        (["--preset=full", "--parts", "main", "later", "--optimizers", "muon"], "goes on from what main chose"),
+        (["--preset=full", "--parts", "batch", "--tasks", "add"], "no part that was named has any"),
+        (["--preset=full", "--parts", "batch", "--optimizers", "sgd"], "no part that was named has any"),
         (["--draw", "nothing.json"], "nothing.json"),
         (["--draw", str(ROOT / "experiments/results/row_norms.json")], "not a result of this experiment"),
     ],
@@ -323,7 +382,8 @@ def test_a_plan_is_told_and_not_started_without_a_yes(
     command = [word for word in SMALL if word != "--yes"]
     assert grokking.main([*command, f"--out={tmp_path}"]) == 2
     errors = capsys.readouterr().err
-    assert "4 runs to tune 2 optimizers and settings, 4 runs to report; 0 are done" in errors
+    told = f"{NUM_TUNING} runs to choose settings in 3 rounds, {NUM_REPORTED} runs to report; 0 are done"
+    assert told in errors
     assert "at most" in errors and "--yes" in errors
     assert not list(tmp_path.iterdir())
 

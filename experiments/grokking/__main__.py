@@ -99,10 +99,23 @@ def parts_of(options: Options) -> dict[str, Part]:
     return found
 
 
+def choosing(options: Options) -> list[tuple[str, Part, str]]:
+    """Every part that chooses settings, or whose choice another takes, with each of its optimizers."""
+    wanted = parts_of(options)
+    sources = {part.chosen_in for part in wanted.values()}
+    return [
+        (name, part, optimizer)
+        for name, part in PARTS.items()
+        if not part.chosen_in and (name in wanted or name in sources)
+        for optimizer in part.optimizers
+        if optimizer in options.optimizers
+    ]
+
+
 def choose(options: Options, run: Callable[[list[Settings], str], Known]) -> tuple[Chosen, list[dict[str, Any]]]:
     """Halve the settings of every part and optimizer: the best of each, and all runs with the part of each. `run` gives
     the runs of settings; what it lacks ends the halving early."""
-    arms_of = [(name, part, optimizer) for name, part in parts_of(options).items() for optimizer in part.optimizers]
+    arms_of = choosing(options)
     left = {(name, optimizer): protocol.candidates(optimizer, options.candidates) for name, _, optimizer in arms_of}
     tuning: list[dict[str, Any]] = []
     for rung, steps in enumerate(RUNGS):
@@ -132,7 +145,7 @@ def reported(options: Options, chosen: Chosen) -> dict[str, list[Settings]]:
             each
             for optimizer in part.optimizers
             for each in protocol.reported_runs(
-                part, optimizer, chosen[name][optimizer], options.seeds, max_steps=options.max_steps
+                part, optimizer, chosen[part.chosen_in or name][optimizer], options.seeds, max_steps=options.max_steps
             )
         ]
         for name, part in parts_of(options).items()
@@ -150,13 +163,13 @@ def cost(options: Options, jobs: int, known: Known) -> list[str]:
     tuning: list[Settings] = []
     number = options.candidates
     for rung in range(len(RUNGS)):
-        for part in parts_of(options).values():
-            for optimizer in part.optimizers:
-                tried = protocol.candidates(optimizer, number)
-                tuning += protocol.rung_runs(part, optimizer, tried, rung, options.tuning_seed)
+        for _, part, optimizer in choosing(options):
+            tried = protocol.candidates(optimizer, number)
+            tuning += protocol.rung_runs(part, optimizer, tried, rung, options.tuning_seed)
         number = protocol.num_kept(number, rung)
-    any_choice = {name: {each: protocol.candidates(each, 1)[0] for each in part.optimizers}
-                  for name, part in parts_of(options).items()}  # fmt: skip
+    any_choice: Chosen = {}
+    for name, _, optimizer in choosing(options):
+        any_choice.setdefault(name, {})[optimizer] = protocol.candidates(optimizer, 1)[0]
     to_report = [run for runs in reported(options, any_choice).values() for run in runs]
     left: dict[Settings, int] = {}  # steps by kind
     stack_of: dict[Settings, list[Settings]] = {}

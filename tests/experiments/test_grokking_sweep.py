@@ -208,8 +208,8 @@ def test_the_full_preset_is_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {name: dict.fromkeys(part.optimizers, any_choice) for name, part in PARTS.items()}
     found = {name: len(set(runs)) for name, runs in grokking.reported(options, chosen).items()}
     assert found["main"] == 7 * 6 * 6
-    assert (found["published"], found["held"], found["mul" if "mul" in found else "zero"]) == (72, 36, 24)
-    assert found.keys() == {*PARTS, "later"} and found["later"] == 54
+    assert (found["published"], found["held"], found["zero"], found["full_batch"]) == (72, 36, 24, 12)
+    assert found.keys() == {*PARTS, "later"} and found["later"] == 27
     grokking.check(options)
     grokking.check(grokking.QUICK)
 
@@ -228,6 +228,14 @@ def test_parts_have_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         "main": (("add", "div"), ("muon", "sgd")), "held": (("add", "div"), ("muon",))
     }  # fmt: skip
     assert found["main"].tuned_on == ("add", "mul")
+
+
+def test_a_part_may_take_the_choice_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    options = grokking.Options(parts=("full_batch",), optimizers=("muon", "sgd"), seeds=(1,))
+    assert [(name, optimizer) for name, _, optimizer in grokking.choosing(options)] == [("width", "muon")]
+    (run,) = grokking.reported(options, {"width": {"muon": dict.fromkeys(protocol.TUNED, 0.7)}})["full_batch"]
+    assert (run.task, run.batch_size, run.width, run.lr) == ("add", 0, 128, 0.7)
 
 
 def run_of(

@@ -12,13 +12,13 @@ reported seeds and all tasks of the part. Embedding and head are on AdamW in all
 tuned. What is compared is the number of steps until validation accuracy is first at 95%; when the training rows were
 memorised (99%), and when 95% was held for 300 steps, is told beside it (train.py).
 
-The comparison is a ratio of steps to AdamW's, with an exact interval for each task; p is of a log-rank test by
-permutation, Holm-adjusted over the tasks of a part (survival.py). A seed means the same split, batches and weights for
-all optimizers. `later` trains what has generalised on, around the chosen settings of AdamW and Muon. All of this was
-written before any reported run; trial runs had seeds 0 and 50.
+The comparison is a ratio of steps to AdamW's, with an interval for each task, given the settings that were chosen; p is
+of a rank test by permutation, Holm-adjusted over the tasks of a part (survival.py). A seed means the same split,
+batches and weights for all optimizers. `later` trains what has generalised on, around the chosen settings of AdamW and
+Muon. All of this was written before any reported run; trial runs had seeds 0 and 50 to 52.
 
 OUT/runs.jsonl holds every run that has ended: the same command goes on from there, and another one with the same OUT
-uses those runs that it needs as well. OUT/result.json and OUT/result.png are written at the end. --draw prints the
+takes those runs that it needs from it. OUT/result.json and OUT/result.png are written at the end. --draw prints the
 table of a result.json and draws its figure again, --table prints what there is so far of the runs that are asked for.
 Exit status: 0 done, 1 a process was killed, 2 a mistake in what was asked for, 130 interrupted.
 """
@@ -38,12 +38,13 @@ from data.files import check_writable, user_path, write_json
 from experiments import arms
 from experiments.arms import confirm, duration, names_of
 from experiments.grokking import findings, protocol
-from experiments.grokking.pool import Store, place, read_runs, run_all
+from experiments.grokking.pool import Store, machine_name, read_runs, run_all
 from experiments.grokking.protocol import BOXES, LATER, PAIR, PARTS, RUNGS, Part
 from experiments.grokking.tasks import TASKS
 from experiments.grokking.train import Settings, seconds_per_step, stacks
 from harness.machine import versions
 from harness.tables import align
+from optim.polar import fast_half_dtype
 
 Known = Mapping[Settings, dict[str, Any]]
 Chosen = dict[str, dict[str, dict[str, float]]]  # by part and optimizer
@@ -78,12 +79,14 @@ def check(options: Options) -> None:
     for key, values in vars(options).items():
         if isinstance(values, tuple) and (not values or len(set(values)) < len(values)):
             raise ValueError(f"{key} = {' '.join(map(str, values)) or 'nothing'}: name at least one, and each once")
-    if options.max_steps % Settings.look_every:
-        raise ValueError(f"max_steps = {options.max_steps} must be a multiple of {Settings.look_every}")
+    if options.max_steps % Settings.eval_every:
+        raise ValueError(f"max_steps = {options.max_steps} must be a multiple of {Settings.eval_every}")
     if options.tuning_seed in options.seeds:
         raise ValueError(f"seeds {options.seeds} have the tuning_seed = {options.tuning_seed}; report other seeds")
     if LATER in options.parts and not ("main" in options.parts and {*PAIR} <= {*options.optimizers}):
         raise ValueError(f"parts: {LATER} goes on from what main chose for {' and '.join(PAIR)}; name these as well")
+    if LATER in options.parts and not {*protocol.LATER_TASKS} & {*options.tasks}:
+        raise ValueError(f"parts: {LATER} is of {' and '.join(protocol.LATER_TASKS)} alone; name it among the tasks")
     if not set(options.parts) - {LATER} or not any(parts_of(options).values()):
         raise ValueError("tasks and optimizers: no part that was named has any of them; --help says which there are")
 
@@ -151,7 +154,7 @@ def reported(options: Options, chosen: Chosen) -> dict[str, list[Settings]]:
         for name, part in parts_of(options).items()
     }
     if LATER in options.parts:
-        runs[LATER] = protocol.later_runs(chosen["main"], options.seeds[0])
+        runs[LATER] = protocol.later_runs(chosen["main"], options.seeds[0], options.tasks)
     return runs
 
 
@@ -189,8 +192,8 @@ def cost(options: Options, jobs: int, known: Known) -> list[str]:
     if step_s:
         least, highest = (f"{1000 * bound(step_s.values()):.0f}" for bound in (min, max))
         most = sum(left[kind] * seconds for kind, seconds in step_s.items()) / jobs
-        lines += [f"about {duration(most)} at most here ({place()}, {jobs} at once): {least} to {highest} ms per step, "
-                  f"{options.max_steps} steps in a run that never generalises"]  # fmt: skip
+        lines += [f"about {duration(most)} at most here ({machine_name()}, {jobs} at once): {least} to {highest} ms "
+                  f"per step, {options.max_steps} steps in a run that never generalises"]  # fmt: skip
     if not torch.cuda.is_available():
         lines.append("what it costs on a GPU is timed and said when the same command is started on one")
     return lines
@@ -215,6 +218,7 @@ def collect(options: Options, tuning: Sequence[dict[str, Any]], runs: Mapping[st
     of_parts = [dict(run, part=name) for name, found in runs.items() for run in found]
     return dict(
         options=dataclasses.asdict(options), **arms.origins((*tuning, *of_parts)), versions=versions(), chosen=chosen,
+        polar_dtype=str(fast_half_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch."),
         tuning=[findings.tuning_row(run) for run in tuning], runs=[findings.thinned(run) for run in of_parts],
     )  # fmt: skip
 

@@ -43,7 +43,7 @@ def sparsemax_threshold(z: Tensor) -> tuple[Tensor, Tensor]:
     sorted_z = z.sort(dim=-1, descending=True).values
     ranks = torch.arange(1, z.size(-1) + 1, dtype=z.dtype, device=z.device)
     sums = sorted_z.cumsum(-1)
-    num_support = (1 + ranks * sorted_z > sums).sum(-1, keepdim=True)
+    num_support = (1 + ranks * sorted_z > sums).sum(-1, keepdim=True).clamp_min(1)  # 0 of none that is finite
     tau = (sums.gather(-1, num_support - 1) - 1) / num_support
     return tau, z > tau
 
@@ -92,7 +92,7 @@ def norm(x: Tensor) -> Tensor:
     return rms_norm(x, is_fused=True)
 
 
-def times(x_RBQD: Tensor, weight_RMD: Tensor) -> Tensor:
+def product(x_RBQD: Tensor, weight_RMD: Tensor) -> Tensor:
     """Every model's own matrix, [R, B, Q, M]."""
     return (x_RBQD.flatten(1, -2) @ weight_RMD.mT).unflatten(1, x_RBQD.shape[1:-1])
 
@@ -136,14 +136,14 @@ class Decoders:
             else:
                 q_RBTHK, k_RBTHK, v_RBTHK = self.project(x_RBTD, qkv, self.position_T)
                 q_RBQHK, x_RBQD = q_RBTHK[:, :, asked], x_RBTD[:, :, asked]
-            x_RBQD = x_RBQD + times(self.attend(q_RBQHK, k_RBTHK, v_RBTHK), out)
-            gate, up = times(norm(x_RBQD), gate_up.flatten(1, 2)).chunk(2, dim=-1)
-            x_RBTD = x_RBQD + times(F.silu(gate) * up, down)
-        return times(norm(x_RBTD), weights["head.weight"][:, :num_classes])[:, :, -1]
+            x_RBQD = x_RBQD + product(self.attend(q_RBQHK, k_RBTHK, v_RBTHK), out)
+            gate, up = product(norm(x_RBQD), gate_up.flatten(1, 2)).chunk(2, dim=-1)
+            x_RBTD = x_RBQD + product(F.silu(gate) * up, down)
+        return product(norm(x_RBTD), weights["head.weight"][:, :num_classes])[:, :, -1]
 
     def project(self, x: Tensor, qkv_R3MD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [R, ..., H, K] as model.Attention has them, of x [R, ..., D] at these positions."""
-        products = times(norm(x), qkv_R3MD.flatten(1, 2)).unflatten(-1, (3, -1, self.config.head_dim))
+        products = product(norm(x), qkv_R3MD.flatten(1, 2)).unflatten(-1, (3, -1, self.config.head_dim))
         q, k, v = products.unbind(-3)
         cos, sin = self.cos_TK[position][:, None], self.sin_TK[position][:, None]
         return rotate(norm(q), cos, sin, is_fused=True), rotate(norm(k), cos, sin, is_fused=True), v

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +19,19 @@ from harness.figures import pyplot, save
 
 Run = dict[str, Any]
 Arm = tuple[str, str]  # part, task
-DEFAULTS = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
 
 
 def thinned(run: Run) -> Run:
-    """The run as it is kept in a file: settings that are not the default, and every second look."""
-    settings = {key: value for key, value in run["settings"].items() if DEFAULTS.get(key) != value}
+    """The run as it is kept in a file: with every second measurement, and without what the file says of all."""
     curves = {key: [round(value, 3) for value in values[::2]] for key, values in run["curves"].items()}
-    kept = {key: value for key, value in run.items() if key not in ("device", "git_commit")}
-    return {**kept, "settings": settings, "curves": curves}
+    return {**{key: value for key, value in run.items() if key not in ("device", "git_commit")}, "curves": curves}
 
 
 def tuning_row(run: Run) -> Run:
     """What is kept of a run that settings were chosen by."""
-    settings = Settings(**run["settings"])
-    told = {key: getattr(settings, key) for key in ("task", "optimizer", "max_steps", *TUNED)}
-    return dict(part=run["part"], **told, crossed=run["crossed"], best_val_accuracy=run["best_val_accuracy"])
+    settings = settings_of(run)
+    of_settings = {key: getattr(settings, key) for key in ("task", "optimizer", "max_steps", *TUNED)}
+    return {**of_settings, **{key: run[key] for key in ("part", "status", "crossed", "held", "best_val_accuracy")}}
 
 
 def settings_of(run: Run) -> Settings:
@@ -97,51 +93,62 @@ class Verdict(NamedTuple):
     """An optimizer against AdamW in one part and task."""
 
     ratio: Ratio
-    p: float | None  # None: no run got there
+    p: float | None  # None: no run of either got there
     adjusted: float | None  # Holm's, over the tasks of the part
 
 
 def verdicts(result: Run, optimizer: str) -> dict[Arm, Verdict]:
     arms = {arm: each for arm, each in arms_of(result).items() if BASELINE in each and optimizer in each}
     pairs = {arm: compared(arm, each, optimizer) for arm, each in arms.items()}
-    p_values = {arm: survival.logrank(*pair) for arm, pair in pairs.items()}
+    p_values = {arm: survival.rank_test(*pair) for arm, pair in pairs.items()}
     adjusted: dict[Arm, float] = {}
     for part in PARTS:
         adjusted |= holm({arm: p for arm, p in p_values.items() if arm[0] == part and p is not None})
     return {
-        arm: Verdict(survival.ratio(*pair, last_step(arm, arms[arm][optimizer])), p_values[arm], adjusted.get(arm))
+        arm: Verdict(
+            survival.ratio(*pair, last_step(arm, arms[arm][optimizer]), Settings.eval_every),
+            p_values[arm],
+            adjusted.get(arm),
+        )
         for arm, pair in pairs.items()
     }
 
 
 class Overall(NamedTuple):
-    """An optimizer against AdamW over the tasks of `main`."""
+    """An optimizer against AdamW over the tasks of `main` in which either came to 95%."""
 
-    num_known: int  # tasks whose ratio is known
-    mean: float  # the geometric mean of those ratios, with an interval over tasks
-    low: float
-    high: float
-    before: int  # of all tasks: those with a median before AdamW's, and after it
+    num_tasks: int
+    before: int  # tasks with a median before AdamW's, and after it
     after: int
-    p: float  # stratified log-rank test
+    least: float  # the geometric mean of the tasks' ratios lies between these
+    most: float
+    low: float  # its 95% interval over tasks; nan where a ratio is not known
+    high: float
+    p: float  # stratified rank test
 
 
 def overall(result: Run, optimizer: str) -> Overall | None:
     """None without anything to compare."""
-    found = {arm: each for arm, each in verdicts(result, optimizer).items() if arm[0] == "main"}
-    if not found:
+    of_tasks = {arm: each.ratio for arm, each in verdicts(result, optimizer).items()
+                if arm[0] == "main" and each.p is not None}  # fmt: skip
+    if not of_tasks:
         return None
-    logs = [math.log(each.ratio.least) for each in found.values() if 0 < each.ratio.least == each.ratio.most]
-    mean, half = (statistics.fmean(logs) if logs else math.nan), math.nan
-    if len(logs) > 1:
-        half = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
-    by_arm = arms_of(result)
-    strata = [compared(arm, by_arm[arm], optimizer) for arm in found]
+    by_arm, ratios = arms_of(result), list(of_tasks.values())
+    least, most = (geometric_mean([getattr(each, end) for each in ratios]) for end in ("least", "most"))
+    low = high = math.nan
+    if len(ratios) > 1 and least == most:
+        half = float(stats.t.ppf(0.975, len(ratios) - 1) * stats.sem([math.log(each.least) for each in ratios]))
+        low, high = least * math.exp(-half), least * math.exp(half)
+    strata = [compared(arm, by_arm[arm], optimizer) for arm in of_tasks]
     medians = [(median(mine), median(other)) for mine, other in strata]
-    return Overall(
-        len(logs), math.exp(mean), math.exp(mean - half), math.exp(mean + half),
-        sum(a < b for a, b in medians), sum(a > b for a, b in medians), survival.stratified_logrank(strata),
-    )  # fmt: skip
+    before, after = sum(a < b for a, b in medians), sum(a > b for a, b in medians)
+    p = survival.stratified_rank_test(strata)
+    return Overall(len(ratios), before, after, least, most, low, high, p)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) if value else -math.inf for value in values]
+    return math.exp(statistics.fmean(logs))
 
 
 def rows(result: Run) -> list[dict[str, str]]:
@@ -167,56 +174,69 @@ def rows(result: Run) -> list[dict[str, str]]:
 
 
 def later_rows(result: Run) -> list[dict[str, str]]:
-    """What became of generalised runs that were trained on: a row for each optimizer and task, frozen or not."""
+    """What became of generalised runs that were trained on: a row for each optimizer and task, frozen or not. One that
+    diverged has lost it."""
     alike: dict[tuple[str, str, bool], list[Run]] = defaultdict(list)
     for run in result["runs"]:
         if run["part"] == LATER:
             settings = settings_of(run)
             alike[settings.optimizer, settings.task, settings.is_frozen].append(run)
-    found = []
+    rows = []
     for (optimizer, task, is_frozen), runs in alike.items():
-        crossed = [run for run in runs if run["crossed"] is not None]
-        found.append({
+        generalised = [run for run in runs if run["crossed"] is not None]
+        diverged = sum(run["status"] == "diverged" for run in generalised)
+        whole = [run for run in generalised if run["status"] != "diverged"]
+        lowest, last = ([run["lowest_after"] for run in whole], [run["curves"]["val_accuracy"][-1] for run in whole])
+        rows.append({
             "optimizer": optimizer, "task": task, "embedding and head": "frozen" if is_frozen else "trained",
-            "settings": str(len(runs)), "came to 95%": str(len(crossed)),
-            "fell below 95% again": str(sum(run["lowest_after"] < GENERALISED for run in crossed)),
-            "below 80%": str(sum(run["lowest_after"] < COLLAPSED for run in crossed)),
-            "below 95% at the end": str(sum(run["curves"]["val_accuracy"][-1] < GENERALISED for run in crossed)),
+            "settings": str(len(runs)), "came to 95%": str(len(generalised)),
+            "later below 95%": str(diverged + sum(accuracy < GENERALISED for accuracy in lowest)),
+            "later below 80%": str(diverged + sum(accuracy < COLLAPSED for accuracy in lowest)),
+            "below 95% at the end": str(diverged + sum(accuracy < GENERALISED for accuracy in last)),
         })  # fmt: skip
-    return found
+    return rows
 
 
 def edges(result: Run) -> list[str]:
-    """Chosen values in the lowest or highest tenth of a box (of its logarithm), where one beyond may be better."""
-    found = []
+    """Chosen values with fewer than two of those tried beyond them: a better one may lie there."""
+    at_edge = []
     for part, by_optimizer in result["chosen"].items():
         for optimizer, chosen in by_optimizer.items():
-            for key, (low, high) in zip(TUNED, BOXES[optimizer], strict=True):
-                place = math.log(chosen[key] / low) / math.log(high / low)
-                if not 0.1 < place < 0.9:
-                    found.append(f"{part}, {optimizer}: {key} {chosen[key]:g}")
-    return found
+            for key in TUNED:
+                tried = {row[key] for row in result["tuning"] if (row["part"], row["optimizer"]) == (part, optimizer)}
+                beyond = [sum(value < chosen[key] for value in tried), sum(value > chosen[key] for value in tried)]
+                if min(beyond) < 2:
+                    at_edge.append(f"{part}, {optimizer}: {key} {chosen[key]:g}")
+    return at_edge
 
 
 def remarks(result: Run) -> list[str]:
     """Lines below the table: what its columns are, the verdicts, and what was chosen at an edge."""
     options = result["options"]
     lines = [
-        f"steps: medians over {len(options['seeds'])} seeds; adamw, muon: memorised / first at 95% / held; -: not by "
-        f"step {options['max_steps']:,} in more than half of the runs",
+        f"steps: medians over {len(options['seeds'])} seeds; adamw, muon: memorised / first at 95% / held; -: more "
+        f"than half of the runs were not there by the end, which is step {options['max_steps']:,} or "
+        f"{Settings.hold_steps} steps of 95%",
     ]
-    if found := verdicts(result, PAIR[1]):
-        coverage = min(each.ratio.coverage for each in found.values())
-        lines.append(f"muon / adamw: ratio of steps to 95%, or of held 95%; its interval covers {coverage:.0%} or more")
-        lines.append("p: log-rank test by permutation, after Holm's correction over the tasks of a part")
+    if of_pair := verdicts(result, PAIR[1]):
+        coverage = min(each.ratio.coverage for each in of_pair.values())
+        lines.append(
+            "muon / adamw: ratio of steps to 95%, or to 95% held, for the settings that were chosen; the interval "
+            f"covers {coverage:.0%} or more"
+        )
+        lines.append(
+            "p: rank test by permutation, after Holm's correction over the tasks of a part, not over the parts"
+        )
     for optimizer in BOXES:
         if optimizer != BASELINE and (total := overall(result, optimizer)):
-            told = f"{optimizer}, {PARTS['main'].text}: before adamw in {total.before} tasks, after it in {total.after}"
-            if total.num_known:
-                told += f"; ratio {total.mean:.2f} over {total.num_known} tasks where it is known"
-            if total.num_known > 1:
-                told += f" (95% interval over tasks {total.low:.2f} to {total.high:.2f})"
-            lines.append(f"{told}; stratified log-rank p = {total.p:.2g}")
+            mean = ratio_in_words(Ratio(total.least, total.most, total.low, total.high, 0.95))
+            if not math.isnan(total.low):
+                mean += f" (95% interval over tasks {total.low:.2f} to {total.high:.2f})"
+            lines.append(
+                f"{optimizer} over {total.num_tasks} tasks, {PARTS['main'].text}: before adamw in {total.before}, "
+                f"after it in {total.after}; geometric mean of the ratios {mean}; stratified rank test p = "
+                f"{total.p:.2g}"
+            )
     for row in later_rows(result):
         lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))
     if at_edge := edges(result):
@@ -247,7 +267,7 @@ def _draw_curves(axis: Any, name: str, runs_of: dict[str, list[Run]]) -> None:
     for index, (optimizer, runs) in enumerate(runs_of.items()):
         for seed, run in enumerate(runs):
             curves, color, label = run["curves"], f"C{index}", None if seed else optimizer
-            step = np.arange(len(curves["val_accuracy"])) * 2 * settings_of(run).look_every
+            step = np.arange(len(curves["val_accuracy"])) * 2 * settings_of(run).eval_every
             axis.plot(step, curves["val_accuracy"], color=color, linewidth=1, label=label)
             axis.plot(step, curves["train_accuracy"], ":", color=color, linewidth=0.6, alpha=0.7)
     axis.set_title(name, fontsize=9)
@@ -260,10 +280,10 @@ def _draw_ratios(axis: Any, ratios: dict[str, Ratio]) -> None:
     """Ends that are not known reach to the frame."""
     finite = [x for each in ratios.values() for x in each if 0 < x < math.inf]
     low, high = min([*finite, 0.5]) / 1.3, max([*finite, 2.0]) * 1.3
-    for place, found in enumerate(ratios.values()):
-        axis.plot([max(low, found.low), min(high, found.high)], [place, place], color="C0", linewidth=1.5)
-        if found.least == found.most:
-            axis.plot(found.least, place, "o", color="C0")
+    for row, each in enumerate(ratios.values()):
+        axis.plot([max(low, each.low), min(high, each.high)], [row, row], color="C0", linewidth=1.5)
+        if each.least == each.most:
+            axis.plot(each.least, row, "o", color="C0")
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xlim(low, high)
@@ -272,5 +292,5 @@ def _draw_ratios(axis: Any, ratios: dict[str, Ratio]) -> None:
     axis.minorticks_off()
     axis.set_yticks(range(len(ratios)), ratios, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("Muon's steps to 95% validation accuracy as a share of AdamW's", fontsize=8)
+    axis.set_xlabel("Muon's steps to the milestone as a share of AdamW's", fontsize=8)
     axis.grid(alpha=0.3)

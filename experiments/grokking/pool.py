@@ -17,8 +17,8 @@ from experiments.grokking.train import Settings, stacks, train
 from harness.machine import device_name, git_commit
 
 
-def place() -> str:
-    """The name of what runs are computed on."""
+def machine_name() -> str:
+    """Of what runs are computed on."""
     return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -52,7 +52,7 @@ class Store:
         self.file.seek(0)
         text = self.file.read()
         self.file.truncate(text.rfind("\n") + 1)  # a line that was cut off; all of it is ASCII
-        self.origin = dict(device=place(), git_commit=git_commit())
+        self.origin = dict(device=machine_name(), git_commit=git_commit())
 
     def __enter__(self) -> "Store":
         return self
@@ -61,7 +61,10 @@ class Store:
         self.file.close()
 
     def add(self, run: dict[str, Any]) -> None:
+        """Unless it is there: another stack's last digits are others, and settings may have been chosen by these."""
         run = {**run, **self.origin}
+        if Settings(**run["settings"]) in self.runs:
+            return
         self.runs[Settings(**run["settings"])] = run
         print(json.dumps(run), file=self.file, flush=True)
 

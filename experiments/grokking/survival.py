@@ -1,9 +1,10 @@
 """Steps to an event that may not have come by the end of a run: medians, ratios with their intervals, and a test.
 
-All runs of a comparison end at the same step at the latest, so that a run without the event is known to be later than
-every run with it. With as few runs as here nothing is taken from a normal approximation (n = 3 against 3 apart comes
-out at p = 0.02 by the usual log-rank test, and cannot be below 0.1): intervals are order statistics, and p-values are
-over all divisions of the runs into two groups.
+All runs of a comparison end at the same step at the latest, so that a run without the event is later than every run
+with it, and ranks are known. With as few runs as here nothing is taken from a normal approximation: intervals are order
+statistics, and p-values are over divisions of the runs into two groups. Both take the groups for independent. Here runs
+of both share their seeds, so split, batches and weights at the start: where that makes them alike, intervals are wider
+and p-values larger than they need be.
 """
 
 import math
@@ -33,26 +34,29 @@ def median(times: Times) -> float:
     return statistics.median_low(math.inf if time is None else time for time in times)
 
 
-def ratio(times: Times, baseline: Times, last: float, confidence: float = 0.95) -> Ratio:
+def ratio(times: Times, baseline: Times, last: float, resolution: float = 0.0, confidence: float = 0.95) -> Ratio:
     """Hodges and Lehmann's estimate of a factor between two groups: the median of all ratios of a run's steps to a
     run's of the baseline, with the interval between the k-th lowest and the k-th highest of them, which inverts the
-    exact Mann-Whitney test; of few runs, that is lowest to highest, whatever that covers.
+    Mann-Whitney test; of few runs, that is lowest to highest, whatever that covers.
 
-    A run without the event has taken `last` steps or more: each ratio lies between two bounds, the lower end of the
-    interval is of the lower ones and the upper end of the upper ones.
+    A run without the event has taken `last` steps or more, and one with it up to `resolution` fewer than it was seen
+    after. Each ratio lies between two bounds: the interval's ends are of the lower and of the upper ones. The estimate
+    is of the steps as they were seen.
     """
-    lower, upper = [], []
-    for mine in times:
-        for other in baseline:
-            lower.append(0.0 if other is None else (last if mine is None else mine) / other)
-            upper.append(math.inf if mine is None else mine / (last if other is None else other))
-    lower.sort()
-    upper.sort()
+    bounds = [(_bounds(mine, last, 0), _bounds(other, last, 0)) for mine in times for other in baseline]
+    wide = [(_bounds(mine, last, resolution), _bounds(other, last, resolution)) for mine in times for other in baseline]
     n, m = len(times), len(baseline)
     tails = [2 * sum(num_splits(n, m, u) for u in range(k)) / math.comb(n + m, n) for k in range(1, n * m // 2 + 1)]
     k = max((k for k, tail in enumerate(tails, start=1) if tail <= 1 - confidence + 1e-12), default=1)
-    covered = 1 - (tails[k - 1] if tails else 1.0)
-    return Ratio(statistics.median(lower), statistics.median(upper), lower[k - 1], upper[-k], covered)
+    low = sorted(mine[0] / other[1] for mine, other in wide)[k - 1]
+    high = sorted(mine[1] / other[0] for mine, other in wide)[-k]
+    least, most = (statistics.median(mine[end] / other[1 - end] for mine, other in bounds) for end in (0, 1))
+    return Ratio(least, most, low, high, 1 - tails[k - 1] if tails else 0.0)
+
+
+def _bounds(time: float | None, last: float, resolution: float) -> tuple[float, float]:
+    """The steps that a run has taken, at least and at most. The least is not 0, to be divided by."""
+    return (last, math.inf) if time is None else (max(time - resolution, 1e-9), time)
 
 
 @cache
@@ -63,36 +67,31 @@ def num_splits(n: int, m: int, u: int) -> int:
     return num_splits(n - 1, m, u - m) + num_splits(n, m - 1, u)
 
 
-def logrank(times: Times, baseline: Times) -> float | None:
-    """Two-sided p-value of the log-rank test over all permutations, or 9999 of them; None: nothing was seen."""
-    scores = logrank_scores(times, baseline)
-    if not scores.any():
+def rank_test(times: Times, baseline: Times) -> float | None:
+    """Two-sided p-value of the Mann-Whitney test over all permutations, or 9999 of them; None without any event."""
+    if not any(time is not None for time in (*times, *baseline)):
         return None
+    scores = rank_scores(times, baseline)
     groups = scores[: len(times)], scores[len(times) :]
-    found = stats.permutation_test(groups, lambda x, y, axis: x.sum(axis) - y.sum(axis), vectorized=True, rng=0)
-    return float(found.pvalue)
+    result = stats.permutation_test(groups, lambda x, y, axis: x.sum(axis) - y.sum(axis), vectorized=True, rng=0)
+    return float(result.pvalue)
 
 
-def logrank_scores(times: Times, baseline: Times) -> np.ndarray:
-    """A score for each run, `times` first: 1 for its event less the pooled cumulative hazard up to its end.
-
-    Their sum over a group is the events observed there minus those expected; their sum over both is 0.
-    """
-    pooled = np.array([math.inf if time is None else time for time in (*times, *baseline)])
-    seen = np.unique(pooled[np.isfinite(pooled)])
-    hazard = np.array([(pooled == step).sum() / (pooled >= step).sum() for step in seen])
-    return np.isfinite(pooled) - np.array([np.sum(hazard, where=seen <= time) for time in pooled])
+def rank_scores(times: Times, baseline: Times) -> np.ndarray:
+    """The rank of each run, `times` first, less their mean; runs without the event are last and alike."""
+    ranks = stats.rankdata([math.inf if time is None else time for time in (*times, *baseline)])
+    return np.asarray(ranks - ranks.mean())
 
 
-def stratified_logrank(strata: Sequence[tuple[Times, Times]], draws: int = 9999) -> float:
+def stratified_rank_test(strata: Sequence[tuple[Times, Times]], draws: int = 9999) -> float:
     """Two-sided p-value of one question asked in several settings, each a (times, baseline).
 
-    The settings' observed minus expected events are added up; runs change groups within their setting alone, in
-    `draws` random permutations, so that p is 1 / (draws + 1) at least.
+    The settings' sums of ranks are added up; runs change groups within their setting alone, in `draws` random
+    permutations, so that p is 1 / (draws + 1) at least.
     """
     rng, observed, drawn = np.random.default_rng(0), 0.0, np.zeros(draws)
     for times, baseline in strata:
-        scores = logrank_scores(times, baseline)
+        scores = rank_scores(times, baseline)
         observed += scores[: len(times)].sum()
         drawn += rng.permuted(np.tile(scores, (draws, 1)), axis=1)[:, : len(times)].sum(1)
     return float(((np.abs(drawn) >= abs(observed) - 1e-9).sum() + 1) / (draws + 1))

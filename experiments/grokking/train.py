@@ -1,19 +1,19 @@
 """A stack of runs: decoders on one task, trained side by side until each has generalised and held it, or its steps are
 used up.
 
-Steps are counted, not seconds. `memorised` is the first look at which the training rows are at 99% accuracy, `crossed`
-the first with the validation rows at 95%, whatever the training rows are at, `held` the first from which they stay at
-95% for `hold_steps`. What has not happened when a run ends is censored, not missing: it is later than the last step at
-which it could have been seen.
+Steps are counted, not seconds. `memorised` is the first measurement at which the training rows are at 99% accuracy,
+`crossed` the first with the validation rows at 95%, whatever the training rows are at, `held` the first from which they
+stay at 95% for `hold_steps`. What has not happened when a run ends is censored, not missing: it is later than the last
+step at which it could have been seen.
 
 Runs of a stack share task, shape and optimizer; rates, decays and seed are each run's own. Only the gradient couples an
-optimizer here to the weights, so one with a rate of 1 and no decay moves a stack of zeros instead, which is the negated
+optimizer here to the weights, so one with a rate of 1 and no decay updates a stack of zeros instead, to the negated
 update, and each run takes its own share of that:
 
-    W <- (1 - lr * weight_decay) * W + lr * move
+    W <- (1 - lr * weight_decay) * W - lr * update
 
-The decay of sgd and rmsprop is torch's for them: added to the gradient. A run that has ended leaves the stack; one that
-diverges is zeroed before it does, and no other run sees it.
+The decay of sgd and rmsprop is torch's for them: added to the gradient. A run that has ended leaves the stack; so does
+one whose gradient is not finite, at the next measurement, and until then its gradients are zero.
 """
 
 import math
@@ -60,10 +60,10 @@ class Settings:
     width: int = 64
     heads: int = 4
     stop: Literal["crossed", "held", "never"] = "held"  # when a run ends before max_steps
-    is_frozen: bool = False  # embedding and head stay as they are once a look has seen 95%
+    is_frozen: bool = False  # embedding and head stay as they are once validation accuracy has been at 95%
     max_steps: int = 2500
     hold_steps: int = 300
-    look_every: int = 20  # steps
+    eval_every: int = 20  # steps
     warmup_steps: int = 10
     adam_lr: float = 0.01  # embedding and head
 
@@ -79,23 +79,23 @@ class Member:
 
     settings: Settings
     batches: Iterator[Tensor]
-    measured: tuple[Tensor, ...]  # rows of the training and of the validation part
-    looks: list["Look"] = field(default_factory=list)
+    eval_rows: tuple[Tensor, ...]  # of the training and of the validation part
+    measurements: list["Measurement"] = field(default_factory=list)
     has_diverged: bool = False
 
     @property
     def has_crossed(self) -> bool:
-        return any(look.val_accuracy >= GENERALISED for look in self.looks)
+        return any(each.val_accuracy >= GENERALISED for each in self.measurements)
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     step: int
     train_accuracy: float
     val_accuracy: float
 
 
-def shape(settings: Settings) -> ModelConfig:
+def model_config(settings: Settings) -> ModelConfig:
     """The model. normal: 0.5 / sqrt(fan-in) for output projections, as input matrices have, and 0.02 for the head."""
     config = ModelConfig(
         vocab_size=VOCAB_SIZE, num_layers=settings.depth, num_heads=settings.heads,
@@ -113,25 +113,26 @@ def rows_of(task: str, device: torch.device) -> Rows:
 
 
 class Stack:
-    """Models and optimizers of runs of one kind. `weights` and `moves` are by name, [R, ...]."""
+    """Models and optimizers of runs of one kind. `weights` are by name, [R, ...], and so are `updates`: what the
+    optimizers move, zero between steps."""
 
     def __init__(self, runs: Sequence[Settings], device: torch.device) -> None:
         self.kind, self.device, self.rows = runs[0].kind, device, rows_of(runs[0].task, device)
-        config = shape(self.kind)
+        config = model_config(self.kind)
         self.decoders = Decoders(config, self.rows.inputs, self.kind.attention, self.kind.is_causal)
         self.weights = stacked_weights(config, [run.seed for run in runs], device)
-        self.members = [self.join(run) for run in runs]
-        self.moves = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.optimizers = build_optimizers(self.kind.optimizer, self.moves)
+        self.members = [self.member(run) for run in runs]
+        self.updates = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.optimizers = build_optimizers(self.kind.optimizer, self.updates)
 
-    def join(self, settings: Settings) -> Member:
+    def member(self, settings: Settings) -> Member:
         generator = torch.Generator().manual_seed(settings.seed)
         train_rows, val_rows = split(len(self.rows.targets), settings.train_share, generator)
-        measured = (rows[:ROWS_MEASURED].to(self.device) for rows in (train_rows, val_rows))
-        return Member(settings, batches(train_rows, settings.batch_size, generator), tuple(measured))
+        eval_rows = (rows[:ROWS_MEASURED].to(self.device) for rows in (train_rows, val_rows))
+        return Member(settings, batches(train_rows, settings.batch_size, generator), tuple(eval_rows))
 
-    def column(self, key: str, like: Tensor) -> Tensor:
-        """A setting of every run, to be multiplied with a tensor [R, ...]."""
+    def per_run(self, key: str, like: Tensor) -> Tensor:
+        """A setting of every run, [R, 1, ...] of as many dimensions as `like`."""
         values = [getattr(member.settings, key) for member in self.members]
         return torch.tensor(values, dtype=like.dtype, device=self.device).view(-1, *[1] * (like.ndim - 1))
 
@@ -145,30 +146,30 @@ class Stack:
         """One step of every run; `warmup` multiplies all rates."""
         rows_RB = torch.stack([next(member.batches) for member in self.members]).to(self.device)
         self.losses(rows_RB).sum().backward()
-        self.drop_diverged()
+        self.silence_diverged()
         with torch.no_grad():
             is_coupled = self.kind.optimizer in COUPLED
             for name, weight in self.weights.items():
-                gradient = self.moves[name].grad = weight.grad
+                gradient = self.updates[name].grad = weight.grad
                 if is_coupled and is_matrix(name) and gradient is not None:
-                    gradient.addcmul_(self.column("weight_decay", weight), weight)
+                    gradient.addcmul_(self.per_run("weight_decay", weight), weight)
             for optimizer in self.optimizers:
                 optimizer.step()
             for name, weight in self.weights.items():
-                rates = warmup * self.column("lr" if is_matrix(name) else "adam_lr", weight)
+                rates = warmup * self.per_run("lr" if is_matrix(name) else "adam_lr", weight)
                 if not is_matrix(name) and self.kind.is_frozen:
                     is_free = [not member.has_crossed for member in self.members]
                     rates *= torch.tensor(is_free, device=self.device).view_as(rates)
                 if not (is_coupled and is_matrix(name)):
-                    decays = self.column("weight_decay" if is_matrix(name) else "adam_weight_decay", weight)
+                    decays = self.per_run("weight_decay" if is_matrix(name) else "adam_weight_decay", weight)
                     weight.mul_(1 - rates * decays)
-                weight.addcmul_(rates, self.moves[name])
-                self.moves[name].zero_()
+                weight.addcmul_(rates, self.updates[name])
+                self.updates[name].zero_()
                 weight.grad = None
 
     @torch.no_grad()
-    def drop_diverged(self) -> None:
-        """Zero weights and gradients of runs whose gradient is not finite."""
+    def silence_diverged(self) -> None:
+        """Mark runs whose gradient is not finite, and zero their weights and gradients."""
         norms = [weight.grad.flatten(1).norm(dim=1) for weight in self.weights.values() if weight.grad is not None]
         is_sound = torch.stack(norms).isfinite().all(0)
         if is_sound.all():
@@ -181,24 +182,24 @@ class Stack:
                 values.masked_fill_(~is_sound.view(-1, *[1] * (weight.ndim - 1)), 0)
 
     @torch.no_grad()
-    def look(self, step: int) -> None:
+    def measure(self, step: int) -> None:
         """Accuracy of every run on the first rows of either part, whose order is random."""
         accuracies = []
-        for parts in zip(*(member.measured for member in self.members), strict=True):
+        for parts in zip(*(member.eval_rows for member in self.members), strict=True):
             rows_RB = torch.stack(parts)
             logits = self.decoders(self.weights, rows_RB, self.rows.num_classes)
             accuracies.append((logits.argmax(-1) == self.rows.targets[rows_RB]).float().mean(1).tolist())
-        for member, *found in zip(self.members, *accuracies, strict=True):
-            member.looks.append(Look(step, *found))
+        for member, *of_run in zip(self.members, *accuracies, strict=True):
+            member.measurements.append(Measurement(step, *of_run))
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, indices: Sequence[int]) -> None:
         """Go on with these runs alone."""
-        kept = torch.tensor(places, device=self.device)
+        kept = torch.tensor(indices, device=self.device)
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        self.members = [self.members[place] for place in places]
+        self.members = [self.members[index] for index in indices]
         self.weights = {name: w.detach()[kept].requires_grad_() for name, w in self.weights.items()}
-        self.moves = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.optimizers = build_optimizers(self.kind.optimizer, self.moves)
+        self.updates = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.optimizers = build_optimizers(self.kind.optimizer, self.updates)
         for optimizer, saved in zip(self.optimizers, states, strict=True):
             for state in saved["state"].values():  # of [R, ...], but for torch's count of steps
                 state.update({key: value[kept] for key, value in state.items() if value.ndim})
@@ -209,12 +210,12 @@ def is_matrix(name: str) -> bool:
     return name.startswith("blocks.")
 
 
-def build_optimizers(name: str, moves: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
+def build_optimizers(name: str, updates: Mapping[str, Tensor]) -> list[torch.optim.Optimizer]:
     """The optimizer of the matrices and AdamW for embedding and head, at a rate of 1 and without decay."""
     config = Config(matrix_optimizer=name, adam_betas=(0.9, 0.98), adam_eps=1e-8)
     make = TORCH_OPTIMIZERS.get(name) or partial(rule_optimizer, find_rule(name))
     groups: dict[bool, list[tuple[str, Tensor]]] = {True: [], False: []}
-    for each in moves.items():
+    for each in updates.items():
         groups[is_matrix(each[0])].append(each)
     plain: dict[str, Any] = dict(lr=1.0, weight_decay=0.0)
     matrices = dict(params=groups[True], flatten=False, **plain)  # leading dimensions are matrices beside each other
@@ -230,15 +231,15 @@ def train(runs: Sequence[Settings]) -> list[dict[str, Any]]:
     stack, results, start = Stack(runs, device), dict[Settings, dict[str, Any]](), time.perf_counter()
     run_steps = 0
     for step in range(stack.kind.max_steps + 1):
-        if step % stack.kind.look_every == 0 or step == stack.kind.max_steps:
-            stack.look(step)
-            ended = [place for place, member in enumerate(stack.members) if has_ended(member, step)]
-            for member in (stack.members[place] for place in ended):
+        if step % stack.kind.eval_every == 0 or step == stack.kind.max_steps:
+            stack.measure(step)
+            ended = [index for index, member in enumerate(stack.members) if has_ended(member, step)]
+            for member in (stack.members[index] for index in ended):
                 results[member.settings] = outcome(member, step)
             if len(ended) == len(stack.members):
                 break
             if ended:
-                stack.keep([place for place in range(len(stack.members)) if place not in ended])
+                stack.keep([index for index in range(len(stack.members)) if index not in ended])
         stack.step(min(1.0, (step + 1) / stack.kind.warmup_steps))
         run_steps += len(stack.members)
     seconds = (time.perf_counter() - start) / max(1, run_steps)
@@ -249,16 +250,16 @@ def has_ended(member: Member, step: int) -> bool:
     settings = member.settings
     if member.has_diverged or step == settings.max_steps:
         return True
-    return settings.stop != "never" and milestones(member.looks, settings.hold_steps)[settings.stop] is not None
+    return settings.stop != "never" and milestones(member.measurements, settings.hold_steps)[settings.stop] is not None
 
 
 def outcome(member: Member, step: int) -> dict[str, Any]:
-    """A look at a run that has diverged is of zeros, and left out."""
-    looks = member.looks[:-1] if member.has_diverged else member.looks
+    """Without the measurement after a run has diverged, which means nothing."""
+    kept = member.measurements[:-1] if member.has_diverged else member.measurements
     status = "diverged" if member.has_diverged else "ended"
-    curves = {key: [round(getattr(look, key), 4) for look in looks] for key in ("train_accuracy", "val_accuracy")}
-    told = milestones(looks, member.settings.hold_steps)
-    return dict(settings=asdict(member.settings), status=status, steps=step, **told, curves=curves)
+    curves = {key: [round(getattr(each, key), 4) for each in kept] for key in ("train_accuracy", "val_accuracy")}
+    steps_of = milestones(kept, member.settings.hold_steps)
+    return dict(settings=asdict(member.settings), status=status, steps=step, **steps_of, curves=curves)
 
 
 def stacks(runs: Sequence[Settings]) -> list[list[Settings]]:
@@ -276,7 +277,7 @@ def stacks(runs: Sequence[Settings]) -> list[list[Settings]]:
 
 
 def seconds_per_step(runs: Sequence[Settings], steps: int = 5) -> float:
-    """Wall-clock seconds per step and run of a stack, its looks included."""
+    """Wall-clock seconds per step and run of a stack, its measurements included."""
     train([replace(run, max_steps=1) for run in runs])  # sets up
     return train([replace(run, max_steps=steps) for run in runs])[0]["seconds_per_step"]
 
@@ -295,21 +296,21 @@ def batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterat
         order = order[batch_size:]
 
 
-def milestones(looks: Sequence[Look], hold_steps: int) -> dict[str, Any]:
+def milestones(curve: Sequence[Measurement], hold_steps: int) -> dict[str, Any]:
     """Milestones of a curve: the three steps above (None: not seen), validation accuracy when the training rows were
     memorised and at its best, the lowest after it had crossed, and whether that was a collapse, below 80%.
 
     With stop = "held" a run is not watched longer than it takes to see 95% held: later collapses are not seen.
     """
-    memorised = next((look for look in looks if look.train_accuracy >= MEMORISED), None)
-    crossed = next((look.step for look in looks if look.val_accuracy >= GENERALISED), None)
-    groups = groupby(looks, lambda look: look.val_accuracy >= GENERALISED)
-    spans = [[look.step for look in group] for is_up, group in groups if is_up]
+    memorised = next((each for each in curve if each.train_accuracy >= MEMORISED), None)
+    crossed = next((each.step for each in curve if each.val_accuracy >= GENERALISED), None)
+    groups = groupby(curve, lambda each: each.val_accuracy >= GENERALISED)
+    spans = [[each.step for each in group] for is_up, group in groups if is_up]
     held = next((steps[0] for steps in spans if steps[-1] - steps[0] >= hold_steps), None)
-    after = [look.val_accuracy for look in looks if crossed is not None and look.step >= crossed]
+    after = [each.val_accuracy for each in curve if crossed is not None and each.step >= crossed]
     return dict(
         memorised=memorised.step if memorised else None, crossed=crossed, held=held,
         val_when_memorised=round(memorised.val_accuracy, 4) if memorised else None,
-        best_val_accuracy=round(max((look.val_accuracy for look in looks), default=0.0), 4),
+        best_val_accuracy=round(max((each.val_accuracy for each in curve), default=0.0), 4),
         lowest_after=round(min(after), 4) if after else None, collapsed=bool(after) and min(after) < COLLAPSED,
     )  # fmt: skip

@@ -1,14 +1,12 @@
 """Table, remarks and figure of the experiment, from result.json alone."""
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from experiments.comparisons import holm
 from experiments.grokking import survival
@@ -115,40 +113,30 @@ def verdicts(result: Run, optimizer: str) -> dict[Arm, Verdict]:
 
 
 class Overall(NamedTuple):
-    """An optimizer against AdamW over the tasks of `main` in which either came to 95%."""
+    """An optimizer against AdamW over the tasks of `main` in which the median of either came to 95%."""
 
     num_tasks: int
     before: int  # tasks with a median before AdamW's, and after it
     after: int
-    least: float  # the geometric mean of the tasks' ratios lies between these
-    most: float
-    low: float  # its 95% interval over tasks; nan where a ratio is not known
+    ratio: float  # common to the tasks, with its 95% interval
+    low: float
     high: float
     p: float  # stratified rank test
 
 
 def overall(result: Run, optimizer: str) -> Overall | None:
     """None without anything to compare."""
-    of_tasks = {arm: each.ratio for arm, each in verdicts(result, optimizer).items()
-                if arm[0] == "main" and each.p is not None}  # fmt: skip
-    if not of_tasks:
+    arms = {arm: by_optimizer for arm, by_optimizer in arms_of(result).items()
+            if arm[0] == "main" and BASELINE in by_optimizer and optimizer in by_optimizer}  # fmt: skip
+    strata = {arm: compared(arm, by_optimizer, optimizer) for arm, by_optimizer in arms.items()}
+    strata = {arm: groups for arm, groups in strata.items() if min(map(median, groups)) < math.inf}
+    if not strata:
         return None
-    by_arm, ratios = arms_of(result), list(of_tasks.values())
-    least, most = (geometric_mean([getattr(each, end) for each in ratios]) for end in ("least", "most"))
-    low = high = math.nan
-    if len(ratios) > 1 and least == most:
-        half = float(stats.t.ppf(0.975, len(ratios) - 1) * stats.sem([math.log(each.least) for each in ratios]))
-        low, high = least * math.exp(-half), least * math.exp(half)
-    strata = [compared(arm, by_arm[arm], optimizer) for arm in of_tasks]
-    medians = [(median(mine), median(other)) for mine, other in strata]
+    medians = [(median(mine), median(other)) for mine, other in strata.values()]
     before, after = sum(a < b for a, b in medians), sum(a > b for a, b in medians)
-    p = survival.stratified_rank_test(strata)
-    return Overall(len(ratios), before, after, least, most, low, high, p)
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) if value else -math.inf for value in values]
-    return math.exp(statistics.fmean(logs))
+    last = min(last_step(arm, arms[arm][optimizer]) for arm in strata)
+    common = survival.common_ratio(list(strata.values()), last, Settings.eval_every)
+    return Overall(len(strata), before, after, *common, survival.stratified_rank_test(list(strata.values())))
 
 
 def rows(result: Run) -> list[dict[str, str]]:
@@ -229,13 +217,10 @@ def remarks(result: Run) -> list[str]:
         )
     for optimizer in BOXES:
         if optimizer != BASELINE and (total := overall(result, optimizer)):
-            mean = ratio_in_words(Ratio(total.least, total.most, total.low, total.high, 0.95))
-            if not math.isnan(total.low):
-                mean += f" (95% interval over tasks {total.low:.2f} to {total.high:.2f})"
             lines.append(
                 f"{optimizer} over {total.num_tasks} tasks, {PARTS['main'].text}: before adamw in {total.before}, "
-                f"after it in {total.after}; geometric mean of the ratios {mean}; stratified rank test p = "
-                f"{total.p:.2g}"
+                f"after it in {total.after}; common ratio {total.ratio:.2f} (95% interval {total.low:.2f} to "
+                f"{total.high:.2f}); stratified rank test p = {total.p:.2g}"
             )
     for row in later_rows(result):
         lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))

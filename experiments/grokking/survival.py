@@ -9,7 +9,7 @@ and p-values larger than they need be.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -89,9 +89,59 @@ def stratified_rank_test(strata: Sequence[tuple[Times, Times]], draws: int = 999
     The settings' sums of ranks are added up; runs change groups within their setting alone, in `draws` random
     permutations, so that p is 1 / (draws + 1) at least.
     """
+    return min(1.0, 2 * min(stratified_tails(strata, draws)))
+
+
+def stratified_tails(strata: Sequence[tuple[Times, Times]], draws: int = 9999) -> tuple[float, float]:
+    """The one-sided p-values of the same test: of ranks as low as these, and as high."""
     rng, observed, drawn = np.random.default_rng(0), 0.0, np.zeros(draws)
     for times, baseline in strata:
         scores = rank_scores(times, baseline)
         observed += scores[: len(times)].sum()
         drawn += rng.permuted(np.tile(scores, (draws, 1)), axis=1)[:, : len(times)].sum(1)
-    return float(((np.abs(drawn) >= abs(observed) - 1e-9).sum() + 1) / (draws + 1))
+    low, high = (float((1 + (sign * drawn <= sign * observed + 1e-9).sum()) / (draws + 1)) for sign in (1, -1))
+    return low, high
+
+
+def common_ratio(
+    strata: Sequence[tuple[Times, Times]], last: float, resolution: float = 0.0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """The factor by which one group's steps have to be divided in all settings for the stratified rank test to see no
+    difference, and the lowest and highest factor that it does not reject; 0 and inf where it rejects none.
+
+    A run that is cut off at `last` is cut off at `last / factor` after the division: what is later than either is
+    taken as not seen. `resolution` as in `ratio`.
+    """
+
+    def tails(factor: float, *shifts: float) -> tuple[float, float]:
+        latest = min(last, last / factor)
+        divided = []
+        for groups in strata:
+            steps = [[None if time is None else max(time - shift, 1.0) / divisor for time in group]
+                     for group, shift, divisor in zip(groups, shifts, (factor, 1.0), strict=True)]  # fmt: skip
+            mine, other = ([None if time is None or time > latest else time for time in group] for group in steps)
+            divided.append((mine, other))
+        return stratified_tails(divided)
+
+    def lean(factor: float) -> float:
+        is_low, is_high = tails(factor, 0.0, 0.0)
+        return is_low - is_high
+
+    half = (1 - confidence) / 2
+    low = _bisected(lambda factor: tails(factor, resolution, 0.0)[1] > half)
+    high = _bisected(lambda factor: tails(factor, 0.0, resolution)[0] <= half)
+    ends = _bisected(lambda factor: lean(factor) <= 0), _bisected(lambda factor: lean(factor) < 0)
+    return math.sqrt(ends[0] * ends[1]), low, high  # the middle of all factors at which neither is before the other
+
+
+def _bisected(is_above: Callable[[float], bool]) -> float:
+    """The factor above which this is so, to a thousandth; 0 or inf beyond a factor of 1,000."""
+    low, high = 1e-3, 1e3
+    if is_above(low):
+        return 0.0
+    if not is_above(high):
+        return math.inf
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return math.sqrt(low * high)

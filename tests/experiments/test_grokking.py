@@ -674,3 +674,26 @@ def test_stratified_rank_test_adds_up_what_settings_say() -> None:
     # settings of another scale are no confounders, as they are when all runs are thrown together
     shifted = [([100, 110, 120], [105, 115, 125]), ([800, 810, 820], [805, 815, 825])]
     assert survival.stratified_rank_test(shifted) < survival.rank_test(*map(sum, zip(*shifted, strict=True), ([], [])))
+
+
+def test_a_common_ratio_of_settings_of_several_scales() -> None:
+    rng, hits = np.random.default_rng(5), 0
+    for _ in range(30):
+        strata = []
+        for scale in (200, 500, 1500):  # the last is cut off now and then
+            mine, other = (factor * scale * np.exp(0.3 * rng.normal(size=6)) for factor in (0.7, 1.0))
+            strata.append([[step if step < 2000 else None for step in group.tolist()] for group in (mine, other)])
+        ratio, low, high = survival.common_ratio([(mine, other) for mine, other in strata], last=2000)
+        assert low < ratio < high
+        hits += low <= 0.7 <= high
+    assert hits / 30 > 0.85
+
+
+def test_a_common_ratio_that_runs_do_not_bound() -> None:
+    never, early = [None] * 6, [100, 110, 120, 130, 140, 150]
+    ratio, low, high = survival.common_ratio([(early, never)], last=1000)
+    assert low == ratio == 0 and high == pytest.approx(0.12, abs=0.04)
+    ratio, low, high = survival.common_ratio([(never, early)], last=1000)
+    assert high == ratio == math.inf and low == pytest.approx(8, abs=2.5)
+    seen, wide = (survival.common_ratio([(early, early)], last=1000, resolution=step) for step in (0, 20))
+    assert wide[1] < seen[1] < 1 < seen[2] < wide[2]

@@ -197,7 +197,7 @@ def ideas_section() -> str:
 
 def grokking_section() -> str:
     """Steps to generalisation by task and optimizer, and Muon's as a share of AdamW's."""
-    rows = grokking.rows(kept("grokking"))
+    rows = [row for name in ("grokking", "grokking_variants") for row in grokking.rows(kept(name))]
     return markdown(rows, {key: key for key in rows[0]})
 
 

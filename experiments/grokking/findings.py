@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from experiments.comparisons import holm
 from experiments.grokking import survival
 from experiments.grokking.protocol import BASELINE, BOXES, LATER, PAIR, PARTS, TUNED
 from experiments.grokking.survival import Ratio, median
+from experiments.grokking.tasks import TASKS
 from experiments.grokking.train import COLLAPSED, GENERALISED, Settings
 from harness.figures import pyplot, save
 
@@ -57,7 +58,7 @@ def steps_of(runs: Iterable[Run], key: str = "crossed") -> list[float | None]:
 
 
 def in_words(step: float) -> str:
-    return f"{step:,.0f}" if math.isfinite(step) else "-"
+    return f"{step:,.0f}" if math.isfinite(step) else "late"
 
 
 def compared(arm: Arm, by_optimizer: dict[str, list[Run]], optimizer: str) -> tuple[survival.Times, survival.Times]:
@@ -113,9 +114,9 @@ def verdicts(result: Run, optimizer: str) -> dict[Arm, Verdict]:
 
 
 class Overall(NamedTuple):
-    """An optimizer against AdamW over the tasks of `main` in which the median of either came to 95%."""
+    """An optimizer against AdamW over tasks of a part in which the median of either came to 95%."""
 
-    num_tasks: int
+    tasks: tuple[str, ...]
     before: int  # tasks with a median before AdamW's, and after it
     after: int
     ratio: float  # common to the tasks, with its 95% interval
@@ -124,10 +125,13 @@ class Overall(NamedTuple):
     p: float  # stratified rank test
 
 
-def overall(result: Run, optimizer: str) -> Overall | None:
+def overall(result: Run, optimizer: str, part: str = "main", tasks: Container[str] = TASKS) -> Overall | None:
     """None without anything to compare."""
-    arms = {arm: by_optimizer for arm, by_optimizer in arms_of(result).items()
-            if arm[0] == "main" and BASELINE in by_optimizer and optimizer in by_optimizer}  # fmt: skip
+    arms = {
+        arm: by_optimizer
+        for arm, by_optimizer in arms_of(result).items()
+        if arm[0] == part and arm[1] in tasks and {BASELINE, optimizer} <= by_optimizer.keys()
+    }
     strata = {arm: compared(arm, by_optimizer, optimizer) for arm, by_optimizer in arms.items()}
     strata = {arm: groups for arm, groups in strata.items() if min(map(median, groups)) < math.inf}
     if not strata:
@@ -136,7 +140,19 @@ def overall(result: Run, optimizer: str) -> Overall | None:
     before, after = sum(a < b for a, b in medians), sum(a > b for a, b in medians)
     last = min(last_step(arm, arms[arm][optimizer]) for arm in strata)
     common = survival.common_ratio(list(strata.values()), last, Settings.eval_every)
-    return Overall(len(strata), before, after, *common, survival.stratified_rank_test(list(strata.values())))
+    p = survival.stratified_rank_test(list(strata.values()))
+    return Overall(tuple(task for _, task in strata), before, after, *common, p)
+
+
+def told(result: Run, optimizer: str, part: str = "main", tasks: Container[str] = TASKS) -> list[str]:
+    """The same in words: one line or none."""
+    if not (total := overall(result, optimizer, part, tasks)):
+        return []
+    return [
+        f"{optimizer}, {PARTS[part].text}, {' '.join(total.tasks)}: before adamw in {total.before}, after it in "
+        f"{total.after}; common ratio {total.ratio:.2f} (95% interval {total.low:.2f} to {total.high:.2f}); stratified "
+        f"rank test p {'<' if total.p <= survival.LEAST_P else ''}= {total.p:.1g}"
+    ]
 
 
 def rows(result: Run) -> list[dict[str, str]]:
@@ -202,8 +218,8 @@ def remarks(result: Run) -> list[str]:
     """Lines below the table: what its columns are, the verdicts, and what was chosen at an edge."""
     options = result["options"]
     lines = [
-        f"steps: medians over {len(options['seeds'])} seeds; adamw, muon: memorised / first at 95% / held; -: more "
-        f"than half of the runs were not there by the end, which is step {options['max_steps']:,} or "
+        f"steps: medians over {len(options['seeds'])} seeds; adamw, muon: memorised / first at 95% / held; late: "
+        f"more than half of the runs were not there by the end, which is step {options['max_steps']:,} or "
         f"{Settings.hold_steps} steps of 95%",
     ]
     if of_pair := verdicts(result, PAIR[1]):
@@ -215,13 +231,11 @@ def remarks(result: Run) -> list[str]:
         lines.append(
             "p: rank test by permutation, after Holm's correction over the tasks of a part, not over the parts"
         )
-    for optimizer in BOXES:
-        if optimizer != BASELINE and (total := overall(result, optimizer)):
-            lines.append(
-                f"{optimizer} over {total.num_tasks} tasks, {PARTS['main'].text}: before adamw in {total.before}, "
-                f"after it in {total.after}; common ratio {total.ratio:.2f} (95% interval {total.low:.2f} to "
-                f"{total.high:.2f}); stratified rank test p = {total.p:.2g}"
-            )
+    for optimizer in (name for name in BOXES if name != BASELINE):
+        lines += told(result, optimizer)
+    main = PARTS["main"]
+    for part, tasks in (("main", main.tuned_on), ("main", {*main.tasks} - {*main.tuned_on}), ("published", TASKS)):
+        lines += told(result, PAIR[1], part, tasks)
     for row in later_rows(result):
         lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))
     if at_edge := edges(result):
@@ -262,13 +276,15 @@ def _draw_curves(axis: Any, name: str, runs_of: dict[str, list[Run]]) -> None:
 
 
 def _draw_ratios(axis: Any, ratios: dict[str, Ratio]) -> None:
-    """Ends that are not known reach to the frame."""
+    """With their intervals. What is not known, of either, reaches to the frame."""
     finite = [x for each in ratios.values() for x in each if 0 < x < math.inf]
     low, high = min([*finite, 0.5]) / 1.3, max([*finite, 2.0]) * 1.3
     for row, each in enumerate(ratios.values()):
         axis.plot([max(low, each.low), min(high, each.high)], [row, row], color="C0", linewidth=1.5)
         if each.least == each.most:
             axis.plot(each.least, row, "o", color="C0")
+        elif each.least or each.most < math.inf:  # the estimate lies within
+            axis.plot([max(low, each.least), min(high, each.most)], [row, row], color="C0", linewidth=6, alpha=0.4)
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xlim(low, high)

@@ -17,6 +17,8 @@ import numpy as np
 from scipy import stats
 
 Times = Sequence[float | None]  # steps; None: not seen
+DRAWS = 9999
+LEAST_P = 2 / (DRAWS + 1)
 
 
 class Ratio(NamedTuple):
@@ -68,13 +70,17 @@ def num_splits(n: int, m: int, u: int) -> int:
 
 
 def rank_test(times: Times, baseline: Times) -> float | None:
-    """Two-sided p-value of the Mann-Whitney test over all permutations, or 9999 of them; None without any event."""
+    """Two-sided p-value of the Mann-Whitney test over all permutations, or DRAWS of them; None without any event."""
     if not any(time is not None for time in (*times, *baseline)):
         return None
     scores = rank_scores(times, baseline)
     groups = scores[: len(times)], scores[len(times) :]
-    result = stats.permutation_test(groups, lambda x, y, axis: x.sum(axis) - y.sum(axis), vectorized=True, rng=0)
+    result = stats.permutation_test(groups, _difference_of_sums, vectorized=True, n_resamples=DRAWS, rng=0)
     return float(result.pvalue)
+
+
+def _difference_of_sums(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    return np.asarray(x.sum(axis) - y.sum(axis))
 
 
 def rank_scores(times: Times, baseline: Times) -> np.ndarray:
@@ -83,23 +89,23 @@ def rank_scores(times: Times, baseline: Times) -> np.ndarray:
     return np.asarray(ranks - ranks.mean())
 
 
-def stratified_rank_test(strata: Sequence[tuple[Times, Times]], draws: int = 9999) -> float:
+def stratified_rank_test(strata: Sequence[tuple[Times, Times]]) -> float:
     """Two-sided p-value of one question asked in several settings, each a (times, baseline).
 
-    The settings' sums of ranks are added up; runs change groups within their setting alone, in `draws` random
-    permutations, so that p is 1 / (draws + 1) at least.
+    The settings' sums of ranks are added up; runs change groups within their setting alone, in DRAWS random
+    permutations, so that p is LEAST_P at least.
     """
-    return min(1.0, 2 * min(stratified_tails(strata, draws)))
+    return min(1.0, 2 * min(stratified_tails(strata)))
 
 
-def stratified_tails(strata: Sequence[tuple[Times, Times]], draws: int = 9999) -> tuple[float, float]:
+def stratified_tails(strata: Sequence[tuple[Times, Times]]) -> tuple[float, float]:
     """The one-sided p-values of the same test: of ranks as low as these, and as high."""
-    rng, observed, drawn = np.random.default_rng(0), 0.0, np.zeros(draws)
+    rng, observed, drawn = np.random.default_rng(0), 0.0, np.zeros(DRAWS)
     for times, baseline in strata:
         scores = rank_scores(times, baseline)
         observed += scores[: len(times)].sum()
-        drawn += rng.permuted(np.tile(scores, (draws, 1)), axis=1)[:, : len(times)].sum(1)
-    low, high = (float((1 + (sign * drawn <= sign * observed + 1e-9).sum()) / (draws + 1)) for sign in (1, -1))
+        drawn += rng.permuted(np.tile(scores, (DRAWS, 1)), axis=1)[:, : len(times)].sum(1)
+    low, high = (float((1 + (sign * drawn <= sign * observed + 1e-9).sum()) / (DRAWS + 1)) for sign in (1, -1))
     return low, high
 
 

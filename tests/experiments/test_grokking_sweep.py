@@ -274,7 +274,7 @@ def test_the_table_says_what_the_runs_do(result: dict[str, Any]) -> None:
         "muon / adamw": "0.17 to 0.38", "interval": "to 0.69", "p (Holm)": "0.0079",
     }  # fmt: skip
     told = "\n".join(findings.remarks(result))
-    assert "muon over 1 tasks, tiny: before adamw in 1, after it in 0; common ratio 0." in told
+    assert "muon, tiny, parity: before adamw in 1, after it in 0; common ratio 0." in told
     assert "covers 97% or more" in told
 
 
@@ -312,7 +312,7 @@ def test_p_values_are_adjusted_over_the_tasks_of_a_part(result: dict[str, Any]) 
     assert adjusted == pytest.approx([2 / 126, 2 / 126, 1 / 126])
     total = findings.overall(result, "muon")
     assert total is not None
-    assert (total.num_tasks, total.before, total.after) == (2, 2, 0)
+    assert (total.tasks, total.before, total.after) == (("parity", "add"), 2, 0)
     assert total.low < total.ratio < total.high < 1
     assert total.p == pytest.approx(2 / 126**2, abs=2e-4)
     assert [row["task"] for row in findings.rows(result)] == ["parity", "add", f"add, {PARTS['zero'].text}"]
@@ -324,7 +324,8 @@ def test_tasks_that_no_optimizer_learns_say_nothing(result: dict[str, Any]) -> N
     result["runs"] += [run_of("adamw", 900 if seed == 1 else None, seed, task="exp") for seed in range(5)]
     result["runs"] += [run_of("muon", None, seed, task="exp") for seed in range(5)]
     assert findings.overall(result, "muon") == known
-    assert findings.overall(result, "sgd") is None
+    assert findings.overall(result, "sgd") is findings.overall(result, "muon", "published") is None
+    assert findings.overall(result, "muon", tasks=("exp",)) is None
 
 
 @pytest.mark.parametrize(

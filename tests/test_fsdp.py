@@ -181,6 +181,7 @@ EVERYTHING = (
     "--fsdp", "--micro_batch_tokens=32", "--checkpoint_every=20", "--checkpoint_async", "--average_steps=5",
     "--lookahead=0.2", "--adamw_cautious", "--weight_decay=0.1", "--grad_clip=1", "--update_floor=0.1", "--window=8",
     "--tie_head_steps=30", "--embed_lr=0.01", "--head_lr=0.01", "--tokenizer=byte", "--vocab_size=257",
+    "--polar_method=svd",  # exact on every machine
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@
     python -m experiments.grokking --preset=full --parts main --optimizers adamw muon --out runs/mine    (a part of it)
     python -m experiments.grokking --draw runs/grokking_quick/result.json              (table and figure once more)
 
-The protocol. The experiment has parts (protocol.py): `main` is all tasks and optimizers where generalising comes long
-after memorising, the others change one thing for AdamW and Muon. In each part, every optimizer of the hidden matrices
+The protocol. The experiment has parts (protocol.py): `main` is all tasks and optimizers where generalising comes after
+memorising, the others change one thing for AdamW and Muon. In each part, every optimizer of the hidden matrices
 chooses from as many settings, by successive halving on a seed that is not reported, and takes its choice to the
 reported seeds and all tasks of the part. Embedding and head are on AdamW in all runs, at one rate; their decay is
 tuned. What is compared is the number of steps until validation accuracy is first at 95%; when the training rows were
@@ -15,7 +15,8 @@ memorised (99%), and when 95% was held for 300 steps, is told beside it (train.p
 The comparison is a ratio of steps to AdamW's, with an interval for each task, given the settings that were chosen; p is
 of a rank test by permutation, Holm-adjusted over the tasks of a part (survival.py). A seed means the same split,
 batches and weights for all optimizers. `later` trains what has generalised on, around the chosen settings of AdamW and
-Muon. All of this was written before any reported run; trial runs had seeds 0 and 50 to 52.
+Muon. What is run was written before any reported run (trial runs had seeds 0 and 50 to 52); the ratio that is common to
+the tasks of a part was added after.
 
 OUT/runs.jsonl holds every run that has ended: the same command goes on from there, and another one with the same OUT
 takes those runs that it needs from it. OUT/result.json and OUT/result.png are written at the end. --draw prints the

@@ -6,9 +6,9 @@ Steps are counted, not seconds. `memorised` is the first measurement at which th
 stay at 95% for `hold_steps`. What has not happened when a run ends is censored, not missing: it is later than the last
 step at which it could have been seen.
 
-Runs of a stack share task, shape and optimizer; rates, decays and seed are each run's own. Only the gradient couples an
-optimizer here to the weights, so one with a rate of 1 and no decay updates a stack of zeros instead, to the negated
-update, and each run takes its own share of that:
+Runs of a stack share task, shape and optimizer; rates, decays and seed are each run's own. No optimizer here looks at
+weights, so it updates a stack of zeros instead, at a rate of 1 and without decay, and each run takes its share of what
+that makes of them, the negated update:
 
     W <- (1 - lr * weight_decay) * W - lr * update
 

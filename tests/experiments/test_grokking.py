@@ -280,15 +280,8 @@ def trained_alone(settings: Settings, steps: int) -> tuple[list[float], dict[str
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.fixture
-def float32_polar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Polar factors in float32 on every CPU. Of a nearly singular momentum, such as that of the queries, which see one
-    token, they make rounding larger: in bfloat16 too much to compare."""
-    monkeypatch.setattr("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float32)
-
-
 @pytest.mark.parametrize("optimizer", protocol.BOXES)
-def test_runs_of_a_stack_are_runs_of_their_own(optimizer: str, float32_polar: None) -> None:
+def test_runs_of_a_stack_are_runs_of_their_own(optimizer: str, float32_products: None) -> None:
     runs = three_runs(optimizer)
     losses = losses_of(Stack(runs, CPU), 60)
     for run, of_stack in zip(runs, losses, strict=True):
@@ -299,7 +292,7 @@ def test_runs_of_a_stack_are_runs_of_their_own(optimizer: str, float32_polar: No
 
 
 @pytest.mark.parametrize("optimizer", protocol.BOXES)
-def test_rates_and_decays_are_each_runs_own(optimizer: str, float32_polar: None) -> None:
+def test_rates_and_decays_are_each_runs_own(optimizer: str, float32_products: None) -> None:
     """By how far weights have come, with decays that are seen in a few steps."""
     strong = 0.1 if optimizer in train.COUPLED else 2.0
     runs = [replace(run, weight_decay=strong * run.seed, adam_weight_decay=run.seed) for run in three_runs(optimizer)]
@@ -314,7 +307,7 @@ def test_rates_and_decays_are_each_runs_own(optimizer: str, float32_polar: None)
 
 
 @pytest.mark.parametrize("optimizer", protocol.BOXES)
-def test_a_run_that_leaves_changes_no_other(optimizer: str, float32_polar: None) -> None:
+def test_a_run_that_leaves_changes_no_other(optimizer: str, float32_products: None) -> None:
     runs = three_runs(optimizer)
     whole, thinned = Stack(runs, CPU), Stack(runs, CPU)
     for stack in (whole, thinned):

@@ -92,7 +92,7 @@ def test_planned_state_is_the_state_of_a_real_step(tiny_recipe: Path, settings: 
 @pytest.mark.parametrize(
     "settings", ["aurora", "normuon --cautious --matrix_weight_decay=0.1", "soap", "muon --hyperball"]
 )
-def test_an_update_takes_what_is_planned(settings: str) -> None:
+def test_an_update_takes_what_is_planned(settings: str, float32_products: None) -> None:
     sizes = ["num_layers=3", "model_dim=128", "init_out=0.02", "init_down=0.02"]
     config = load_config([f"--{size}" for size in sizes] + f"--matrix_optimizer={settings}".split())
     model = GPT(config)

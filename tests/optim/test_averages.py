@@ -118,7 +118,9 @@ def test_both_are_their_definitions_over_50_steps() -> None:
                 np.testing.assert_allclose(value, definition[name], rtol=0, atol=1e-9, err_msg=f"{name}, step {step}")
 
 
-def test_the_trainer_goes_ahead_in_the_steps_asked_for_and_validates_the_average(tiny_recipe: Path) -> None:
+def test_the_trainer_goes_ahead_in_the_steps_asked_for_and_validates_the_average(
+    tiny_recipe: Path, float32_products: None
+) -> None:
     """Beside a run without either, to which the test does the same by hand."""
     settings = [
         "--train_steps=14", "--lookahead_start=3", "--lookahead_end=9", "--lookahead_decay=0.5", "--average_start=6",

@@ -284,7 +284,9 @@ def test_shards_move_as_whole_matrices_do(
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", MASTERED)
-def test_masters_of_shards_in_bfloat16(results: list[dict[str, Any]], rule: str, place: str) -> None:
+def test_masters_of_shards_in_bfloat16(
+    results: list[dict[str, Any]], rule: str, place: str, float32_products: None
+) -> None:
     params = make_params(torch.bfloat16)
     train(make(rule, params), params, range(FEW_STEPS))
     for found in at(results, f"bfloat16, {rule}, {place}"):

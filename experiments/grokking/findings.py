@@ -235,7 +235,7 @@ def remarks(result: Run) -> list[str]:
         lines += told(result, optimizer)
     main = PARTS["main"]
     for part, tasks in (("main", main.tuned_on), ("main", {*main.tasks} - {*main.tuned_on}), ("published", TASKS)):
-        lines += told(result, PAIR[1], part, tasks)
+        lines += [line for line in told(result, PAIR[1], part, tasks) if line not in lines]
     for row in later_rows(result):
         lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))
     if at_edge := edges(result):

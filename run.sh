@@ -29,7 +29,7 @@ usage() {
 ./run.sh --key=value ...               the sample's recipe with settings of your own
 ./run.sh settings                      every setting with its type, default and meaning
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
-./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: two hours)
+./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: hours)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py

@@ -116,30 +116,27 @@ class Decoders:
     def __call__(self, weights: Mapping[str, Tensor], rows_RB: Tensor, num_classes: int) -> Tensor:
         """[R, B, num_classes], without the GPT's soft cap, of the parameters of `stacked_weights` and of the rows of
         the table with these numbers, each model's own."""
-        c, start_R11 = self.config, torch.arange(rows_RB.size(0), device=rows_RB.device)[:, None, None]
-        place_RBT = self.place_NT[rows_RB] + start_R11 * len(self.token_U)
-        x_RUD = norm(weights["embed.weight"])[:, self.token_U]
-        x_RBTD = torch.empty(0)
-        for index in range(c.num_layers):
-            qkv, out, gate_up, down = (
-                weights[f"blocks.{index}.{name}"]
-                for name in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
-            )
-            asked = slice(-1, None) if index == c.num_layers - 1 else slice(None)
+        model_R11 = torch.arange(rows_RB.size(0), device=rows_RB.device)[:, None, None]
+        place_RBT = self.place_NT[rows_RB] + model_R11 * len(self.token_U)  # in the tables of all models, end to end
+        x = norm(weights["embed.weight"])[:, self.token_U]  # [R, U, D]; after a block [R, B, T, D], of what was asked
+        last = self.config.num_layers - 1
+        for index in range(last + 1):
+            qkv, out, gate_up, down = (weights[f"blocks.{index}.{name}"] for name in MATRICES)
+            asked = slice(-1, None) if index == last else slice(None)
             if index == 0:
-                tables = *self.project(x_RUD, qkv, self.position_U), x_RUD
+                tables = *self.project(x, qkv, self.position_U), x
                 places = place_RBT[..., asked], place_RBT, place_RBT, place_RBT[..., asked]
                 q_RBQHK, k_RBTHK, v_RBTHK, x_RBQD = (
                     F.embedding(place, table.flatten(0, 1).flatten(1)).unflatten(-1, table.shape[2:])
                     for table, place in zip(tables, places, strict=True)
                 )
             else:
-                q_RBTHK, k_RBTHK, v_RBTHK = self.project(x_RBTD, qkv, self.position_T)
-                q_RBQHK, x_RBQD = q_RBTHK[:, :, asked], x_RBTD[:, :, asked]
+                q_RBTHK, k_RBTHK, v_RBTHK = self.project(x, qkv, self.position_T)
+                q_RBQHK, x_RBQD = q_RBTHK[:, :, asked], x[:, :, asked]
             x_RBQD = x_RBQD + product(self.attend(q_RBQHK, k_RBTHK, v_RBTHK), out)
             gate, up = product(norm(x_RBQD), gate_up.flatten(1, 2)).chunk(2, dim=-1)
-            x_RBTD = x_RBQD + product(F.silu(gate) * up, down)
-        return product(norm(x_RBTD), weights["head.weight"][:, :num_classes])[:, :, -1]
+            x = x_RBQD + product(F.silu(gate) * up, down)
+        return product(norm(x), weights["head.weight"][:, :num_classes])[:, :, -1]
 
     def project(self, x: Tensor, qkv_R3MD: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [R, ..., H, K] as model.Attention has them, of x [R, ..., D] at these positions."""

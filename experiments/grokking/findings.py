@@ -73,19 +73,19 @@ def last_step(arm: Arm, runs: Iterable[Run]) -> int:
     return latest - Settings.hold_steps if PARTS[arm[0]].milestone == "held" else latest
 
 
-def ratio_in_words(found: Ratio) -> str:
-    if found.least == found.most:
-        return f"{found.least:.2f}"
-    if found.least == 0:
-        return f"< {found.most:.2f}" if math.isfinite(found.most) else "?"
-    return f"> {found.least:.2f}" if math.isinf(found.most) else f"{found.least:.2f} to {found.most:.2f}"
+def ratio_in_words(ratio: Ratio) -> str:
+    if ratio.least == ratio.most:
+        return f"{ratio.least:.2f}"
+    if ratio.least == 0:
+        return f"< {ratio.most:.2f}" if math.isfinite(ratio.most) else "?"
+    return f"> {ratio.least:.2f}" if math.isinf(ratio.most) else f"{ratio.least:.2f} to {ratio.most:.2f}"
 
 
-def interval_in_words(found: Ratio) -> str:
+def interval_in_words(ratio: Ratio) -> str:
     """Without ends that the runs do not give."""
-    if found.low == 0:
-        return f"to {found.high:.2f}" if math.isfinite(found.high) else "?"
-    return f"from {found.low:.2f}" if math.isinf(found.high) else f"{found.low:.2f} to {found.high:.2f}"
+    if ratio.low == 0:
+        return f"to {ratio.high:.2f}" if math.isfinite(ratio.high) else "?"
+    return f"from {ratio.low:.2f}" if math.isinf(ratio.high) else f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
 class Verdict(NamedTuple):
@@ -144,8 +144,8 @@ def overall(result: Run, optimizer: str, part: str = "main", tasks: Container[st
     return Overall(tuple(task for _, task in strata), before, after, *common, p)
 
 
-def told(result: Run, optimizer: str, part: str = "main", tasks: Container[str] = TASKS) -> list[str]:
-    """The same in words: one line or none."""
+def overall_in_words(result: Run, optimizer: str, part: str = "main", tasks: Container[str] = TASKS) -> list[str]:
+    """One line, or none without anything to compare."""
     if not (total := overall(result, optimizer, part, tasks)):
         return []
     return [
@@ -160,21 +160,22 @@ def rows(result: Run) -> list[dict[str, str]]:
 
     Of AdamW and Muon: memorised / first at 95% / held, and how many runs came to 95% if not all; of others the second.
     """
-    found, against_adamw = [], verdicts(result, PAIR[1])
+    table, against_adamw = [], verdicts(result, PAIR[1])
     optimizers = [name for name in BOXES if any(settings_of(run).optimizer == name for run in result["runs"])]
     for arm, by_optimizer in arms_of(result).items():
         row = {"task": arm_name(arm)} | dict.fromkeys(optimizers, "")
         for optimizer, runs in by_optimizer.items():
             keys = ("memorised", "crossed", "held") if optimizer in PAIR else ("crossed",)
-            told = " / ".join(in_words(median(steps_of(runs, key))) for key in keys)
+            row[optimizer] = " / ".join(in_words(median(steps_of(runs, key))) for key in keys)
             reached = sum(run[PARTS[arm[0]].milestone] is not None for run in runs)
-            row[optimizer] = told if reached == len(runs) else f"{told} ({reached} of {len(runs)})"
+            if reached < len(runs):
+                row[optimizer] += f" ({reached} of {len(runs)})"
         verdict = against_adamw.get(arm)
         row["muon / adamw"] = ratio_in_words(verdict.ratio) if verdict else ""
         row["interval"] = interval_in_words(verdict.ratio) if verdict else ""
         row["p (Holm)"] = f"{verdict.adjusted:.2g}" if verdict and verdict.adjusted is not None else ""
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 def later_rows(result: Run) -> list[dict[str, str]]:
@@ -185,20 +186,20 @@ def later_rows(result: Run) -> list[dict[str, str]]:
         if run["part"] == LATER:
             settings = settings_of(run)
             alike[settings.optimizer, settings.task, settings.is_frozen].append(run)
-    rows = []
+    table = []
     for (optimizer, task, is_frozen), runs in alike.items():
         generalised = [run for run in runs if run["crossed"] is not None]
         diverged = sum(run["status"] == "diverged" for run in generalised)
         whole = [run for run in generalised if run["status"] != "diverged"]
         lowest, last = ([run["lowest_after"] for run in whole], [run["curves"]["val_accuracy"][-1] for run in whole])
-        rows.append({
+        table.append({
             "optimizer": optimizer, "task": task, "embedding and head": "frozen" if is_frozen else "trained",
             "settings": str(len(runs)), "came to 95%": str(len(generalised)),
             "later below 95%": str(diverged + sum(accuracy < GENERALISED for accuracy in lowest)),
             "later below 80%": str(diverged + sum(accuracy < COLLAPSED for accuracy in lowest)),
             "below 95% at the end": str(diverged + sum(accuracy < GENERALISED for accuracy in last)),
         })  # fmt: skip
-    return rows
+    return table
 
 
 def edges(result: Run) -> list[str]:
@@ -232,10 +233,10 @@ def remarks(result: Run) -> list[str]:
             "p: rank test by permutation, after Holm's correction over the tasks of a part, not over the parts"
         )
     for optimizer in (name for name in BOXES if name != BASELINE):
-        lines += told(result, optimizer)
+        lines += overall_in_words(result, optimizer)
     main = PARTS["main"]
     for part, tasks in (("main", main.tuned_on), ("main", {*main.tasks} - {*main.tuned_on}), ("published", TASKS)):
-        lines += [line for line in told(result, PAIR[1], part, tasks) if line not in lines]
+        lines += [line for line in overall_in_words(result, PAIR[1], part, tasks) if line not in lines]
     for row in later_rows(result):
         lines.append(", ".join(f"{key}: {value}" for key, value in row.items()))
     if at_edge := edges(result):

@@ -298,7 +298,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     if config.window and machine.device.type == "cuda":
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
-        run.neurons = NeuronStats(model, (run.resumed or {}).get("neurons"))
+        run.neurons = NeuronStats(model, optimizers, config.train_steps, (run.resumed or {}).get("neurons"))
     return run
 
 

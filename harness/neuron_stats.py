@@ -1,4 +1,4 @@
-"""What becomes of the MLPs' neurons in training: how evenly updates move them, and which fall silent.
+"""What becomes of the MLPs' neurons in training: how evenly updates move them, which do something, which fall silent.
 
     python train_gpt.py configs/sotu_base.toml --neuron_stats=100
 
@@ -6,33 +6,43 @@ Neuron i of an MLP is row i of gate, up and down transposed, all [F, D]. A measu
 training step that makes step s, by the first rank, off the training clock: the weights are copied before the optimizers
 move them, the update is the difference afterwards (weight decay included), and activations are those of the new weights
 on the first validation micro-batch, at most `micro_batch_tokens`. A measurement changes neither weights, gradients nor
-random numbers. It holds one float32 copy of all MLP weights, and costs a forward pass and a Gram matrix for each
-matrix.
+random numbers. It holds one float32 copy of all MLP weights, and costs a forward pass and two Gram matrices for each
+matrix; the one at the schedule's last step costs six forward passes more.
 
 A row {"step", "tokens", "train_time_s", "neurons"} of metrics.jsonl has, in lists with one number a layer:
 
   gate, up, down  (without gate where the MLP has none)
+                  leverage: of the rule's own `update`, and of the `momentum` after the step (Adam's first moment), the
+                  scores (see there), which are the squared row norms of the plain polar factor. Equal rows are Aurora's
+                  by construction, so that its momentum alone says how uneven they would be otherwise. Of either:
+                  `below`, the share of rows whose score is below each of LEVERAGES times the mean; `effective`, the
+                  participation ratio of the scores over F, 1 if all are equal; `persistence`, Spearman's correlation
+                  with the scores at the measurement before. null for momentum that several ranks share.
                   update_cv: standard deviation over mean of the row norms of the update
-                  leverage_cv, leverage_low: of its leverage scores (see `leverage`), which have mean 1: standard
-                  deviation, and mean of the lowest tenth, 1 if all are equal
                   least_moved_share: row norms of the updates summed over the measurements so far (a sample of the
                   steps): the share of the total that the least-moved tenth of neurons has, 0.1 if all are equal
                   effective_rank: of the weights (see there)
+  contributing    participation ratio over F of the neurons' contributions, mean size of the output times norm of the
+                  column of down: 1 if all add as much to the residual stream
   median          over neurons, of their outputs' size, by its mean over the tokens and by its peak (largest) over them
   dead            share of neurons below each threshold times that median, by mean and by peak
   ever_dead       share that was dead at this or an earlier measurement
   revived         share that was dead at an earlier measurement and is not now
 
-and dead_since, for all layers together: half of the neurons that are dead at the main threshold now have been dead at
-every measurement from this step on, or longer. null is what has no value: ratios of a zero update, anything not finite.
+and, for all layers together, dead_since: half of the neurons that are dead at the main threshold now have been dead at
+every measurement from this step on, or longer; pruning (at the schedule's last step, else null): by how many nats the
+loss of those tokens rises when each layer loses the share of its neurons that contributes least. null is what has no
+value: ratios of a zero update, anything not finite.
 
-A neuron that fires rarely may be dead by its mean; by its peak it is not. Relative to a median no more than half of a
+Uneven leverage, little contribution and silence are three things: a neuron with small updates may be alive, and needed.
+One that fires rarely may be dead by its mean; by its peak it is not. Relative to a median no more than half of a
 layer can be dead, so watch `median` as well: a layer that falls silent as a whole shows there alone. And an optimizer
 that makes neurons alike by design, as Aurora does, has fewer far below the median for that reason alone.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +56,10 @@ THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
 MAIN = 0.1
 MEASURES = ("mean", "peak")
 MATRICES = ("gate", "up", "down")
+KINDS = ("update", "momentum")
+LEVERAGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # a histogram, summed up
+IDLE = 0.25  # below this times the mean leverage a row is called idle in words, tables and figures
+PRUNED = (0.1, 0.2, 0.3, 0.4, 0.5)
 RIDGE = 1e-12
 
 Row = dict[str, Any]
@@ -76,6 +90,26 @@ def effective_rank(W: Tensor) -> Tensor:
     W = W.double()
     gram = W.mT @ W
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-2, -1))
+
+
+def effective_share(x: Tensor) -> Tensor:
+    """Participation ratio (sum x)^2 / sum x^2 over F, of x [..., F] >= 0: 1 if all are equal, 1 / F if one is all."""
+    return x.sum(-1).square() / (x.size(-1) * x.square().sum(-1))
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's, over the last dimension; equal values share their mean rank. Not finite where one side has no two
+    values that differ, or some that are not finite."""
+
+    def ranks(values: Tensor) -> Tensor:
+        values = values.contiguous()
+        ordered = values.sort(dim=-1).values
+        twice = (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double()
+        known = values.isfinite().all(-1, keepdim=True)
+        return (twice - twice.mean(-1, keepdim=True)).masked_fill(~known, math.nan)
+
+    x, y = ranks(x), ranks(y)
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
 
 
 def spread(values: Tensor) -> Tensor:
@@ -118,6 +152,45 @@ def magnitudes(model: GPT, inputs_BT: Tensor, window: int | Tensor | None = None
     return found
 
 
+def contributions(model: GPT, sizes: Iterable[Tensor]) -> list[Tensor]:
+    """What each block's neurons add to the residual stream: mean size of the output, the first row of each of `sizes`
+    (as of `magnitudes`), times the norm of the column of down; float64 [F] on the CPU."""
+    columns = [block.mlp.down.detach().double().norm(dim=0).cpu() for block in blocks(model)]
+    return [size[0] * column for size, column in zip(sizes, columns, strict=True)]
+
+
+@torch.no_grad()
+def loss_without(
+    model: GPT,
+    of_blocks: Sequence[Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    window: int | Tensor | None = None,
+) -> dict[float, float]:
+    """Mean loss in nats per token over `batches` of inputs and targets [B, T], by the share of its neurons that every
+    block is without, 0 and PRUNED: those with the least of `of_blocks` [F] each, the first ones among equals."""
+    lowest = [values.argsort(stable=True) for values in of_blocks]
+    totals, num_tokens = dict.fromkeys((0.0, *PRUNED), 0.0), 0
+    for inputs_BT, targets_BT in batches:
+        num_tokens += int((targets_BT >= 0).sum())
+        for share in totals:
+            with _pruned(model, [order[: round(share * len(order))] for order in lowest]):
+                totals[share] += float(model(inputs_BT, targets_BT, window))
+    return {share: total / num_tokens for share, total in totals.items()}
+
+
+@contextlib.contextmanager
+def _pruned(model: GPT, of_blocks: Iterable[Tensor]) -> Iterator[None]:
+    """Without the neurons of these places in each block: their columns of down are zero in the meantime."""
+    kept = [block.mlp.down.detach().clone() for block in blocks(model)]
+    try:
+        for block, places in zip(blocks(model), of_blocks, strict=True):
+            block.mlp.down[:, places.to(block.mlp.down.device)] = 0
+        yield
+    finally:
+        for block, down in zip(blocks(model), kept, strict=True):
+            block.mlp.down.copy_(down)
+
+
 def blocks(model: GPT) -> list[Any]:
     return list(model.blocks)
 
@@ -131,27 +204,37 @@ class NeuronStats:
     """Measurements of a model's MLPs: `before_step`, the training step, then `measure`.
 
     `state` is what accumulates, tensors on the CPU, one per layer, and the `last` measurement with its step, for the
-    summary; a checkpoint keeps it and it is given back here.
-    Raises ValueError for a model whose blocks have other MLPs.
+    summary; a checkpoint keeps it and it is given back here. Momentum is read from the states of `optimizers`;
+    `last_step` is the schedule's. Raises ValueError for a model whose blocks have other MLPs.
     """
 
-    def __init__(self, model: GPT, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        last_step: int | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         for block in blocks(model):
             if not _is_gated(getattr(block, "mlp", None)):
                 raise ValueError(
                     "neuron_stats needs blocks with mlp.gate_up [2 or 1, F, D], mlp.down [D, F] and mlp.activations, "
                     "which this model has not; set neuron_stats = 0, or teach harness/neuron_stats.py your MLP"
                 )
-        self.model, self._before = model, list[Tensor]()
+        self.model, self.optimizers, self.last_step, self._before = model, optimizers, last_step, list[Tensor]()
         self.matrices = MATRICES[-1 - blocks(model)[0].mlp.gate_up.size(0) :]
         zeros = partial(torch.zeros, device="cpu")
         widths = [block.mlp.down.size(1) for block in blocks(model)]
-        self.state = state or dict(
-            moved=[zeros(len(self.matrices), F, dtype=torch.float64) for F in widths],  # sums of row norms
+        num = len(self.matrices)
+        self.state = dict(
+            moved=[zeros(num, F, dtype=torch.float64) for F in widths],  # sums of row norms
+            leverage=[zeros(len(KINDS), num, F, dtype=torch.float64) for F in widths],  # at the last measurement
             ever_dead=[zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],
             dead_since=[zeros(len(MEASURES), F, dtype=torch.int64) for F in widths],  # 0: alive
             last=None,
         )
+        if state and self.state.keys() == state.keys():  # an older version's begins anew
+            self.state = state
 
     def before_step(self) -> None:
         self._before = [weights(block.mlp) for block in blocks(self.model)]
@@ -163,29 +246,66 @@ class NeuronStats:
         Activations are of `inputs_BT`, without rows that only fill the batch up, whose targets are negative, with the
         step's attention `window` (None: the model's own).
         """
-        row: Row = {name: {} for name in (*self.matrices, "median", "dead", "ever_dead", "revived")}
-        for layer, size in enumerate(magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0], window)):
+        names = *self.matrices, "median", "dead", "ever_dead", "revived"
+        row: Row = {name: {} for name in names}
+        sizes = magnitudes(self.model, inputs_BT[targets_BT[:, 0] >= 0], window)
+        for layer, size in enumerate(sizes):
             self._measure_weights(layer, row)
             self._measure_activations(layer, size, step, row)
         self._before.clear()
+        of_blocks = contributions(self.model, sizes)
+        row["contributing"] = [number(effective_share(values)) for values in of_blocks]
         since = torch.cat(self.state["dead_since"], dim=-1)
         row["dead_since"] = {m: number(s[s > 0].double().quantile(0.5)) if s.any() else None
                              for m, s in zip(MEASURES, since, strict=True)}  # fmt: skip
+        row["pruning"] = None
+        if step == self.last_step:
+            losses = loss_without(self.model, of_blocks, [(inputs_BT, targets_BT)], window)
+            row["pruning"] = {f"{share:g}": number(losses[share] - losses[0]) for share in PRUNED}
         self.state["last"] = dict(step=step, **row)
         return row
 
+    def _momentum(self, mlp: Any) -> Tensor | None:
+        """Of gate, up and down transposed, as `weights`; None where this process does not hold it whole."""
+        found = []
+        for p in (mlp.gate_up, mlp.down):
+            states = [optimizer.state[p] for optimizer in self.optimizers if p in optimizer.state]
+            state = states[0] if states else {}
+            buffer = state.get("momentum_buffer", state.get("exp_avg"))
+            if buffer is None or buffer.is_meta or buffer.shape != p.shape:
+                return None
+            found.append(buffer)
+        return torch.stack([*found[0], found[1].mT])
+
     def _measure_weights(self, layer: int, row: Row) -> None:
-        after = weights(blocks(self.model)[layer].mlp)
-        update = after - self._before[layer]
-        norms, scores, moved = update.double().norm(dim=-1), leverage(update), self.state["moved"][layer]
+        mlp = blocks(self.model)[layer].mlp
+        after = weights(mlp)
+        update, momentum = after - self._before[layer], self._momentum(mlp)
+        norms, moved = update.double().norm(dim=-1), self.state["moved"][layer]
         moved += norms.cpu()
-        found = dict(
-            update_cv=spread(norms), leverage_cv=spread(scores), leverage_low=lowest_tenth(scores),
-            least_moved_share=0.1 * lowest_tenth(moved), effective_rank=effective_rank(after),
-        )  # fmt: skip
-        for key, of_each in found.items():
+        measured = dict(
+            update_cv=spread(norms), least_moved_share=0.1 * lowest_tenth(moved), effective_rank=effective_rank(after)
+        )
+        for key, of_each in measured.items():
             for name, value in zip(self.matrices, of_each.tolist(), strict=True):
                 row[name].setdefault(key, []).append(number(value))
+        unknown = torch.full_like(update, math.nan)
+        scores = leverage(torch.cat([update, unknown if momentum is None else momentum.to(update)])).cpu()
+        self._measure_leverage(layer, scores.unflatten(0, (len(KINDS), -1)), row)
+
+    def _measure_leverage(self, layer: int, scores: Tensor, row: Row) -> None:
+        """scores: of updates and momenta, [2, matrices, F]."""
+        effective, persistence = effective_share(scores), rank_correlation(scores, self.state["leverage"][layer])
+        below = (scores[..., None] < scores.new_tensor(LEVERAGES)).double().mean(-2)
+        below.masked_fill_(~scores.isfinite().all(-1)[..., None], math.nan)
+        self.state["leverage"][layer] = scores
+        for kind, i in zip(KINDS, range(len(KINDS)), strict=True):
+            for j, name in enumerate(self.matrices):
+                lists = row[name].setdefault("leverage", {}).setdefault(kind, {})
+                for key, values in ("effective", effective), ("persistence", persistence):
+                    lists.setdefault(key, []).append(number(values[i, j]))
+                for edge, share in zip(LEVERAGES, below[i, j], strict=True):
+                    lists.setdefault("below", {}).setdefault(f"{edge:g}", []).append(number(share))
 
     def _measure_activations(self, layer: int, size: Tensor, step: int, row: Row) -> None:
         """size: mean and peak of each neuron [2, F]."""
@@ -213,9 +333,17 @@ def _is_gated(mlp: object) -> bool:
     return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.shape[1:] == down.mT.shape
 
 
+def idle_share(row: Row, kind: str) -> float | None:
+    """Share of the rows of gate and up, or of up alone, whose leverage in updates or momenta is below IDLE times the
+    mean; mean over layers."""
+    matrices = [name for name in MATRICES[:2] if name in row]
+    return pooled(pooled(row[name]["leverage"][kind]["below"][f"{IDLE:g}"]) for name in matrices)
+
+
 def in_words(row: Row) -> str:
     """A measurement, with its step, in one line; pooled over the layers."""
     dead = 100 * (pooled(row["dead"]["mean"][f"{MAIN:g}"]) or 0.0)
-    cvs = [(name, pooled(row[name]["update_cv"])) for name in MATRICES if name in row]
-    told = ", ".join(f"{name} {'-' if cv is None else f'{cv:.3f}'}" for name, cv in cvs)
-    return f"step {row['step']}: {dead:.2f}% dead (mean below {MAIN:g} of the median); spread of update rows: {told}"
+    shares = {kind: idle_share(row, kind) for kind in KINDS}
+    told = ", ".join(f"{kind} {'-' if share is None else f'{share:.1%}'}" for kind, share in shares.items())
+    return f"step {row['step']}: {dead:.2f}% dead (mean below {MAIN:g} of the median); gate and up rows with under " \
+           f"{IDLE:g} of the mean leverage: {told}"  # fmt: skip

@@ -1,5 +1,6 @@
 """Neuron statistics against other ways to compute them, on networks whose dead neurons are known, and in real runs."""
 
+import copy
 import json
 import math
 import signal
@@ -8,15 +9,33 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import train_gpt
 from harness import neuron_stats
-from harness.machine import Clock
-from harness.neuron_stats import MATRICES, MEASURES, THRESHOLDS, NeuronStats, effective_rank, leverage, magnitudes
+from harness.machine import Clock, find_machine
+from harness.neuron_stats import (
+    KINDS,
+    LEVERAGES,
+    MATRICES,
+    MEASURES,
+    PRUNED,
+    THRESHOLDS,
+    NeuronStats,
+    contributions,
+    effective_rank,
+    effective_share,
+    leverage,
+    loss_without,
+    magnitudes,
+    rank_correlation,
+)
 from kernels.attention import attention
 from model import GPT, IGNORE_INDEX, ModelConfig, rms_norm
+from optim import Aurora, MatrixOptimizer, Muon
 from tests.conftest import Trainer, python, torchrun
 from tests.test_train import assert_refused, metrics, only_run, summary
 
@@ -64,6 +83,22 @@ def test_effective_rank_of_known_matrices() -> None:
     expected = (16 + 4 + 1) ** 2 / (256 + 16 + 1)
     torch.testing.assert_close(effective_rank(((Q * s) @ Q.mT)[None]).item(), expected, rtol=1e-5, atol=0)
     assert math.isnan(effective_rank(torch.zeros(1, 4, 3)).item())
+
+
+def test_effective_share_of_known_numbers() -> None:
+    x = torch.tensor([[1.0, 1, 1, 1], [0, 0, 3, 0], [2, 2, 0, 0], [0, 0, 0, 0]])
+    assert effective_share(x)[:3].tolist() == [1, 0.25, 0.5]
+    assert math.isnan(effective_share(x)[3].item())
+
+
+def test_rank_correlation_is_spearmans_with_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(6, (2, 3, 20), generator=generator).double()
+    expected = [stats.spearmanr(one, other).statistic for one, other in zip(x, y, strict=True)]
+    assert rank_correlation(x, y).tolist() == pytest.approx(expected)
+    assert rank_correlation(x, x**3).tolist() == pytest.approx([1] * 3)
+    assert not rank_correlation(x, torch.ones_like(y)).isfinite().any()
+    assert not rank_correlation(x, y.masked_fill(y == y.max(), math.nan)).isfinite().any()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,15 +217,20 @@ def test_hand_made_updates_have_their_known_spread_and_shares() -> None:
     cv = (sizes.std() / sizes.mean()).item()
     assert [row[name]["update_cv"][0] for name in MATRICES] == pytest.approx([cv, 0, cv], abs=1e-5)
     assert [row[name]["update_cv"][1] for name in MATRICES] == [None] * 3  # that layer did not move
-    assert row["gate"]["leverage_cv"][1] is row["down"]["least_moved_share"][1] is None
+    assert row["gate"]["leverage"]["update"]["effective"][1] is row["down"]["least_moved_share"][1] is None
     scores = sizes.square() / sizes.square().mean()  # of a matrix of rank one
-    assert row["gate"]["leverage_cv"][0] == pytest.approx((scores.std() / scores.mean()).item(), rel=1e-3)
-    assert row["gate"]["leverage_low"][0] == pytest.approx(scores[:6].mean().item(), rel=1e-3)
+    of_update = row["gate"]["leverage"]["update"]
+    assert of_update["effective"][0] == pytest.approx((1 / scores.square().mean()).item(), rel=1e-3)
+    assert {edge: shares[0] for edge, shares in of_update["below"].items()} == {
+        f"{edge:g}": pytest.approx((scores < edge).double().mean().item(), rel=1e-4) for edge in LEVERAGES
+    }
+    assert of_update["persistence"] == [None] * 2  # there was none before
     assert row["up"]["least_moved_share"][0] == pytest.approx(0.1, rel=1e-4)
     assert row["gate"]["least_moved_share"][0] == pytest.approx(
         0.1 * (sizes[:6].mean() / sizes.mean()).item(), rel=1e-4
     )
     row = planted.measure((torch.stack([-gate.flip(0), up]), -down))  # what moved least moves most now
+    assert [row[name]["leverage"]["update"]["persistence"][0] for name in ("gate", "down")] == pytest.approx([-1, 1])
     assert row["gate"]["least_moved_share"][0] == pytest.approx(0.1, rel=1e-4)
     assert row["gate"]["update_cv"][0] == pytest.approx(cv, abs=1e-5)
     assert row["down"]["least_moved_share"][0] == pytest.approx(
@@ -202,8 +242,140 @@ def test_hand_made_updates_have_their_known_spread_and_shares() -> None:
 def test_weights_that_are_not_finite_are_no_numbers_in_json() -> None:
     planted = Planted()
     row = planted.measure((torch.full((2, NUM_NEURONS, 16), math.nan), torch.full((16, NUM_NEURONS), math.inf)))
-    assert row["gate"]["leverage_cv"][0] is row["down"]["update_cv"][0] is row["median"]["mean"][0] is None
+    assert row["gate"]["leverage"]["update"]["below"]["4"][0] is row["down"]["update_cv"][0] is None
+    assert row["contributing"][0] is row["median"]["mean"][0] is None
     assert row["dead"]["mean"]["0.1"][0] is row["revived"]["peak"]["0.3"][0] is None
+
+
+def test_planted_idle_rows_are_found_exactly() -> None:
+    """64 rows along 16 axes, four to each: the score of a row is four times its part of the square on its axis."""
+    planted, gate = Planted(), torch.eye(16).repeat(4, 1)
+    gate[:7] *= 0.1  # 4 * 0.01 / 3.01 = 0.013
+    gate[7:10] *= 0.3  # 4 * 0.09 / 3.09 = 0.117
+    up, down = torch.eye(16).repeat(4, 1), torch.zeros(16, NUM_NEURONS)
+    row = planted.measure((torch.stack([gate, up]), down))
+    shares = {0.01: 0, 0.025: 7, 0.05: 7, 0.1: 7, 0.25: 10, 0.5: 10, 2: 64, 4: 64}
+    found = row["gate"]["leverage"]["update"]["below"]
+    assert 10 / 64 < found.pop("1")[0] < 35 / 64  # rounding decides for 24 rows
+    assert {float(edge): NUM_NEURONS * of_layers[0] for edge, of_layers in found.items()} == pytest.approx(
+        shares, rel=1e-4
+    )
+    assert row["up"]["leverage"]["update"]["effective"][0] == pytest.approx(1)
+    assert neuron_stats.idle_share(row, "update") == pytest.approx(10 / 64 / 2, rel=1e-4)
+    assert neuron_stats.idle_share(row, "momentum") is None  # no optimizer was given
+
+
+@pytest.mark.parametrize("rule", [Muon, Aurora])
+def test_leverage_of_momentum_and_update_is_that_of_their_svd(rule: type[MatrixOptimizer]) -> None:
+    planted = Planted()
+    mlp, generator = planted.mlp(0), torch.Generator().manual_seed(3)
+    matrices = [mlp.gate_up, mlp.down]
+    optimizer = rule(matrices, lr=0.1, polar_method="svd")
+    planted.stats = NeuronStats(planted.model, [torch.optim.AdamW([planted.model.head.weight]), optimizer])
+    kept = list[dict[str, list[Tensor]]]()
+    for _ in range(2):
+        planted.stats.before_step()
+        before = [p.detach().clone() for p in matrices]
+        for p in matrices:
+            rows = torch.logspace(-2, 0, p.size(-2))[:, None]
+            p.grad = rows * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        planted.step += 1
+        row = planted.stats.measure(planted.step, planted.tokens, planted.tokens)
+        momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in matrices]
+        updates = [p.detach() - old for p, old in zip(matrices, before, strict=True)]
+        kept += [
+            {kind: [*gate_up, down.mT] for kind, (gate_up, down) in dict(update=updates, momentum=momenta).items()}
+        ]
+
+    def scores_of(X: Tensor) -> Tensor:
+        left, _, right = torch.linalg.svd(X.double(), full_matrices=False)
+        scores = (left @ right).square().sum(-1)
+        return scores / scores.mean()
+
+    for kind in KINDS:
+        for name, earlier, now in zip(MATRICES, *(map(scores_of, each[kind]) for each in kept), strict=True):
+            found = row[name]["leverage"][kind]
+            assert {edge: of_layers[0] for edge, of_layers in found["below"].items()} == pytest.approx(
+                {f"{edge:g}": (now < edge).double().mean().item() for edge in LEVERAGES}, abs=1e-4
+            )
+            assert found["effective"][0] == pytest.approx(effective_share(now).item(), rel=1e-3)
+            assert found["persistence"][0] == pytest.approx(stats.spearmanr(earlier, now).statistic, abs=1e-3)
+    idle = {kind: neuron_stats.idle_share(row, kind) or 0.0 for kind in KINDS}
+    assert idle["momentum"] > 0.2  # gradients' rows were uneven
+    assert (idle["update"] == 0) == (rule is Aurora)
+
+
+def test_pruning_takes_what_contributes_least_and_gives_it_back() -> None:
+    planted = Planted()
+    with torch.no_grad():
+        planted.model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        for layer in range(2):
+            planted.mlp(layer).down.normal_(generator=torch.Generator().manual_seed(layer))
+            planted.mlp(layer).down *= torch.linspace(0.1, 1, NUM_NEURONS)
+    planted.scale(0, matrix=1, neurons=slice(20, 40), factor=0.0)  # silent: a tenth, two and three of them cost nothing
+    planted.scale(1, matrix=0, neurons=slice(40, 60), factor=0.0)
+    gpt, tokens = planted.model, planted.tokens
+    targets = tokens.roll(1, 1).clone()
+    targets[0, 3:6] = IGNORE_INDEX
+    sizes = magnitudes(gpt, tokens)
+    of_blocks = contributions(gpt, sizes)
+    for layer, values in enumerate(of_blocks):
+        down = planted.mlp(layer).down
+        torch.testing.assert_close(values, sizes[layer][0] * down.detach().double().square().sum(0).sqrt())
+        assert ((values == 0).nonzero().flatten() == torch.arange(20) + (20, 40)[layer]).all()
+    before = copy.deepcopy(gpt.state_dict())
+    with torch.no_grad():
+        batches = [(tokens[:3], targets[:3]), (tokens[3:], targets[3:])]
+        found = loss_without(gpt, of_blocks, batches)
+        torch.testing.assert_close(gpt.state_dict(), before, rtol=0, atol=0)
+        whole = gpt(tokens, targets).item() / (targets >= 0).sum().item()
+        for share in PRUNED:
+            pruned = copy.deepcopy(gpt)
+            for block, values in zip(pruned.blocks, of_blocks, strict=True):
+                block.mlp.down[:, values.sort().indices[: round(share * NUM_NEURONS)]] = 0  # type: ignore[union-attr, operator, index]
+            expected = pruned(tokens, targets).item() / (targets >= 0).sum().item()
+            assert found[share] == pytest.approx(expected, rel=1e-6)
+    assert list(found) == [0, *PRUNED]
+    assert found[0] == found[0.1] == found[0.3] == pytest.approx(whole, rel=1e-6)
+    assert abs(found[0.5] - found[0]) > 1e-3
+    planted.stats.last_step = 20
+    assert planted.measure()["pruning"] is None
+    planted.stats.before_step()
+    pruning = planted.stats.measure(20, tokens, targets)["pruning"]
+    assert pruning["0.5"] == pytest.approx(found[0.5] - found[0], rel=1e-3)
+
+
+def test_looks_cost_less_than_a_hundredth_of_training(tiny_recipe: Path) -> None:
+    """Floating-point operations of sotu_base's model and schedule with a look every 100 steps, the last one prunes."""
+    size = ["--num_layers=4", "--head_dim=64", "--model_dim=128", "--seq_len=256", "--micro_batch_tokens=2048"]
+    size += ["--batch_tokens=2048", "--train_steps=600", "--val_tokens=2048", "--matrix_optimizer=muon", "--fused=none"]
+    config = train_gpt.load_config([str(tiny_recipe), *size])
+    run = train_gpt.set_up(config, find_machine("cpu", "float32"))
+    looks = NeuronStats(run.model, run.optimizers, last_step=2)
+    tokens, targets = next(train_gpt.validation(config, run.machine, run.val_stream))
+
+    def solved(L: tuple[int, ...], B: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return math.prod(B) * L[-1]
+
+    def factorised(gram: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return math.prod(gram) * gram[-1] // 3
+
+    counted = {torch.ops.aten.linalg_solve_triangular: solved, torch.ops.aten.linalg_cholesky_ex: factorised}
+    flops = []
+    for work in (
+        lambda: train_gpt.train_step(run, *run.batch()),
+        lambda: looks.measure(1, tokens, targets),
+        lambda: looks.measure(2, tokens, targets),
+    ):
+        looks.before_step()
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+            work()
+        flops.append(counter.get_total_flops())
+    run.loader.close()
+    step, look, last = flops
+    assert 6 * 0.8e6 * config.batch_tokens < step
+    assert (5 * look + last) / (config.train_steps * step) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,6 +416,8 @@ def test_looks_leave_the_training_as_it_is(trainer: Trainer, tmp_path: Path, wat
     assert final["neurons"] == {"step": 40, **looks(watched)[40]}
     assert final["phase_s"]["neurons"] > 0
     assert summary(plain)["neurons"] is None
+    assert [step for step, row in looks(watched).items() if row["pruning"]] == [40]
+    assert looks(watched)[8]["up"]["leverage"]["momentum"]["persistence"][0] > 0
     dead = 100 * sum(final["neurons"]["dead"]["mean"]["0.1"]) / 2
     assert f"neurons      step 40: {dead:.2f}% dead (mean below 0.1" in (watched / "log.txt").read_text(
         encoding="utf-8"
@@ -307,7 +481,8 @@ def test_every_first_step_is_json(trainer: Trainer, tmp_path: Path) -> None:
     assert trainer("--neuron_stats=1", "--train_steps=3", "--matrix_optimizer=muon").returncode == 0
     found = looks(only_run(tmp_path))
     first, second, third = (found[step] for step in (1, 2, 3))
-    assert first["down"]["effective_rank"] == first["down"]["update_cv"] == first["gate"]["leverage_cv"] == [None] * 2
+    assert first["down"]["effective_rank"] == first["down"]["update_cv"] == [None] * 2
+    assert first["gate"]["leverage"]["update"]["effective"] == first["gate"]["leverage"]["momentum"]["effective"]
     assert second["gate"]["update_cv"] == second["up"]["least_moved_share"] == [None] * 2
     assert all(value > 0 for value in second["down"]["update_cv"] + third["gate"]["update_cv"])
 
@@ -327,7 +502,11 @@ def test_two_ranks_write_the_rows_of_one(trainer: Trainer, tiny_recipe: Path, tm
         for part in MATRICES:
             for key, values in row[part].items():
                 expected = [value or 0 for value in one[step][part][key]]
-                assert [value or 0 for value in values] == pytest.approx(expected, rel=1e-3), (part, key)
+                if key != "leverage":
+                    assert [value or 0 for value in values] == pytest.approx(expected, rel=1e-3), (part, key)
+            assert row[part]["leverage"]["momentum"]["effective"] == [None] * 2  # each rank has a share of it
+            of_update, alone = (each[part]["leverage"]["update"]["effective"] for each in (row, one[step]))
+            assert [x or 0 for x in of_update] == pytest.approx([x or 0 for x in alone], rel=1e-2)
 
 
 class Plain(nn.Module):
@@ -351,7 +530,7 @@ def test_in_words_says_what_has_no_value() -> None:
     row = Planted().measure()
     row["step"] = 10
     assert neuron_stats.in_words(row).startswith("step 10: 0.00% dead")
-    assert neuron_stats.in_words(row).endswith("gate -, up -, down -")
+    assert neuron_stats.in_words(row).endswith("of the mean leverage: update -, momentum -")
 
 
 class Wrapped(nn.Module):

@@ -1,215 +1,234 @@
-"""Tables and figures of the experiment on dead neurons (experiments/neurons.py), from its JSON alone.
+"""Tables and figures of the experiment on neurons (experiments/neurons.py), from its JSON alone.
 
-Dead is a neuron below a threshold times its layer's median (harness/neuron_stats.py). Shares are of all layers together
-and at the last measurement of a run; the spread of row norms is the mean over a run's measurements.
+Leverage, idle rows, contributing and dead neurons are harness/neuron_stats.py's; shares are of all layers together and,
+where nothing else is said, at the last measurement of a run.
 """
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments.arms import EDGE
+from experiments.comparisons import against
 from harness.figures import pyplot, save
-from harness.neuron_stats import MAIN, MATRICES, MEASURES, THRESHOLDS, pooled
+from harness.neuron_stats import (
+    IDLE,
+    KINDS,
+    LEVERAGES,
+    MAIN,
+    MATRICES,
+    MEASURES,
+    PRUNED,
+    THRESHOLDS,
+    idle_share,
+    pooled,
+)
 from harness.tables import Row, mean_and_sd, table
 
 Record = dict[str, Any]
+BASELINE = "muon"
 MAIN_KEY = f"{MAIN:g}"
 
 
-def curves_of(rows: Sequence[Row]) -> tuple[Row, Row | None]:
-    """A run's measurements as curves of three digits, pooled over the layers but for one, and the last one whole."""
-    found = [row["neurons"] for row in rows]
+def pooled_over_layers(look: Any) -> Any:
+    """A measurement with the mean over its layers, four digits, in place of each list of them."""
+    if isinstance(look, dict):
+        return {key: pooled_over_layers(value) for key, value in look.items()}
+    if isinstance(look, list):
+        look = pooled(look)
+    return None if look is None else float(f"{look:.4g}")
 
-    def short(values: Iterable[float | None]) -> list[float | None]:
+
+def curves_of(rows: Sequence[Row]) -> Row:
+    """What a figure shows of a run's measurements over time, three digits."""
+    looks = [row["neurons"] for row in rows]
+
+    def short(values: Sequence[float | None]) -> list[float | None]:
         return [None if value is None else float(f"{value:.3g}") for value in values]
 
-    def curve(values: Iterable[list[float | None]]) -> list[float | None]:
-        return short(map(pooled, values))
+    def of_leverage(key: str) -> dict[str, list[float | None]]:
+        return {kind: short([pooled(pooled(look[name]["leverage"][kind][key]) for name in MATRICES[:2] if name in look)
+                             for look in looks]) for kind in KINDS}  # fmt: skip
 
-    shares: dict[str, dict[str, list[float | None]]] = {
-        measure: {f"{t:g}": curve(one["dead"][measure][f"{t:g}"] for one in found) for t in THRESHOLDS}
-        for measure in MEASURES
-    }
-    update_cv = {name: curve(one[name]["update_cv"] for one in found) for name in MATRICES}
-    median = curve(one["median"]["mean"] for one in found)
-    layers = [short(one["dead"]["mean"][MAIN_KEY]) for one in found]
-    steps = [row["step"] for row in rows]
-    looks = dict(steps=steps, dead=shares, dead_by_layer=layers, update_cv=update_cv, median=median)
-    return looks, found[-1] if found else None
+    return dict(
+        steps=[row["step"] for row in rows],
+        idle={kind: short([idle_share(look, kind) for look in looks]) for kind in KINDS},
+        effective=of_leverage("effective"), persistence=of_leverage("persistence"),
+        contributing=short([pooled(look["contributing"]) for look in looks]),
+        dead={measure: short([pooled(look["dead"][measure][f"{THRESHOLDS[0]:g}"]) for look in looks])
+              for measure in MEASURES},
+    )  # fmt: skip
 
 
 def by_cell(record: Record) -> dict[tuple[str, str], list[Row]]:
-    """Runs by (expansion, arm), in the record's order."""
+    """Runs by (variant, arm), in the record's order."""
     cells: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for run in record["runs"]:
-        cells[run["expansion"], run["arm"]].append(run)
-    order = itertools.product(record["expansions"], record["arms"])
+        cells[run["variant"], run["arm"]].append(run)
+    order = itertools.product(record["variants"], record["arms"])
     return {cell: cells[cell] for cell in order if cell in cells}
 
 
-def percent(values: Sequence[float | None]) -> str:
-    return mean_and_sd([None if value is None else 100 * value for value in values], 2)
+def percent(values: Sequence[float | None], digits: int = 1) -> str:
+    return mean_and_sd([None if value is None else 100 * value for value in values], digits)
 
 
-def final(run: Row, *keys: str) -> float | None:
-    """A number of a run's last measurement, over all layers; None for a run that diverged or was never measured."""
+def final(run: Row, *keys: str) -> Any:
+    """A number of a run's last measurement; None for a run that diverged or was never measured."""
     value: Any = None if run["val_loss"] is None else run["last"]
     for key in keys:
-        value = value and value[key]
-    return pooled(value) if isinstance(value, list) else value
+        value = value and value.get(key)
+    return value
 
 
-def mean_spread(run: Row, *matrices: str) -> float | None:
-    """Spread of the updates' row norms, mean over measurements and matrices."""
-    return pooled(value for name in matrices for value in run["looks"]["update_cv"][name])
+def of_gate_and_up(run: Row, kind: str, *keys: str) -> float | None:
+    """A number of the leverage of gate and up, of which some models have up alone; mean of both."""
+    return pooled(final(run, name, "leverage", kind, *keys) for name in MATRICES[:2])
 
 
-def summary(record: Record) -> list[Row]:
-    """A row for each expansion and arm; means over the seeds (± standard deviation), dead by the mean over tokens."""
+def losses(record: Record) -> list[Row]:
+    """A row for each variant and arm: final losses (± standard deviation over the seeds), and how they differ from
+    Muon's at the same seeds, with p Holm-adjusted over the arms of the variant."""
     rows = []
-    for (expansion, arm), runs in by_cell(record).items():
-        edge = EDGE if runs[0]["at_edge"] else ""
-        row = {"MLP": expansion, "arm": arm, "rate": f"{runs[0]['rate']:g}{edge}"}
-        row["final loss"] = mean_and_sd([run["val_loss"] for run in runs], 4)
-        row["diverged"] = f"{sum(run['status'].startswith('diverged') for run in runs)}/{len(runs)}"
-        for threshold in THRESHOLDS:
-            shares = [final(run, "dead", "mean", f"{threshold:g}") for run in runs]
-            row[f"dead % < {threshold:g}"] = percent(shares)
-        row[f"by peak % < {THRESHOLDS[0]:g}"] = percent(
-            [final(run, "dead", "peak", f"{THRESHOLDS[0]:g}") for run in runs]
-        )
-        row["half dead by"] = mean_and_sd([final(run, "dead_since", "mean") for run in runs], 0)
-        for name in ("ever_dead", "revived"):
-            row[f"{name.replace('_', ' ')} %"] = percent([final(run, name, "mean", MAIN_KEY) for run in runs])
-        row["CV gate, up"] = mean_and_sd([mean_spread(run, "gate", "up") for run in runs], 3)
-        row["CV down"] = mean_and_sd([mean_spread(run, "down") for run in runs], 3)
-        moved = [pooled(final(run, name, "least_moved_share") for name in MATRICES) for run in runs]
-        rows.append(row | {"least moved %": percent(moved)})
+    cells = by_cell(record)
+    for variant in record["variants"]:
+        of_arms = {arm: runs for (of, arm), runs in cells.items() if of == variant}
+        seeds = [run["seed"] for run in of_arms.get(BASELINE, [])]
+        comparable = {arm: [run["val_loss"] for run in runs] for arm, runs in of_arms.items()
+                      if [run["seed"] for run in runs] == seeds}  # fmt: skip
+        found, p_values = against(comparable, BASELINE)
+        for arm, runs in of_arms.items():
+            rate = f"{runs[0]['rate']:g}{EDGE if runs[0]['at_edge'] else ''}"
+            row = {"variant": variant, "arm": arm, "rate": rate, "seeds": str(len(runs)),
+                   "final loss": mean_and_sd([run["val_loss"] for run in runs], 4),
+                   "diverged": f"{sum(run['status'].startswith('diverged') for run in runs)}/{len(runs)}"}  # fmt: skip
+            each = found.get(arm)
+            row["less than muon's by"] = f"{-each.mean:.4f}" if each else "-"
+            row["95% interval"] = f"{-each.high:.4f} to {-each.low:.4f}" if each else "-"
+            row["p (Holm)"] = f"{p_values[arm]:.2g}" if each else "-"
+            rows.append(row)
     return rows
 
 
-def sensitivity(record: Record) -> list[Row]:
-    """Dead neurons at the end in %, at every threshold and by both measures; means over the seeds."""
+def leverages(record: Record) -> list[Row]:
+    """A row for each variant and arm: leverage of gate and up in updates and in momenta, means over the seeds."""
     rows = []
-    for (expansion, arm), runs in by_cell(record).items():
-        row = {"MLP": expansion, "arm": arm}
-        for measure, threshold in itertools.product(MEASURES, THRESHOLDS):
-            key = f"{threshold:g}"
-            row[f"{measure} < {key}"] = percent([pooled(final(run, "dead", measure, key) for run in runs)])
+    for (variant, arm), runs in by_cell(record).items():
+        row = {"variant": variant, "arm": arm}
+        for kind in KINDS:
+            for edge in (0.05, 0.1, IDLE):
+                shares = [of_gate_and_up(run, kind, "below", f"{edge:g}") for run in runs]
+                row[f"{kind}: % < {edge:g}"] = percent(shares)
+            row[f"{kind}: effective"] = mean_and_sd([of_gate_and_up(run, kind, "effective") for run in runs], 2)
+            row[f"{kind}: persistence"] = mean_and_sd([of_gate_and_up(run, kind, "persistence") for run in runs], 2)
         rows.append(row)
     return rows
 
 
-def correlation(record: Record) -> list[Row]:
-    """Spearman's rank correlation of the dead share with the final loss, over the runs of all arms of an expansion.
-
-    Arms differ in more than in their dead neurons: a correlation over them is no cause. Last column: over seeds within
-    an arm, after each arm's means are taken off both.
-    """
+def functions(record: Record) -> list[Row]:
+    """A row for each variant and arm: how many neurons contribute, what pruning costs in thousandths of a nat, and
+    which are dead by a threshold; means over the seeds."""
     rows = []
-    for expansion, measure in itertools.product(record["expansions"], MEASURES):
-        runs = [run for run in record["runs"] if run["expansion"] == expansion and run["val_loss"] is not None]
-        dead = {id(run): final(run, "dead", measure, MAIN_KEY) for run in runs}
-        of_arm: dict[str, list[Row]] = defaultdict(list)
-        for run in (run for run in runs if dead[id(run)] is not None):
-            of_arm[run["arm"]].append(run)
-        pairs = [(dead[id(run)], run["val_loss"]) for arm in of_arm.values() for run in arm]
-        within = []
-        for arm in of_arm.values():
-            points = np.array([(dead[id(run)], run["val_loss"]) for run in arm], dtype=float)
-            within += list(points - points.mean(0)) if len(arm) > 1 else []
-        rho, p = spearman(pairs)
-        row = {"MLP": expansion, "dead by": measure, "runs": str(len(pairs)), "rho": rho, "p": p}
-        rows.append(row | {"rho within arms": spearman(within)[0]})
+    for (variant, arm), runs in by_cell(record).items():
+        row = {"variant": variant, "arm": arm}
+        row["contributing"] = mean_and_sd([final(run, "contributing") for run in runs], 2)
+        for share in PRUNED:
+            rises = [1000 * run["pruning"][f"{share:g}"] for run in runs if run["pruning"]]
+            row[f"pruned {share:.0%}"] = mean_and_sd(rises, 1)
+        for measure, threshold in (("mean", THRESHOLDS[0]), ("mean", MAIN), ("peak", THRESHOLDS[0])):
+            shares = [final(run, "dead", measure, f"{threshold:g}") for run in runs]
+            row[f"dead % ({measure} < {threshold:g})"] = percent(shares)
+        rows.append(row)
     return rows
-
-
-def spearman(pairs: Sequence[Any]) -> tuple[str, str]:
-    """rho and its two-sided p; dashes where they have no value: under three pairs, or one side all alike."""
-    if len(pairs) < 3 or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
-        return "-", "-"
-    found = stats.spearmanr(*zip(*pairs, strict=True))
-    return f"{found.statistic:.2f}", f"{found.pvalue:.2g}"
 
 
 def report(record: Record) -> str:
     """All tables with what has to be said of them."""
-    parts = [f"{record['device']}; {record['recipe']}, {record['steps']} steps, seeds {record['seeds']}"]
-    parts.append(table(summary(record)))
+    of_params = " or ".join(f"{number:,}" for number in record["params"])
+    parts = [f"{record['device']}; {record['recipe']}, {record['steps']} steps, {record['tokens']:,} tokens, "
+             f"{of_params} parameters, seeds {' '.join(map(str, record['seeds']))}"]  # fmt: skip
+    parts.append(table(losses(record)))
     if any(run["at_edge"] for run in record["runs"]):
         parts.append(f"{EDGE} the best rate is at an end of those tried: a rate beyond it may be better")
     if not record["tuning"]:
         parts.append("rates were not tuned here")
-    parts += ["Dead neurons at the end (%), by threshold and measure:", table(sensitivity(record))]
-    parts += [f"Dead at {MAIN_KEY} against final loss, Spearman:", table(correlation(record))]
-    return "\n\n".join(parts)
+    parts += ["Leverage of gate and up at the end, in the rule's own update and in the polar factor of its momentum:"]
+    parts += [table(leverages(record))]
+    parts += ["Function at the end; by how many thousandths of a nat the loss rises when each layer is pruned:"]
+    return "\n\n".join([*parts, table(functions(record))])
 
 
 def draw(record: Record, path: Path) -> None:
-    """A line of panels for each expansion: dead shares and spread against steps, final loss against dead share."""
-    expansions = record["expansions"]
-    figure, grid = pyplot().subplots(
-        len(expansions), 3, figsize=(12, 3.4 * len(expansions)), squeeze=False, layout="constrained"
+    """Of the first variant: idle rows over time, how leverage is spread at the end, what pruning costs, and losses."""
+    variant = record["variants"][0]
+    figure, (idle_axis, spread_axis, pruning_axis, loss_axis) = pyplot().subplots(
+        1, 4, figsize=(15, 3.8), layout="constrained"
     )
-    colors = {arm: f"C{index}" for index, arm in enumerate(record["arms"])}
-    for (expansion, arm), runs in by_cell(record).items():
-        dead_axis, spread_axis, loss_axis = grid[expansions.index(expansion)]
-        known = [run for run in runs if run["looks"]["steps"] and run["val_loss"] is not None]
-        if not known:
+    arms = [arm for of, arm in by_cell(record) if of == variant]
+    for place, arm in enumerate(arms):
+        runs = [run for run in by_cell(record)[variant, arm] if run["last"] and run["val_loss"] is not None]
+        if not runs:
             continue
-        steps = known[0]["looks"]["steps"]
-        of_dead = [run["looks"]["dead"]["mean"][MAIN_KEY] for run in known]
-        of_spread = [[pooled(at) for at in zip(*run["looks"]["update_cv"].values(), strict=True)] for run in known]
-        of_peak = [run["looks"]["dead"]["peak"][f"{THRESHOLDS[0]:g}"] for run in known]
-        panels = (dead_axis, of_dead, 100, "-"), (dead_axis, of_peak, 100, ":"), (spread_axis, of_spread, 1, "-")
-        for axis, curves, scale, style in panels:
-            values = scale * np.array(curves, dtype=float)  # None: nan
-            axis.plot(steps, values.mean(0), style, color=colors[arm], label=arm if style == "-" else None)
-            axis.fill_between(steps, values.min(0), values.max(0), color=colors[arm], alpha=0.2, linewidth=0)
-        dead = np.array([final(run, "dead", "mean", MAIN_KEY) for run in known], dtype=float)
-        loss_axis.plot(100 * dead, [run["val_loss"] for run in known], "o", color=colors[arm])
-    for expansion, (dead_axis, spread_axis, loss_axis) in zip(expansions, grid, strict=True):
-        told = f"mean below {MAIN_KEY}; dotted: peak below {THRESHOLDS[0]:g}"
-        dead_axis.set(xlabel="step", ylabel=f"dead neurons (%)\n{told}", title=f"MLP {expansion}")
-        spread_axis.set(xlabel="step", ylabel="spread of updates' row norms", title="standard deviation / mean")
-        loss_axis.set(xlabel="dead at the end (%)", ylabel="final loss (nats per token)", title="each run")
-    for axis in grid.flat:
+        color = f"C{place}"
+        for kind, style in zip(KINDS, ("-", ":"), strict=True):
+            steps = runs[0]["looks"]["steps"]
+            idle = np.array([run["looks"]["idle"][kind] for run in runs], dtype=float)  # None: nan
+            idle_axis.plot(steps, 100 * idle.mean(0), style, color=color, label=arm if style == "-" else None)
+            below = np.array([[of_gate_and_up(run, kind, "below", f"{x:g}") for x in LEVERAGES] for run in runs], float)
+            spread_axis.plot(LEVERAGES, 100 * below.mean(0), style, color=color)
+        rises = np.array([[run["pruning"][f"{share:g}"] for share in PRUNED] for run in runs if run["pruning"]])
+        if len(rises):
+            pruning_axis.plot([100 * share for share in PRUNED], rises.mean(0), color=color)
+        loss_axis.plot([run["val_loss"] for run in runs], [place] * len(runs), "o", color=color)
+    idle_axis.set(xlabel="step", ylabel="rows of gate and up (%)", title=f"leverage below {IDLE:g} of the mean")
+    spread_axis.set(xlabel="leverage over its mean", ylabel="rows below it (%)", xscale="log", title="at the end")
+    pruning_axis.set(xlabel="neurons pruned in each layer (%)", ylabel="rise of the loss (nats per token)",
+                     title="without those that contribute least")  # fmt: skip
+    pruning_axis.set_yscale("symlog", linthresh=1e-3)
+    loss_axis.set(xlabel="final loss (nats per token)", yticks=range(len(arms)), yticklabels=arms, title="each run")
+    loss_axis.invert_yaxis()
+    for axis in (idle_axis, spread_axis, pruning_axis, loss_axis):
         axis.grid(alpha=0.3)
-    for axis in grid[:, :2].flat:
-        axis.set_ylim(bottom=0)
-    grid[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{record['recipe']}; {record['device']}", fontsize=9, parse_math=False)
+    idle_axis.legend(frameon=False, fontsize=7)
+    told = f"{record['recipe']}, {variant}; solid: updates, dotted: polar factors of the momentum; {record['device']}"
+    figure.suptitle(told, fontsize=9, parse_math=False)
     save(figure, path)
 
 
 def draw_run(rows: list[Row], path: Path) -> None:
-    """One training run: dead shares by threshold and by layer, and the spread of row norms by matrix."""
+    """One training run: leverage of gate and up by threshold and by layer, and neurons that do something."""
     plt = pyplot()
-    steps, measured = [row["step"] for row in rows], [row["neurons"] for row in rows]
-    figure, (thresholds, layers, spreads) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for (measure, style), threshold in itertools.product({"mean": "-", "peak": ":"}.items(), THRESHOLDS):
-        found = np.array([pooled(one["dead"][measure][f"{threshold:g}"]) for one in measured], dtype=float)
-        color = f"C{THRESHOLDS.index(threshold)}"
-        thresholds.plot(steps, 100 * found, style, color=color, label=f"{measure} < {threshold:g}")
-    by_layer = np.array([one["dead"]["mean"][MAIN_KEY] for one in measured], dtype=float).T
+    steps, looks = [row["step"] for row in rows], [row["neurons"] for row in rows]
+    curves = curves_of(rows)
+    figure, (edges, layers, function) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    names = [name for name in MATRICES[:2] if name in looks[0]]
+    for (kind, style), (place, edge) in itertools.product(
+        zip(KINDS, ("-", ":"), strict=True), enumerate((0.05, 0.1, IDLE))
+    ):
+        shares = [
+            pooled(pooled(look[name]["leverage"][kind]["below"][f"{edge:g}"]) for name in names) for look in looks
+        ]
+        edges.plot(steps, 100 * np.array(shares, float), style, color=f"C{place}", label=f"{kind} < {edge:g}")
+    by_layer = np.array([[look[name]["leverage"]["update"]["below"][f"{IDLE:g}"] for name in names] for look in looks],
+                        dtype=float).mean(1).T  # fmt: skip
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_layer)))
     for layer, (shares, shade) in enumerate(zip(by_layer, shades, strict=True)):
         label = f"layer {layer}" if layer in (0, len(by_layer) - 1) else None  # the shades between tell the rest
         layers.plot(steps, 100 * shares, color=shade, label=label)
-    for name in MATRICES:
-        spreads.plot(steps, np.array([pooled(one[name]["update_cv"]) for one in measured], dtype=float), label=name)
-    thresholds.set(ylabel="dead neurons (%)", title="by threshold, of the layer's median")
-    layers.set(ylabel="dead neurons (%)", title=f"by layer, mean < {MAIN_KEY}")
-    spreads.set(ylabel="standard deviation / mean", title="row norms of updates")
-    for axis in (thresholds, layers, spreads):
+    function.plot(steps, 100 * np.array(curves["contributing"], float), label="contributing")
+    for measure, style in zip(MEASURES, ("-", ":"), strict=True):
+        dead = 100 * np.array(curves["dead"][measure], float)
+        function.plot(steps, dead, style, color="C3", label=f"dead, {measure} < {THRESHOLDS[0]:g}")
+    edges.set(ylabel="rows of gate and up (%)", title="leverage over its mean")
+    layers.set(ylabel="rows of gate and up (%)", title=f"by layer, update < {IDLE:g}")
+    function.set(ylabel="neurons (%)", title="what they do")
+    for axis in (edges, layers, function):
         axis.set_xlabel("step")
         axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7, ncols=2 if axis is thresholds else 3, loc="upper center")
+        axis.legend(frameon=False, fontsize=7, ncols=2 if axis is edges else 3, loc="upper center")
     save(figure, path)

@@ -1,29 +1,41 @@
 """Do MLP neurons die under Muon, and does Aurora keep them alive? Runs with harness/neuron_stats.py.
 
     python -m experiments.neurons                                    (quick: three arms, minutes on two CPU cores)
-    python -m experiments.neurons --preset=full --yes                (seven arms, three MLP widths, tuned: hours there)
+    python -m experiments.neurons --preset=full --yes                (all arms and variants, tuned: hours there)
+    python -m experiments.neurons --preset=full --variants base      (the same, but for what changes one thing)
     python -m experiments.neurons --recipe=configs/classics_124m_aurora.toml --preset=full --arms adamw muon aurora
     python -m experiments.neurons --draw experiments/results/neurons.json         (tables and figure again)
     python -m experiments.neurons --run runs/sotu_cpu-20261122T033309Z-9823dd     (figure of one run)
 
-The claim: over 25% of the neurons dead by step 500 under Muon at 340 M parameters, by a threshold that was not
-published. Protocol, with its thresholds, fixed before any reported run: every arm, a rule for the hidden matrices,
-trains the recipe's model to the end of the schedule, all else alike, with MLPs of each expansion (hidden over width).
-Tuning is equal: for each arm and expansion the same number of learning rates on seed 100, which is not reported; the
-lowest final validation loss wins, and a winner at an end of the rates tried is marked. Then seeds 0, 1 and 2 with that
-rate. Dead is a neuron whose mean activation is below 0.1 of its layer's median; all thresholds and both measures are
-printed. quick takes rates that won over 200 steps (results/neurons.json) and tunes nothing. A diverged run is a result.
+The claim: under Muon the rows of gate and up get uneven leverage (squared row norms of the polar factor), so that over
+a quarter of the neurons are dead by step 500 at 340 M parameters, by a threshold that was not published.
 
-OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. OUT.json keeps
-what the tables need, OUT.png is the figure. Exit status as the sweep's.
+The protocol, written before any reported run. Every arm, a rule for the hidden matrices, trains the recipe's model to
+the end of a schedule of 500 steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs
+starting at zero, no weight decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is
+not reported; the lowest final validation loss wins, and a winner at an end of those tried is marked. Then seeds 0, 1
+and 2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS,
+at the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are compared with Muon's,
+paired by seed, Holm-adjusted over the arms of a variant.
+
+What is measured, all of it fixed beforehand: idle are rows of gate and up whose leverage is below a quarter of the
+mean, in the rule's own update and in the plain polar factor of its momentum; how many neurons contribute (mean
+activation times norm of the column of down, participation ratio); by how much the final loss rises, over the same
+tokens, without the tenth to half of each layer's neurons that contribute least; dead is a mean activation below 0.1 of
+the layer's median. quick tunes nothing. A diverged run is a result.
+
+OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. A run keeps its
+last checkpoint there, for the pruning. OUT.json keeps what the tables need, OUT.png is the figure. Exit status as the
+sweep's.
 """
 
 import dataclasses
 import itertools
+import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,35 +47,66 @@ from data.files import check_writable, user_path, write_json
 from data.prepare import ensure
 from experiments import arms
 from experiments.arms import confirm, duration, names_of
-from experiments.neuron_report import curves_of, draw, draw_run, report
+from experiments.neuron_report import curves_of, draw, draw_run, pooled_over_layers, report
 from experiments.sweep import Result, load_sweep, rows_with, visible_gpus
+from harness.checkpoint import evaluated_weights, read_checkpoint
 from harness.machine import device_name, find_machine
+from harness.neuron_stats import PRUNED, contributions, loss_without, magnitudes
 from harness.overrides import arguments, assignments
 from model import multiple_of_64
-from train_gpt import load_config, set_up
+from train_gpt import load_config, set_up, validation
 
 ARMS = {
-    **{rule: {"matrix_optimizer": rule} for rule in ("adamw", "muon", "unormuon", "normuon")},
-    "aurora": {"matrix_optimizer": "aurora", "aurora_variant": "release"},
+    "muon": {"matrix_optimizer": "muon"},  # what all others are compared with
+    "aurora": {"matrix_optimizer": "aurora"},
+    "adamw": {"matrix_optimizer": "adamw"},
+    "normuon": {"matrix_optimizer": "normuon"},
+    "unormuon": {"matrix_optimizer": "unormuon"},
+    "muon_eq": {"matrix_optimizer": "muon_eq"},
+    "aurora_tall": {"matrix_optimizer": "aurora", "aurora_sides": "tall"},
     "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
     "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
 }
 RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rates_tried takes the first so many
-DEFAULT_RATE = 0.02  # without tuning: what won for all arms tried at 8/3 over 200 steps (results/neurons.json)
+DEFAULT_RATE = 0.02  # without tuning
 TUNING_SEED = 100
+FACTOR_ARMS = ("muon", "unormuon", "aurora")  # that the variants are about
+FEWER_SEEDS = {"riemannian_aurora": 1}
 START_S = 5.0  # of a run, before its first step
 FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
 Cell = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What differs from the recipe's model and `base`."""
+
+    expansion: Fraction = Fraction(8, 3)  # hidden width of the MLP over model width
+    width: int = 1  # times the recipe's model width and heads
+    rate: float | None = None  # of every arm; none: the one that won in `base`
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+BASE = "base"
+VARIANTS = {
+    BASE: Variant(),
+    "mlp_4": Variant(Fraction(4)),
+    "mlp_8": Variant(Fraction(8)),
+    "normal_start": Variant(settings={"init_out": "0.02", "init_down": "0.02", "init_head": "0.02"}),
+    "decay_0.025": Variant(settings={"matrix_weight_decay": "0.025"}),
+    "width_doubled": Variant(width=2),
+    "rate_0.05": Variant(rate=0.05),
+}
+
+
+@dataclass(frozen=True)
 class Options:
     preset: Literal["quick", "full"] = "quick"  # what the next five are if they are not given
     arms: Annotated[tuple[str, ...], names_of(ARMS)] = ("muon", "aurora", "adamw")  # of the hidden matrices
-    expansions: tuple[str, ...] = ("8/3",)  # hidden width of the MLP over model width
+    variants: Annotated[tuple[str, ...], names_of(VARIANTS)] = (BASE,)  # all but base are for muon, unormuon, aurora
     seeds: tuple[int, ...] = (0, 1, 2)  # reported ones
     steps: Annotated[int, ">= 1"] = 300  # of the schedule
-    rates_tried: int = 0  # learning rates tried for each arm and expansion; 0: no tuning
+    rates_tried: int = 0  # learning rates tried for each arm; 0: no tuning
     recipe: str = "configs/sotu_base.toml"  # model, data and batch
     every: Annotated[int, ">= 1"] = 25  # steps between measurements of the neurons
     set: tuple[tuple[str, ...], ...] = ()  # key=value ...: the same in every run
@@ -74,17 +117,16 @@ class Options:
     run: str = ""  # run nothing, draw the measurements of this run directory
 
 
-FULL = Options("full", tuple(ARMS), ("8/3", "4", "8"), steps=600, rates_tried=len(RATES))
+FULL = Options("full", tuple(ARMS), tuple(VARIANTS), steps=500, rates_tried=len(RATES))
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """An arm with an expansion: what is tuned and compared."""
+    """An arm in a variant: runs of several seeds."""
 
     arm: str
-    expansion: str
+    variant: str
     settings: Cell  # without the learning rate
-    rates: tuple[float, ...]  # tried on the seed for tuning; the rate itself without tuning
 
     def cell(self, rate: float) -> Cell:
         return {**self.settings, "matrix_lr": f"{rate:g}"}
@@ -94,36 +136,41 @@ def completed(options: Options) -> Options:
     """Options with whole paths. Raises ValueError for what no run can be made of."""
     out, recipe = user_path(options.out or f"runs/neurons_{options.preset}"), user_path(options.recipe)
     options = dataclasses.replace(options, out=str(out), recipe=str(recipe))
-    for key in ("arms", "expansions", "seeds"):
+    for key in ("arms", "variants", "seeds"):
         values = getattr(options, key)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{key} = {' '.join(map(str, values)) or 'nothing'}: name at least one, and each once")
+    if BASE not in options.variants and not {*FACTOR_ARMS} & {*options.arms}:
+        raise ValueError(f"variants: all but {BASE} are for {' '.join(FACTOR_ARMS)}; name {BASE}, or one of these arms")
     if options.rates_tried not in (0, *range(2, len(RATES) + 1)):
         raise ValueError(f"rates_tried = {options.rates_tried} must be 0 (no tuning) or 2 to {len(RATES)}")
     if options.rates_tried and TUNING_SEED in options.seeds:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
     if options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
-    own = {*FIXED, *itertools.chain(*ARMS.values()), "matrix_lr", "mlp_hidden", "seed", "neuron_stats"}
+    settings = [*FIXED, *itertools.chain(*ARMS.values()), *itertools.chain(*(v.settings for v in VARIANTS.values()))]
+    own = {*settings, "matrix_lr", "mlp_hidden", "model_dim", "num_heads", "seed", "neuron_stats", "checkpoint_every"}
     assignments(itertools.chain(*options.set), "--set: ", own)
     return options
 
 
-def groups(options: Options, model_dim: int) -> list[Group]:
-    found, expansion_of = [], dict[int, str]()
-    for expansion, arm in itertools.product(options.expansions, options.arms):
-        try:
-            hidden = multiple_of_64(float(Fraction(expansion) * model_dim))
-        except (ValueError, ZeroDivisionError):
-            hidden = 0
-        if hidden <= 0:
-            raise ValueError(f"expansions: {expansion!r} is no positive number; try 8/3 4 8")
-        if expansion_of.setdefault(hidden, expansion) != expansion:
-            both = f"{expansion_of[hidden]} and {expansion} are both mlp_hidden = {hidden}"
-            raise ValueError(f"expansions: {both}; drop one")
-        settings = {**ARMS[arm], "mlp_hidden": str(hidden)}
-        found.append(Group(arm, expansion, settings, rates_of(arm, options.rates_tried)))
-    return found
+def settings_of(arm: str, variant: str, model_dim: int, num_heads: int) -> Cell:
+    """What the runs of an arm in a variant set, for a recipe of this width; without the learning rate."""
+    of_variant = VARIANTS[variant]
+    width = of_variant.width * model_dim
+    wider = {"model_dim": str(width), "num_heads": str(of_variant.width * num_heads)} if of_variant.width > 1 else {}
+    hidden = multiple_of_64(float(of_variant.expansion * width))
+    return {**ARMS[arm], **of_variant.settings, **wider, "mlp_hidden": str(hidden)}
+
+
+def groups(options: Options, model_dim: int, num_heads: int) -> list[Group]:
+    """What is reported, variant by variant."""
+    return [
+        Group(arm, variant, settings_of(arm, variant, model_dim, num_heads))
+        for variant in options.variants
+        for arm in options.arms
+        if variant == BASE or arm in FACTOR_ARMS
+    ]
 
 
 def rates_of(arm: str, count: int) -> tuple[float, ...]:
@@ -132,9 +179,13 @@ def rates_of(arm: str, count: int) -> tuple[float, ...]:
     return tuple(rate / 10 if arm == "adamw" else rate for rate in tried)
 
 
+def seeds_of(arm: str, options: Options) -> tuple[int, ...]:
+    return options.seeds[: FEWER_SEEDS.get(arm)]
+
+
 def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
     """Expected seconds of a run: start, training and two validations, from a few steps here without torch.compile."""
-    fixed = arguments(fixed_settings(options) | group.cell(group.rates[0]))
+    fixed = arguments(fixed_settings(options) | group.cell(DEFAULT_RATE))
     config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
     with arms.cpu_threads(threads):
         run = set_up(config, find_machine(config.device, config.dtype))
@@ -145,23 +196,23 @@ def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
     return START_S + step_s * (config.train_steps + steps_of_validation)
 
 
-def plan(options: Options, of_all: list[Group], jobs: int, on_gpu: bool) -> list[str]:
+def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, on_gpu: bool) -> list[str]:
     """Lines that say what is going to run and how long it takes here; none if nothing is left to run."""
     threads = max(1, torch.get_num_threads() // jobs)
-    num_done, settings, seeds = 0, [group.settings for group in of_all], (TUNING_SEED, *options.seeds)
+    num_done, settings = 0, [group.settings for group in of_all + tuned]
     for sweep in Path(options.out).glob("*/sweep.json"):
         for result in load_sweep(sweep.parent).results.values():
             cell = {key: value for key, value in result.overrides.items() if key != "matrix_lr"}
-            num_done += result.ended and result.seed in seeds and cell in settings
-    num_tuning = options.rates_tried * len(of_all)
-    num_runs = num_tuning + len(options.seeds) * len(of_all)
+            num_done += result.ended and result.seed in (TUNING_SEED, *options.seeds) and cell in settings
+    num_tuning = options.rates_tried * len(tuned)
+    num_runs = num_tuning + sum(len(seeds_of(group.arm, options)) for group in of_all)
     if num_done >= num_runs:
         return []
     total_s, lines = 0.0, []
     for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
         run_s = seconds_of_a_run(options, group, threads)
-        total_s += run_s * (options.rates_tried + len(options.seeds))
-        lines.append(f"  {group.arm:17} MLP {group.expansion:4} {duration(run_s):>7} per run")
+        total_s += run_s * (len(seeds_of(group.arm, options)) + options.rates_tried * (group.variant == BASE))
+        lines.append(f"  {group.variant:13} {group.arm:17} {duration(run_s):>7} per run")
     left = 1 - num_done / num_runs
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
     end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
@@ -179,7 +230,9 @@ def fixed_settings(options: Options) -> Cell:
 
 def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> list[Result]:
     """The results of a sweep."""
-    fixed = fixed_settings(options) | ({"neuron_stats": str(options.every)} if name == "runs" else {})
+    fixed, is_reported = fixed_settings(options), name == "runs"
+    if is_reported:
+        fixed |= {"neuron_stats": str(options.every), "checkpoint_every": str(options.steps)}
     return arms.sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed)
 
 
@@ -194,30 +247,71 @@ def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
     return rate, arms.at_edge(rate, tried)
 
 
-def experiment(options: Options, of_all: list[Group], jobs: int) -> dict[str, Any]:
+def pruning(options: Options, result: Result) -> dict[str, float] | None:
+    """By how much the final loss, over all validation tokens, rises without a share of each layer's neurons, those that
+    contribute least over these tokens; None for a diverged run. Kept in the run directory once it is known."""
+    if result.diverged:
+        return None
+    directory = Path(result.directory)
+    path = directory / "pruning.json"
+    if not path.exists():
+        checkpoint = directory / f"checkpoint_{options.steps:06d}.pt"
+        words = arguments(fixed_settings(options) | dict(result.overrides) | {"seed": str(result.seed)})
+        config = load_config([options.recipe, *words, "--compile=false", "--resume="])
+        run = set_up(config, find_machine(config.device, config.dtype))
+        run.model.load_state_dict(evaluated_weights(read_checkpoint(checkpoint)))
+        batches = list(validation(config, run.machine, run.val_stream))
+        weights = torch.tensor([len(inputs) for inputs, _ in batches], dtype=torch.float64)
+        sizes = [
+            torch.stack(of_layer) for of_layer in zip(*(magnitudes(run.model, x) for x, _ in batches), strict=True)
+        ]
+        means = [(weights[:, None, None] * of_layer).sum(0) / weights.sum() for of_layer in sizes]
+        losses = loss_without(run.model, contributions(run.model, means), batches)
+        run.loader.close()
+        write_json(path, {f"{share:g}": round(losses[share] - losses[0], 6) for share in PRUNED})
+    rises: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return rises
+
+
+def tune(options: Options, tuned: list[Group], jobs: int) -> tuple[dict[str, tuple[float, bool]], list[dict[str, Any]]]:
+    """The rate of each arm and whether it is at an end of those tried, and what was tried."""
+    if not options.rates_tried:
+        return {group.arm: (rates_of(group.arm, 0)[0], False) for group in tuned}, []
+    chosen, tuning = {}, []
+    cells = [group.cell(rate) for group in tuned for rate in rates_of(group.arm, options.rates_tried)]
+    results = iter(stage(options, "tuning", cells, [TUNING_SEED], jobs))
+    for group in tuned:
+        tried = {rate: loss_of(next(results)) for rate in rates_of(group.arm, options.rates_tried)}
+        chosen[group.arm] = best_rate(tried)
+        tuning.append(dict(arm=group.arm, tried=list(tried.items())))
+    return chosen, tuning
+
+
+def experiment(options: Options, of_all: list[Group], tuned: list[Group], jobs: int) -> dict[str, Any]:
     """Tune, run, and keep what the tables need."""
-    tuning, runs = [], []
-    chosen = {group: (group.rates[0], False) for group in of_all}
-    if options.rates_tried:
-        cells = [group.cell(rate) for group in of_all for rate in group.rates]
-        results = iter(stage(options, "tuning", cells, [TUNING_SEED], jobs))
-        for group in of_all:
-            tried = {rate: loss_of(next(results)) for rate in group.rates}
-            chosen[group] = best_rate(tried)
-            tuning.append(dict(arm=group.arm, expansion=group.expansion, tried=list(tried.items())))
-    cells = [group.cell(rate) for group, (rate, _) in chosen.items()]
-    results_of_runs = stage(options, "runs", cells, options.seeds, jobs)
-    for (_, group), result in zip(itertools.product(options.seeds, of_all), results_of_runs, strict=True):
-        looks, last = curves_of(rows_with("neurons", Path(result.directory)))
-        (rate, at_edge), hidden = chosen[group], int(group.settings["mlp_hidden"])
+    chosen, tuning = tune(options, tuned, jobs)
+    rates = [(rate, False) if (rate := VARIANTS[group.variant].rate) else chosen[group.arm] for group in of_all]
+    results: dict[tuple[Group, int], Result] = {}
+    for seeds, same in itertools.groupby(of_all, lambda group: seeds_of(group.arm, options)):
+        ours = list(same)
+        cells = [group.cell(rates[of_all.index(group)][0]) for group in ours]
+        found = stage(options, "runs", cells, seeds, jobs)
+        results.update(zip(((group, seed) for seed in seeds for group in ours), found, strict=True))
+    runs = []
+    for (group, seed), result in tqdm(results.items(), desc="pruning", unit="run", leave=False, disable=None):
+        rows = rows_with("neurons", Path(result.directory))
+        rate, at_edge = rates[of_all.index(group)]
         runs.append(dict(
-            arm=group.arm, expansion=group.expansion, mlp_hidden=hidden, rate=rate, at_edge=at_edge, seed=result.seed,
-            status=result.summary["status"], val_loss=loss_of(result), looks=looks, last=last,
+            arm=group.arm, variant=group.variant, settings=group.settings, rate=rate, at_edge=at_edge, seed=seed,
+            status=result.summary["status"], val_loss=loss_of(result), pruning=pruning(options, result),
+            looks=curves_of(rows), last=pooled_over_layers(rows[-1]["neurons"]) if rows else None,
         ))  # fmt: skip
-    kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "expansions", "seeds", "steps", "every")}
+    summaries = [result.summary for result in results.values()]
+    kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "variants", "seeds", "steps", "every")}
     return dict(
-        **kept_options, **arms.origins(run.summary for run in results_of_runs),
-        fixed=fixed_settings(options), tuning_seed=TUNING_SEED, tuning=tuning, runs=runs,
+        **kept_options, **arms.origins(summaries), params=sorted({each["num_params"] for each in summaries}),
+        tokens=max(each["tokens"] for each in summaries), fixed=fixed_settings(options), tuning_seed=TUNING_SEED,
+        tuning=tuning, runs=runs,
     )  # fmt: skip
 
 
@@ -239,12 +333,15 @@ def main(argv: list[str]) -> None:
         check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
         config = load_config([options.recipe, *arguments(assignments(itertools.chain(*options.set)))])
         ensure(config.train_files, config.val_files, options.steps * config.batch_tokens)
-        of_all, gpus = groups(options, config.model_dim), [] if config.device == "cpu" else visible_gpus()
+        size = config.model_dim, config.num_heads
+        of_all, gpus = groups(options, *size), [] if config.device == "cpu" else visible_gpus()
+        named = list(dict.fromkeys(group.arm for group in of_all))
+        tuned = [Group(arm, BASE, settings_of(arm, BASE, *size)) for arm in named]
         jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
-        lines = plan(options, of_all, jobs, bool(gpus))
+        lines = plan(options, of_all, tuned, jobs, bool(gpus))
         if lines:
             confirm(lines, options.yes or options.preset == "quick")
-        write_json(path, experiment(options, of_all, jobs), separators=(",", ":"), allow_nan=False)
+        write_json(path, experiment(options, of_all, tuned, jobs), separators=(",", ":"), allow_nan=False)
     record = arms.read_result(path, report)
     draw(record, path.with_suffix(".png"))
     print(f"{report(record)}\n\n{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")

@@ -226,7 +226,7 @@ class NeuronStats:
         zeros = partial(torch.zeros, device="cpu")
         widths = [block.mlp.down.size(1) for block in blocks(model)]
         num = len(self.matrices)
-        self.state = dict(
+        self.state: dict[str, Any] = dict(
             moved=[zeros(num, F, dtype=torch.float64) for F in widths],  # sums of row norms
             leverage=[zeros(len(KINDS), num, F, dtype=torch.float64) for F in widths],  # at the last measurement
             ever_dead=[zeros(len(MEASURES), len(THRESHOLDS), F, dtype=torch.bool) for F in widths],

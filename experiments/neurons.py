@@ -20,9 +20,9 @@ paired by seed, Holm-adjusted over the arms of a variant.
 
 What is measured, all of it fixed beforehand: idle are rows of gate and up whose leverage is below a quarter of the
 mean, in the rule's own update and in the plain polar factor of its momentum; how many neurons contribute (mean
-activation times norm of the column of down, participation ratio); by how much the final loss rises, over the same
-tokens, without the tenth to half of each layer's neurons that contribute least; dead is a mean activation below 0.1 of
-the layer's median. quick tunes nothing. A diverged run is a result.
+activation times norm of the column of down, participation ratio); by how much the final loss over the first 32,768
+validation tokens rises without the tenth to half of each layer's neurons that contribute least; dead is a mean
+activation below 0.1 of the layer's median. quick tunes nothing. A diverged run is a result.
 
 OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. A run keeps its
 last checkpoint there, for the pruning. OUT.json keeps what the tables need, OUT.png is the figure. Exit status as the
@@ -72,6 +72,7 @@ DEFAULT_RATE = 0.02  # without tuning
 TUNING_SEED = 100
 FACTOR_ARMS = ("muon", "unormuon", "aurora")  # that the variants are about
 FEWER_SEEDS = {"riemannian_aurora": 1}
+PRUNING_TOKENS = 32768  # of validation, about
 START_S = 5.0  # of a run, before its first step
 FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
 Cell = dict[str, str]
@@ -248,8 +249,8 @@ def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
 
 
 def pruning(options: Options, result: Result) -> dict[str, float] | None:
-    """By how much the final loss, over all validation tokens, rises without a share of each layer's neurons, those that
-    contribute least over these tokens; None for a diverged run. Kept in the run directory once it is known."""
+    """By how much the final loss over the first validation tokens rises without a share of each layer's neurons, those
+    that contribute least over these tokens; None for a diverged run. Kept in the run directory once it is known."""
     if result.diverged:
         return None
     directory = Path(result.directory)
@@ -260,7 +261,8 @@ def pruning(options: Options, result: Result) -> dict[str, float] | None:
         config = load_config([options.recipe, *words, "--compile=false", "--resume="])
         run = set_up(config, find_machine(config.device, config.dtype))
         run.model.load_state_dict(evaluated_weights(read_checkpoint(checkpoint)))
-        batches = list(validation(config, run.machine, run.val_stream))
+        num_batches = max(1, PRUNING_TOKENS // config.micro_batch_tokens)
+        batches = list(itertools.islice(validation(config, run.machine, run.val_stream), num_batches))
         weights = torch.tensor([len(inputs) for inputs, _ in batches], dtype=torch.float64)
         sizes = [
             torch.stack(of_layer) for of_layer in zip(*(magnitudes(run.model, x) for x, _ in batches), strict=True)
@@ -301,9 +303,11 @@ def experiment(options: Options, of_all: list[Group], tuned: list[Group], jobs: 
     for (group, seed), result in tqdm(results.items(), desc="pruning", unit="run", leave=False, disable=None):
         rows = rows_with("neurons", Path(result.directory))
         rate, at_edge = rates[of_all.index(group)]
+        with arms.cpu_threads(result.threads):
+            rises = pruning(options, result)
         runs.append(dict(
             arm=group.arm, variant=group.variant, settings=group.settings, rate=rate, at_edge=at_edge, seed=seed,
-            status=result.summary["status"], val_loss=loss_of(result), pruning=pruning(options, result),
+            status=result.summary["status"], val_loss=loss_of(result), pruning=rises,
             looks=curves_of(rows), last=pooled_over_layers(rows[-1]["neurons"]) if rows else None,
         ))  # fmt: skip
     summaries = [result.summary for result in results.values()]

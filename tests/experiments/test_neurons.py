@@ -26,17 +26,20 @@ if rate:
     directory.mkdir()
     status = "diverged by step 3" if words.get("mlp_hidden") == "128" and rate > 0.02 else "finished"
     summary = dict(status=status, val_loss=loss, device="a device", git_commit="abc", steps_to_target=None)
-    shares = lambda share: {measure: {t: [share, 2 * share] for t in ("0.3", "0.1", "0.03", "0.01")}
-                            for measure in ("mean", "peak")}
+    summary |= dict(num_params=int(words.get("mlp_hidden", 0)), tokens=640)
+    edges = ("0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1", "2", "4")
     rows = []
     for step in range(10, 41, 10) if "neuron_stats" in words and status == "finished" else ():
-        dead = shares(0.01 * step / 40 * (1 + seed))
-        look = {name: dict(update_cv=[None, 0.5], least_moved_share=[0.05, 0.07]) for name in ("gate", "up", "down")}
-        look |= dict(median=dict(mean=[1.0, 2.0]), dead=dead, ever_dead=dead, revived=dead, dead_since=dict(mean=20.0))
-        rows.append(dict(step=step, neurons=look))
+        share = 0.01 * step / 40 * (1 + seed)
+        kind = dict(below=dict.fromkeys(edges, [share, 2 * share]), effective=[None, 0.5], persistence=[None, None])
+        look = {name: dict(leverage=dict(update=kind, momentum=kind)) for name in ("gate", "up", "down")}
+        dead = {measure: {t: [share, share] for t in ("0.3", "0.1")} for measure in ("mean", "peak")}
+        rows.append(dict(step=step, neurons=look | dict(contributing=[0.4, 0.6], dead=dead)))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
     (directory / "summary.json").write_text(json.dumps(summary))
 """
+
+RISES = {"0.1": 0.001, "0.2": 0.002, "0.3": 0.004, "0.4": 0.008, "0.5": 0.016}
 
 
 @pytest.fixture
@@ -44,10 +47,11 @@ def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fake_trainer.py"
     path.write_text(FAKE_TRAINER, encoding="utf-8")
     monkeypatch.setattr(sweep, "TRAINER", path)
+    monkeypatch.setattr(neurons, "pruning", lambda options, result: None if result.diverged else RISES)
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> list[str]:
-    asked = ["--preset=full", "--yes", "--arms", "muon", "aurora", "--expansions", "8/3", "8", "--rates_tried=3"]
+    asked = ["--preset=full", "--yes", "--arms", "muon", "aurora", "--variants", "base", "mlp_8", "--rates_tried=3"]
     return [*asked, "--steps=40", "--every=10", "--jobs=4", f"--recipe={recipe}", f"--out={out}", *arguments]
 
 
@@ -56,19 +60,22 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
 ) -> None:
     assert main(command(tiny_recipe, tmp_path / "whole")) == 0
     record = strict_json((tmp_path / "whole.json").read_text(encoding="utf-8"))
-    assert [len(entry["tried"]) for entry in record["tuning"]] == [3] * 4
+    assert [(entry["arm"], len(entry["tried"])) for entry in record["tuning"]] == [("muon", 3), ("aurora", 3)]
     tuned = json.loads((tmp_path / "whole/tuning/sweep.json").read_text(encoding="utf-8"))
     assert {run["seed"] for run in tuned["runs"]} == {100}
-    found = {(run["expansion"], run["arm"]): (run["rate"], run["at_edge"]) for run in record["runs"]}
-    assert found == {
-        ("8/3", "muon"): (0.02, False), ("8/3", "aurora"): (0.04, True),
-        ("8", "muon"): (0.02, False), ("8", "aurora"): (0.02, False),  # 0.04 diverged there
+    found = {(run["variant"], run["arm"]): (run["rate"], run["at_edge"]) for run in record["runs"]}
+    assert found == {  # a variant takes the rates of the base
+        ("base", "muon"): (0.02, False), ("base", "aurora"): (0.04, True),
+        ("mlp_8", "muon"): (0.02, False), ("mlp_8", "aurora"): (0.04, True),
     }  # fmt: skip
-    assert [(run["seed"], run["mlp_hidden"]) for run in record["runs"]] == [
-        (seed, hidden) for seed in (0, 1, 2) for hidden in (64, 64, 128, 128)
+    assert [(run["seed"], run["settings"]["mlp_hidden"], run["status"]) for run in record["runs"]] == [
+        (seed, hidden, "diverged by step 3" if (hidden, arm) == ("128", "aurora") else "finished")
+        for seed in (0, 1, 2)
+        for hidden in ("64", "128")
+        for arm in ("muon", "aurora")
     ]
     captured = capsys.readouterr()
-    assert "24 runs of 40 steps (12 of them to tune), 0 done" in captured.err
+    assert "18 runs of 40 steps (6 of them to tune), 0 done" in captured.err
     assert "0.04*" in captured.out
     assert "a rate beyond it may be better" in captured.out
     figure = tmp_path / "whole.png"
@@ -79,14 +86,14 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
 
     again = main(command(tiny_recipe, tmp_path / "whole"))
     assert again == 0
-    assert "24 runs" not in capsys.readouterr().err  # nothing is left to be timed or asked for
+    assert "18 runs" not in capsys.readouterr().err  # nothing is left to be timed or asked for
 
 
 @pytest.mark.parametrize("stopped_at", [3, 7], ids=["in the tuning", "in the runs"])
 def test_an_interrupted_experiment_goes_on_to_the_same_result(
     fake_trainer: None, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
 ) -> None:
-    less = ["--expansions", "4", "--rates_tried=2", "--seeds", "0", "1"]  # 4 runs to tune, then 4
+    less = ["--variants", "base", "--rates_tried=2", "--seeds", "0", "1"]  # 4 runs to tune, then 4
     genuine, starts = sweep._start, []
 
     def start(*arguments: Any) -> Any:
@@ -115,61 +122,71 @@ def test_a_real_run_is_kept_as_it_was_measured(
     (directory,) = (tmp_path / "out").glob("runs/runs/*/*/*/")
     looks = metrics(directory, "neurons")
     assert list(looks) == run["looks"]["steps"] == [4, 8, 12]
-    assert run["last"] == looks[12]
-    for step, cv, dead in zip(looks, run["looks"]["update_cv"]["up"], run["looks"]["dead"]["peak"]["0.3"], strict=True):
-        assert cv == pytest.approx(np.mean(looks[step]["up"]["update_cv"]), rel=5e-3)
-        assert dead == pytest.approx(np.mean(looks[step]["dead"]["peak"]["0.3"]), rel=5e-3)
+    for kind in ("update", "momentum"):
+        expected = [np.mean([looks[step][name]["leverage"][kind]["below"]["0.25"] for name in ("gate", "up")])
+                    for step in looks]  # fmt: skip
+        assert run["looks"]["idle"][kind] == pytest.approx(expected, rel=5e-3)
+    assert run["looks"]["contributing"] == pytest.approx(
+        [np.mean(look["contributing"]) for look in looks.values()], rel=5e-3
+    )
+    assert run["last"]["down"]["effective_rank"] == pytest.approx(
+        np.mean(looks[12]["down"]["effective_rank"]), rel=5e-3
+    )
+    # the validation data are two micro-batches here, of which a run's own pruning sees the first
+    assert run["pruning"].keys() == looks[12]["pruning"].keys()
+    assert run["pruning"]["0.5"] != looks[12]["pruning"]["0.5"]
+    assert json.loads((directory / "pruning.json").read_text(encoding="utf-8")) == run["pruning"]
     assert run["val_loss"] == round(metrics(directory, "val_loss")[12], 4)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.02, False)
     assert "rates were not tuned here" in capsys.readouterr().out
 
 
-def run(arm: str, seed: int, loss: float | None, dead: float, **changes: Any) -> dict[str, Any]:
-    """One run as the JSON keeps it: two layers, of which the first has no dead neuron."""
-    shares = {measure: {f"{t:g}": [0.0, 2 * dead * t] for t in (0.3, 0.1, 0.03, 0.01)} for measure in ("mean", "peak")}
-    last = {name: dict(least_moved_share=[0.04, 0.06]) for name in ("gate", "up", "down")}
-    last |= dict(dead=shares, ever_dead=shares, revived=shares, dead_since=dict(mean=100 if dead else None))
-    cv = dict(gate=[None, 0.2, 0.4], up=[None, 0.4, 0.6], down=[0.1, 0.1, 0.1])
-    curves = {measure: {t: [0.0, 0.0, dead] for t in ("0.3", "0.1", "0.03", "0.01")} for measure in ("mean", "peak")}
-    looks = dict(steps=[1, 2, 3], dead=curves, update_cv=cv)
-    kept = dict(arm=arm, expansion="4", seed=seed, rate=0.01, at_edge=False, status="finished", val_loss=loss)
-    return kept | dict(looks=looks, last=last) | changes
+def run(arm: str, seed: int, loss: float | None, idle: float, **changes: Any) -> dict[str, Any]:
+    """One run as the JSON keeps it, its updates' leverage twice as uneven as its momentum's."""
+    edges = [f"{edge:g}" for edge in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4)]
+    leverage = {
+        kind: dict(below={edge: share * min(1, float(edge)) for edge in edges}, effective=1 - share, persistence=0.5)
+        for kind, share in (("update", idle), ("momentum", idle / 2))
+    }
+    last = {name: dict(leverage=leverage) for name in ("gate", "up", "down")}
+    last |= dict(contributing=0.5, dead={measure: {"0.3": 0.03, "0.1": 0.01} for measure in ("mean", "peak")})
+    curve = {kind: [0.0, idle / 4] for kind in ("update", "momentum")}
+    looks = dict(steps=[2, 3], idle=curve, effective=curve, persistence=curve, contributing=[1.0, 0.5])
+    kept = dict(arm=arm, variant="base", seed=seed, rate=0.01, at_edge=False, status="finished", val_loss=loss)
+    return kept | dict(looks=looks, last=last, pruning=RISES) | changes
 
 
 def record(*runs: dict[str, Any]) -> dict[str, Any]:
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    return dict(device="a device", recipe="a recipe", steps=3, seeds=[0, 1], arms=arms, expansions=["4"], tuning=[1],
-                runs=list(runs))  # fmt: skip
+    return dict(device="a device", recipe="a recipe", steps=3, seeds=[0, 1], arms=arms, variants=["base"], tuning=[1],
+                tokens=640, params=[1000], runs=list(runs))  # fmt: skip
 
 
-def test_table_of_hand_made_runs() -> None:
-    diverged = run("adamw", 1, None, 0.0, status="diverged by step 2", last=None)
-    diverged["looks"] = dict(steps=[], dead={}, update_cv=dict(gate=[], up=[], down=[]))
-    made = record(run("muon", 0, 1.0, 0.5), run("muon", 1, 1.2, 0.7), run("adamw", 0, 1.5, 0.0), diverged)
-    muon, adamw = neuron_report.summary(made)
+def test_table_of_hand_made_runs(tmp_path: Path) -> None:
+    diverged = run("adamw", 1, None, 0.0, status="diverged by step 2", last=None, pruning=None)
+    diverged["looks"] = {}
+    made = record(
+        run("muon", 0, 1.0, 0.5), run("muon", 1, 1.2, 0.7), run("aurora", 0, 0.9, 0.1), run("aurora", 1, 1.08, 0.1),
+        run("adamw", 0, 1.5, 0.0), diverged,
+    )  # fmt: skip
+    muon, aurora, adamw = neuron_report.losses(made)
     assert muon == {
-        "MLP": "4", "arm": "muon", "rate": "0.01", "final loss": "1.1000 ± 0.1414", "diverged": "0/2",
-        "dead % < 0.3": "18.00 ± 4.24", "dead % < 0.1": "6.00 ± 1.41", "dead % < 0.03": "1.80 ± 0.42",
-        "dead % < 0.01": "0.60 ± 0.14", "by peak % < 0.3": "18.00 ± 4.24", "half dead by": "100 ± 0",
-        "ever dead %": "6.00 ± 1.41", "revived %": "6.00 ± 1.41", "CV gate, up": "0.400 ± 0.000",
-        "CV down": "0.100 ± 0.000", "least moved %": "5.00 ± 0.00",
+        "variant": "base", "arm": "muon", "rate": "0.01", "seeds": "2", "final loss": "1.1000 ± 0.1414",
+        "diverged": "0/2", "less than muon's by": "-", "95% interval": "-", "p (Holm)": "-",
     }  # fmt: skip
-    assert (adamw["final loss"], adamw["diverged"], adamw["half dead by"]) == ("1.5000", "1/2", "-")
-    muon, _ = neuron_report.sensitivity(made)
-    assert (muon["mean < 0.3"], muon["peak < 0.03"]) == ("18.00", "1.80")
-
-
-def test_correlation_is_scipys_and_within_arms_without_their_means(tmp_path: Path) -> None:
-    losses, dead = [1.0, 1.1, 1.3, 2.0, 2.2, 2.1], [0.3, 0.2, 0.1, 0.9, 0.8, 0.85]
-    arms = ["muon"] * 3 + ["adamw"] * 3
-    made = record(*map(run, arms, range(6), losses, dead))
-    by_mean, by_peak = neuron_report.correlation(made)
-    expected = stats.spearmanr(dead, losses)
-    assert (by_mean["rho"], by_mean["p"]) == (f"{expected.statistic:.2f}", f"{expected.pvalue:.2g}")
-    assert float(by_mean["rho within arms"]) < 0 < float(by_mean["rho"])
-    assert by_peak | {"dead by": "mean"} == by_mean
-    assert neuron_report.spearman([(0, 1), (0, 2), (0, 3)]) == ("-", "-")
+    differences = [0.1, 0.12]
+    low, high = stats.t.interval(0.95, 1, np.mean(differences), stats.sem(differences))
+    p = stats.ttest_1samp(differences, 0).pvalue
+    assert (aurora["less than muon's by"], aurora["95% interval"]) == ("0.1100", f"{low:.4f} to {high:.4f}")
+    assert aurora["p (Holm)"] == f"{p:.2g}"  # AdamW is no comparison, one of its runs diverged
+    assert (adamw["final loss"], adamw["diverged"], adamw["p (Holm)"]) == ("1.5000", "1/2", "-")
+    muon, _, adamw = neuron_report.leverages(made)
+    assert (muon["update: % < 0.25"], muon["momentum: % < 0.1"]) == ("15.0 ± 3.5", "3.0 ± 0.7")
+    assert (muon["update: effective"], adamw["momentum: effective"]) == ("0.40 ± 0.14", "1.00")
+    muon, _, adamw = neuron_report.functions(made)
+    assert (muon["pruned 30%"], adamw["pruned 50%"]) == ("4.0 ± 0.0", "16.0")
+    assert (muon["dead % (mean < 0.1)"], adamw["dead % (peak < 0.3)"]) == ("1.0 ± 0.0", "3.0")
     neuron_report.draw(made, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -184,27 +201,44 @@ def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
     assert best_rate({0.1: None, 0.2: None}) == (0.1, True)
 
 
-def test_hidden_widths_are_multiples_of_64() -> None:
-    assert [group.settings["mlp_hidden"] for group in groups(FULL, 128)[::7]] == ["384", "512", "1024"]
-    assert [group.settings["mlp_hidden"] for group in groups(FULL, 768)[::7]] == ["2048", "3072", "6144"]
-    assert len(groups(FULL, 128)) == 21
+def test_a_variant_changes_one_thing_for_three_arms() -> None:
+    of_all = groups(FULL, 128, 2)
+    base = {group.arm: group.settings for group in of_all if group.variant == "base"}
+    assert list(base) == list(neurons.ARMS)
+    changed = {}
+    for group in of_all:
+        if group.variant != "base":
+            assert group.arm in ("muon", "unormuon", "aurora")
+            changed.setdefault(group.variant, []).append(group.settings.items() - base[group.arm].items())
+    assert {name: [dict(each) for each in found] for name, found in changed.items()} == {
+        "mlp_4": [{"mlp_hidden": "512"}] * 3,
+        "mlp_8": [{"mlp_hidden": "1024"}] * 3,
+        "normal_start": [{"init_out": "0.02", "init_down": "0.02", "init_head": "0.02"}] * 3,
+        "decay_0.025": [{"matrix_weight_decay": "0.025"}] * 3,
+        "width_doubled": [{"model_dim": "256", "num_heads": "4", "mlp_hidden": "704"}] * 3,
+        "rate_0.05": [{}] * 3,
+    }
+    assert base["muon"]["mlp_hidden"] == "384"
+    assert groups(FULL, 768, 6)[0].settings["mlp_hidden"] == "2048"
+    assert neurons.seeds_of("riemannian_aurora", FULL) == (0,)
+    assert neurons.seeds_of("muon", FULL) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--arms", "muon", "moon"], ["muon,moon", "one of adamw, muon"]),
+        (["--arms", "muon", "moon"], ["muon,moon", "one of muon, aurora"]),
         (["--seeds", "0", "0"], ["seeds = 0 0", "each once"]),
         (["--rates_tried=1"], ["rates_tried = 1", "2 to 4"]),
         (["--rates_tried=2", "--seeds", "100"], ["100 is for tuning"]),
         (["--every=0"], ["every = 0"]),
         (["--steps=20"], ["every = 25 must divide steps = 20"]),
-        (["--expansions", "8/0"], ["'8/0'", "try 8/3 4 8"]),
-        (["--expansions", "8/3", "4"], ["8/3 and 4 are both mlp_hidden = 64"]),
+        (["--variants", "mlp_5"], ["mlp_5", "one of base, mlp_4"]),
+        (["--variants", "mlp_8", "--arms", "adamw"], ["all but base are for muon unormuon aurora", "name base"]),
         (["--set", "mlp_hidden=3"], ["--set: mlp_hidden is set by this command itself"]),
         (["--set", "train_steps=3"], ["--set: train_steps is set by this command itself"]),
         ([f"--draw={ROOT / 'experiments/results/sotu_tuning.json'}"], ["not a result of this experiment"]),
-        (["--preset=full", "--expansions", "4", "--arms", "muon"], ["nothing was started", "--yes"]),
+        (["--preset=full", "--variants", "base", "--arms", "muon"], ["nothing was started", "--yes"]),
         (["--draw=none.json"], ["none.json"]),
         (["--preset=fast"], ["fast"]),
     ],

@@ -13,7 +13,7 @@ import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from data.files import whole_file
 from experiments import league, neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
-from harness.neuron_stats import THRESHOLDS
 from harness.results import RESULTS
 from harness.tables import Row, markdown, mean_and_sd, table, with_section
 from leaderboard import rank
@@ -197,7 +196,14 @@ def ideas_section() -> str:
 
 def grokking_section() -> str:
     """Steps to generalisation by task and optimizer, and Muon's as a share of AdamW's."""
-    rows = [row for name in ("grokking", "grokking_variants") for row in grokking.rows(kept(name))]
+    names = "grokking", "grokking_variants", "grokking_width_depth"
+    rows = [row for name in names for row in grokking.rows(kept(name))]
+    return markdown(rows, {key: key for key in rows[0]})
+
+
+def second_draw_section() -> str:
+    """The same of settings that were chosen from twice as many, by another seed."""
+    rows = grokking.rows(kept("grokking_second_draw"))
     return markdown(rows, {key: key for key in rows[0]})
 
 
@@ -207,17 +213,10 @@ def later_section() -> str:
     return markdown(rows, {key: key for key in rows[0]})
 
 
-def neurons_section() -> str:
-    """Leverage of the least-moved rows, weak neurons and losses, by expansion and arm."""
-    result = kept("neurons")
-    rows = neuron_report.summary(result)
-    for row in rows:
-        last = [run["last"] for run in result["runs"] if (run["expansion"], run["arm"]) == (row["MLP"], row["arm"])]
-        for name in ("gate", "up"):
-            row[f"leverage, {name}"] = statistics.fmean(x for look in last for x in look[name]["leverage_low"])
-    dead = [f"dead % < {THRESHOLDS[0]:g}", f"dead % < {THRESHOLDS[1]:g}", f"by peak % < {THRESHOLDS[0]:g}"]
-    shown = ["MLP", "arm", "rate", "final loss", "leverage, gate", "leverage, up", "CV gate, up", *dead]
-    return markdown(rows, dict(zip(shown, shown, strict=True)))
+def neurons_section(rows_of: Callable[[dict[str, Any]], list[Row]], hidden: Collection[str] = ()) -> str:
+    """A table of the experiment on neurons, by variant and arm, without some of its columns."""
+    rows = rows_of(kept("neurons"))
+    return markdown(rows, {key: key for key in rows[0] if key not in hidden})
 
 
 def rules_section(question: str) -> str:
@@ -294,8 +293,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),
     "grokking": grokking_section,
+    "grokking_second_draw": second_draw_section,
     "grokking_later": later_section,
-    "neurons": neurons_section,
+    "neurons_losses": partial(neurons_section, neuron_report.losses, {"diverged"}),
+    "neurons_leverage": partial(neurons_section, neuron_report.leverages, {"update: % < 0.1", "momentum: % < 0.1"}),
+    "neurons_function": partial(neurons_section, neuron_report.functions, {"pruned 20%", "pruned 40%"}),
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,
 }

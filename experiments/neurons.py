@@ -10,12 +10,13 @@
 The claim: under Muon the rows of gate and up get uneven leverage (squared row norms of the polar factor), so that over
 a quarter of the neurons are dead by step 500 at 340 M parameters, by a threshold that was not published.
 
-The protocol, written before any reported run. Every arm, a rule for the hidden matrices, trains the recipe's model to
-the end of a schedule of 500 steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs
-starting at zero, no weight decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is
-not reported; the lowest final validation loss wins, and a winner at an end of those tried is marked. Then seeds 0, 1
-and 2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS,
-at the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are compared with Muon's,
+The protocol, written before any reported run (but for the arms that switch between Muon and Aurora within a run, which
+were added after). Every arm, a rule for the hidden matrices, trains the recipe's model to the end of a schedule of 500
+steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs starting at zero, no weight
+decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is not reported; the lowest
+final validation loss wins, and a winner at an end of those tried is marked (SWITCHED take Muon's). Then seeds 0, 1 and
+2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS, at
+the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are compared with Muon's,
 paired by seed, Holm-adjusted over the arms of a variant.
 
 What is measured, all of it fixed beforehand: idle are rows of gate and up whose leverage is below a quarter of the
@@ -67,6 +68,14 @@ ARMS = {
     "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
     "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
 }
+# Muon for a share of the schedule and Aurora for the rest, or the reverse, to see whether and when leverage matters; by
+# name, the first one and its share. They take Muon's rate.
+SWITCHED = {
+    "muon_first_fifth": ("muon", Fraction(1, 5)),
+    "muon_first_half": ("muon", Fraction(1, 2)),
+    "aurora_first_fifth": ("aurora", Fraction(1, 5)),
+    "aurora_first_half": ("aurora", Fraction(1, 2)),
+}
 RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rates_tried takes the first so many
 DEFAULT_RATE = 0.02  # without tuning
 TUNING_SEED = 100
@@ -103,7 +112,11 @@ VARIANTS = {
 @dataclass(frozen=True)
 class Options:
     preset: Literal["quick", "full"] = "quick"  # what the next five are if they are not given
-    arms: Annotated[tuple[str, ...], names_of(ARMS)] = ("muon", "aurora", "adamw")  # of the hidden matrices
+    arms: Annotated[tuple[str, ...], names_of((*ARMS, *SWITCHED))] = (
+        "muon",
+        "aurora",
+        "adamw",
+    )  # of the hidden matrices
     variants: Annotated[tuple[str, ...], names_of(VARIANTS)] = (BASE,)  # all but base are for muon, unormuon, aurora
     seeds: tuple[int, ...] = (0, 1, 2)  # reported ones
     steps: Annotated[int, ">= 1"] = 300  # of the schedule
@@ -118,7 +131,7 @@ class Options:
     run: str = ""  # run nothing, draw the measurements of this run directory
 
 
-FULL = Options("full", tuple(ARMS), tuple(VARIANTS), steps=500, rates_tried=len(RATES))
+FULL = Options("full", (*ARMS, *SWITCHED), tuple(VARIANTS), steps=500, rates_tried=len(RATES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,29 +158,44 @@ def completed(options: Options) -> Options:
         raise ValueError(f"variants: all but {BASE} are for {' '.join(FACTOR_ARMS)}; name {BASE}, or one of these arms")
     if options.rates_tried not in (0, *range(2, len(RATES) + 1)):
         raise ValueError(f"rates_tried = {options.rates_tried} must be 0 (no tuning) or 2 to {len(RATES)}")
+    if {*SWITCHED} & {*options.arms} and "muon" not in options.arms:
+        raise ValueError(f"arms: {' '.join(SWITCHED)} take the rate that wins for muon; name it as well")
     if options.rates_tried and TUNING_SEED in options.seeds:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
     if options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
-    settings = [*FIXED, *itertools.chain(*ARMS.values()), *itertools.chain(*(v.settings for v in VARIANTS.values()))]
+    settings = [
+        *FIXED,
+        "switching_first",
+        "switching_after",
+        *itertools.chain(*ARMS.values()),
+        *itertools.chain(*(v.settings for v in VARIANTS.values())),
+    ]
     own = {*settings, "matrix_lr", "mlp_hidden", "model_dim", "num_heads", "seed", "neuron_stats", "checkpoint_every"}
     assignments(itertools.chain(*options.set), "--set: ", own)
     return options
 
 
-def settings_of(arm: str, variant: str, model_dim: int, num_heads: int) -> Cell:
-    """What the runs of an arm in a variant set, for a recipe of this width; without the learning rate."""
+def settings_of(arm: str, variant: str, steps: int, model_dim: int, num_heads: int) -> Cell:
+    """What the runs of an arm in a variant set, for so many steps and a recipe of this width; without the learning
+    rate."""
     of_variant = VARIANTS[variant]
     width = of_variant.width * model_dim
     wider = {"model_dim": str(width), "num_heads": str(of_variant.width * num_heads)} if of_variant.width > 1 else {}
     hidden = multiple_of_64(float(of_variant.expansion * width))
-    return {**ARMS[arm], **of_variant.settings, **wider, "mlp_hidden": str(hidden)}
+    if arm in SWITCHED:
+        first, share = SWITCHED[arm]
+        rule = {"matrix_optimizer": "experiments.switching:Switching", "switching_first": first}
+        of_arm = {**rule, "switching_after": str(round(share * steps))}
+    else:
+        of_arm = ARMS[arm]
+    return {**of_arm, **of_variant.settings, **wider, "mlp_hidden": str(hidden)}
 
 
 def groups(options: Options, model_dim: int, num_heads: int) -> list[Group]:
     """What is reported, variant by variant."""
     return [
-        Group(arm, variant, settings_of(arm, variant, model_dim, num_heads))
+        Group(arm, variant, settings_of(arm, variant, options.steps, model_dim, num_heads))
         for variant in options.variants
         for arm in options.arms
         if variant == BASE or arm in FACTOR_ARMS
@@ -212,8 +240,9 @@ def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, o
     total_s, lines = 0.0, []
     for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
         run_s = seconds_of_a_run(options, group, threads)
-        total_s += run_s * (len(seeds_of(group.arm, options)) + options.rates_tried * (group.variant == BASE))
-        lines.append(f"  {group.variant:13} {group.arm:17} {duration(run_s):>7} per run")
+        num_tried = options.rates_tried if group.variant == BASE and group.arm in ARMS else 0
+        total_s += run_s * (len(seeds_of(group.arm, options)) + num_tried)
+        lines.append(f"  {group.variant:13} {group.arm:18} {duration(run_s):>7} per run")
     left = 1 - num_done / num_runs
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
     end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
@@ -292,6 +321,7 @@ def tune(options: Options, tuned: list[Group], jobs: int) -> tuple[dict[str, tup
 def experiment(options: Options, of_all: list[Group], tuned: list[Group], jobs: int) -> dict[str, Any]:
     """Tune, run, and keep what the tables need."""
     chosen, tuning = tune(options, tuned, jobs)
+    chosen |= {arm: chosen["muon"] for arm in SWITCHED if "muon" in chosen}
     rates = [(rate, False) if (rate := VARIANTS[group.variant].rate) else chosen[group.arm] for group in of_all]
     results: dict[tuple[Group, int], Result] = {}
     for seeds, same in itertools.groupby(of_all, lambda group: seeds_of(group.arm, options)):
@@ -339,8 +369,8 @@ def main(argv: list[str]) -> None:
         ensure(config.train_files, config.val_files, options.steps * config.batch_tokens)
         size = config.model_dim, config.num_heads
         of_all, gpus = groups(options, *size), [] if config.device == "cpu" else visible_gpus()
-        named = list(dict.fromkeys(group.arm for group in of_all))
-        tuned = [Group(arm, BASE, settings_of(arm, BASE, *size)) for arm in named]
+        named = list(dict.fromkeys(group.arm for group in of_all if group.arm in ARMS))
+        tuned = [Group(arm, BASE, settings_of(arm, BASE, options.steps, *size)) for arm in named]
         jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
         lines = plan(options, of_all, tuned, jobs, bool(gpus))
         if lines:

@@ -204,7 +204,11 @@ def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
 def test_a_variant_changes_one_thing_for_three_arms() -> None:
     of_all = groups(FULL, 128, 2)
     base = {group.arm: group.settings for group in of_all if group.variant == "base"}
-    assert list(base) == list(neurons.ARMS)
+    assert list(base) == [*neurons.ARMS, *neurons.SWITCHED]
+    assert (base["muon_first_fifth"]["switching_first"], base["aurora_first_half"]["switching_after"]) == (
+        "muon",
+        "250",
+    )
     changed = {}
     for group in of_all:
         if group.variant != "base":
@@ -233,6 +237,7 @@ def test_a_variant_changes_one_thing_for_three_arms() -> None:
         (["--rates_tried=2", "--seeds", "100"], ["100 is for tuning"]),
         (["--every=0"], ["every = 0"]),
         (["--steps=20"], ["every = 25 must divide steps = 20"]),
+        (["--arms", "muon_first_half", "aurora"], ["take the rate that wins for muon", "name it as well"]),
         (["--variants", "mlp_5"], ["mlp_5", "one of base, mlp_4"]),
         (["--variants", "mlp_8", "--arms", "adamw"], ["all but base are for muon unormuon aurora", "name base"]),
         (["--set", "mlp_hidden=3"], ["--set: mlp_hidden is set by this command itself"]),

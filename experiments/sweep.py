@@ -276,7 +276,7 @@ def update_spread(run: Result, matrices: Sequence[str]) -> float | None:
     if not run.summary.get("neurons"):
         return None
     measured = [row["neurons"] for row in rows_with("neurons", Path(run.directory))]
-    return pooled(pooled(each[name]["update_cv"]) for each in measured for name in matrices)
+    return pooled(pooled(each[name]["update_cv"]) for each in measured for name in matrices if name in each)
 
 
 def main(argv: list[str]) -> int:

@@ -6,18 +6,23 @@ Neuron i of an MLP is row i of gate, up and down transposed, all [F, D]. A measu
 training step that makes step s, by the first rank, off the training clock: the weights are copied before the optimizers
 move them, the update is the difference afterwards (weight decay included), and activations are those of the new weights
 on the first validation micro-batch, at most `micro_batch_tokens`. A measurement changes neither weights, gradients nor
-random numbers. It holds one float32 copy of all MLP weights, and costs a forward pass and two Gram matrices for each
-matrix; the one at the schedule's last step costs six forward passes more.
+random numbers. It holds one float32 copy of all MLP weights and works on a layer at a time in float64; it costs a
+forward pass, and for each matrix three Gram matrices, two Cholesky factors and two triangular solves. The measurement
+at the schedule's last step costs six forward passes more.
 
 A row {"step", "tokens", "train_time_s", "neurons"} of metrics.jsonl has, in lists with one number a layer:
 
   gate, up, down  (without gate where the MLP has none)
-                  leverage: of the rule's own `update`, and of the `momentum` after the step (Adam's first moment), the
-                  scores (see there), which are the squared row norms of the plain polar factor. Equal rows are Aurora's
-                  by construction, so that its momentum alone says how uneven they would be otherwise. Of either:
-                  `below`, the share of rows whose score is below each of LEVERAGES times the mean; `effective`, the
-                  participation ratio of the scores over F, 1 if all are equal; `persistence`, Spearman's correlation
-                  with the scores at the measurement before. null for momentum that several ranks share.
+                  leverage: how evenly rows move, in three KINDS of scores with mean 1. `row_norms`: squared row norms
+                  of the update as it was. `update` and `momentum`: leverage scores (see there), squared row norms of
+                  the exact polar factor, of that update and of the momentum after the step (Adam's first moment,
+                  RMSprop's last steps), without Nesterov's look-ahead. An update that is orthogonal has the same
+                  `row_norms` and `update`. Equal rows are Aurora's by construction, so that only its momentum says how
+                  uneven they would be under Muon: compare it with Muon's momentum. Of each kind: `below`, the share of
+                  rows whose score is below each of LEVERAGES; `effective`, the participation ratio of the scores over
+                  F, 1 if all are equal; `persistence`, Spearman's correlation with the scores at the measurement
+                  before. null for momentum that several ranks share. An update is a difference of weights: under SGD
+                  or a tiny rate rounding is a part of it, and with lookahead its shift.
                   update_cv: standard deviation over mean of the row norms of the update
                   least_moved_share: row norms of the updates summed over the measurements so far (a sample of the
                   steps): the share of the total that the least-moved tenth of neurons has, 0.1 if all are equal
@@ -56,9 +61,9 @@ THRESHOLDS = (0.3, 0.1, 0.03, 0.01)
 MAIN = 0.1
 MEASURES = ("mean", "peak")
 MATRICES = ("gate", "up", "down")
-KINDS = ("update", "momentum")
-LEVERAGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # a histogram, summed up
-IDLE = 0.25  # below this times the mean leverage a row is called idle in words, tables and figures
+KINDS = ("row_norms", "update", "momentum")
+LEVERAGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean; a histogram, summed up
+IDLE = 0.25  # below this times the mean a row is called idle in words, tables and figures
 PRUNED = (0.1, 0.2, 0.3, 0.4, 0.5)
 RIDGE = 1e-12
 
@@ -289,17 +294,17 @@ class NeuronStats:
         for key, of_each in measured.items():
             for name, value in zip(self.matrices, of_each.tolist(), strict=True):
                 row[name].setdefault(key, []).append(number(value))
-        unknown = torch.full_like(update, math.nan)
-        scores = leverage(torch.cat([update, unknown if momentum is None else momentum.to(update)])).cpu()
-        self._measure_leverage(layer, scores.unflatten(0, (len(KINDS), -1)), row)
+        squares = norms.square() / norms.square().mean(-1, keepdim=True)
+        of_momentum = torch.full_like(squares, math.nan) if momentum is None else leverage(momentum)
+        self._measure_leverage(layer, torch.stack([squares, leverage(update), of_momentum]).cpu(), row)
 
     def _measure_leverage(self, layer: int, scores: Tensor, row: Row) -> None:
-        """scores: of updates and momenta, [2, matrices, F]."""
+        """scores: of each of KINDS, float64 [3, matrices, F]."""
         effective, persistence = effective_share(scores), rank_correlation(scores, self.state["leverage"][layer])
         below = (scores[..., None] < scores.new_tensor(LEVERAGES)).double().mean(-2)
         below.masked_fill_(~scores.isfinite().all(-1)[..., None], math.nan)
         self.state["leverage"][layer] = scores
-        for kind, i in zip(KINDS, range(len(KINDS)), strict=True):
+        for i, kind in enumerate(KINDS):
             for j, name in enumerate(self.matrices):
                 lists = row[name].setdefault("leverage", {}).setdefault(kind, {})
                 for key, values in ("effective", effective), ("persistence", persistence):
@@ -333,17 +338,22 @@ def _is_gated(mlp: object) -> bool:
     return isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.shape[1:] == down.mT.shape
 
 
-def idle_share(row: Row, kind: str) -> float | None:
-    """Share of the rows of gate and up, or of up alone, whose leverage in updates or momenta is below IDLE times the
-    mean; mean over layers."""
+def idle_share(row: Row, kind: str, edge: float = IDLE) -> float | None:
+    """Share of the rows of gate and up, or of up alone, whose score of one of KINDS is below `edge` times the mean; the
+    mean over layers."""
     matrices = [name for name in MATRICES[:2] if name in row]
-    return pooled(pooled(row[name]["leverage"][kind]["below"][f"{IDLE:g}"]) for name in matrices)
+    return pooled(pooled(row[name]["leverage"][kind]["below"][f"{edge:g}"]) for name in matrices)
 
 
 def in_words(row: Row) -> str:
     """A measurement, with its step, in one line; pooled over the layers."""
-    dead = 100 * (pooled(row["dead"]["mean"][f"{MAIN:g}"]) or 0.0)
-    shares = {kind: idle_share(row, kind) for kind in KINDS}
-    told = ", ".join(f"{kind} {'-' if share is None else f'{share:.1%}'}" for kind, share in shares.items())
-    return f"step {row['step']}: {dead:.2f}% dead (mean below {MAIN:g} of the median); gate and up rows with under " \
-           f"{IDLE:g} of the mean leverage: {told}"  # fmt: skip
+
+    def percent(share: float | None, digits: int) -> str:
+        return "-" if share is None else f"{100 * share:.{digits}f}%"
+
+    idle = ", ".join(f"{kind} {percent(idle_share(row, kind), 1)}" for kind in KINDS)
+    dead = percent(pooled(row["dead"]["mean"][f"{MAIN:g}"]), 2)
+    return (
+        f"step {row['step']}: {dead} dead (mean below {MAIN:g} of the median); "
+        f"gate and up rows below {IDLE:g} of the mean: {idle}"
+    )

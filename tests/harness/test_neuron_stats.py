@@ -284,26 +284,26 @@ def test_leverage_of_momentum_and_update_is_that_of_their_svd(rule: type[MatrixO
         row = planted.stats.measure(planted.step, planted.tokens, planted.tokens)
         momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in matrices]
         updates = [p.detach() - old for p, old in zip(matrices, before, strict=True)]
-        kept += [
-            {kind: [*gate_up, down.mT] for kind, (gate_up, down) in dict(update=updates, momentum=momenta).items()}
-        ]
+        found = dict(row_norms=updates, update=updates, momentum=momenta)
+        kept += [{kind: [*gate_up, down.mT] for kind, (gate_up, down) in found.items()}]
 
-    def scores_of(X: Tensor) -> Tensor:
+    def scores_of(X: Tensor, kind: str) -> Tensor:
         left, _, right = torch.linalg.svd(X.double(), full_matrices=False)
-        scores = (left @ right).square().sum(-1)
+        scores = (X.double() if kind == "row_norms" else left @ right).square().sum(-1)
         return scores / scores.mean()
 
     for kind in KINDS:
-        for name, earlier, now in zip(MATRICES, *(map(scores_of, each[kind]) for each in kept), strict=True):
-            found = row[name]["leverage"][kind]
-            assert {edge: of_layers[0] for edge, of_layers in found["below"].items()} == pytest.approx(
+        both = ([scores_of(X, kind) for X in each[kind]] for each in kept)
+        for name, earlier, now in zip(MATRICES, *both, strict=True):
+            measured = row[name]["leverage"][kind]
+            assert {edge: of_layers[0] for edge, of_layers in measured["below"].items()} == pytest.approx(
                 {f"{edge:g}": (now < edge).double().mean().item() for edge in LEVERAGES}, abs=1e-4
             )
-            assert found["effective"][0] == pytest.approx(effective_share(now).item(), rel=1e-3)
-            assert found["persistence"][0] == pytest.approx(stats.spearmanr(earlier, now).statistic, abs=1e-3)
+            assert measured["effective"][0] == pytest.approx(effective_share(now).item(), rel=1e-3)
+            assert measured["persistence"][0] == pytest.approx(stats.spearmanr(earlier, now).statistic, abs=1e-3)
     idle = {kind: neuron_stats.idle_share(row, kind) or 0.0 for kind in KINDS}
     assert idle["momentum"] > 0.2  # gradients' rows were uneven
-    assert (idle["update"] == 0) == (rule is Aurora)
+    assert (idle["row_norms"] == idle["update"] == 0) == (rule is Aurora)
 
 
 def test_pruning_takes_what_contributes_least_and_gives_it_back() -> None:
@@ -530,7 +530,7 @@ def test_in_words_says_what_has_no_value() -> None:
     row = Planted().measure()
     row["step"] = 10
     assert neuron_stats.in_words(row).startswith("step 10: 0.00% dead")
-    assert neuron_stats.in_words(row).endswith("of the mean leverage: update -, momentum -")
+    assert neuron_stats.in_words(row).endswith("below 0.25 of the mean: row_norms -, update -, momentum -")
 
 
 class Wrapped(nn.Module):

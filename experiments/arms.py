@@ -151,5 +151,7 @@ def read_result(path: Path, use: Callable[[dict[str, Any]], object]) -> dict[str
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         use(result)
     except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a result of this experiment ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is not a result of this experiment, or one of another version ({type(error).__name__}: {error})"
+        ) from None
     return result

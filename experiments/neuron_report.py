@@ -31,7 +31,10 @@ from harness.tables import Row, mean_and_sd, table
 
 Record = dict[str, Any]
 BASELINE = "muon"
-MAIN_KEY = f"{MAIN:g}"
+EDGES = (0.05, 0.1, IDLE)  # of the mean, in tables and the figure of a run
+
+
+STYLES = {"row_norms": "-", "momentum": ":"}  # of the kinds that a figure shows
 
 
 def pooled_over_layers(look: Any) -> Any:
@@ -108,6 +111,7 @@ def losses(record: Record) -> list[Row]:
                    "diverged": f"{sum(run['status'].startswith('diverged') for run in runs)}/{len(runs)}"}  # fmt: skip
             each = found.get(arm)
             row["less than muon's by"] = f"{-each.mean:.4f}" if each else "-"
+            each = each if len(runs) > 1 else None
             row["95% interval"] = f"{-each.high:.4f} to {-each.low:.4f}" if each else "-"
             row["p (Holm)"] = f"{p_values[arm]:.2g}" if each else "-"
             rows.append(row)
@@ -115,16 +119,21 @@ def losses(record: Record) -> list[Row]:
 
 
 def leverages(record: Record) -> list[Row]:
-    """A row for each variant and arm: leverage of gate and up in updates and in momenta, means over the seeds."""
+    """A row for each variant and arm: how evenly rows of gate and up move, and would by the momentum; means over seeds.
+
+    "% < 0.25" are idle rows, whose squared norm or leverage is below a quarter of the mean; "effective" is the
+    participation ratio, 1 if all are equal; "persistence" the rank correlation with the measurement before.
+    """
     rows = []
     for (variant, arm), runs in by_cell(record).items():
         row = {"variant": variant, "arm": arm}
         for kind in KINDS:
-            for edge in (0.05, 0.1, IDLE):
+            name = kind.replace("_", " ")
+            for edge in EDGES:
                 shares = [of_gate_and_up(run, kind, "below", f"{edge:g}") for run in runs]
-                row[f"{kind}: % < {edge:g}"] = percent(shares)
-            row[f"{kind}: effective"] = mean_and_sd([of_gate_and_up(run, kind, "effective") for run in runs], 2)
-            row[f"{kind}: persistence"] = mean_and_sd([of_gate_and_up(run, kind, "persistence") for run in runs], 2)
+                row[f"{name}: % < {edge:g}"] = percent(shares)
+            for key in ("effective", "persistence"):
+                row[f"{name}: {key}"] = mean_and_sd([of_gate_and_up(run, kind, key) for run in runs], 2)
         rows.append(row)
     return rows
 
@@ -156,10 +165,20 @@ def report(record: Record) -> str:
         parts.append(f"{EDGE} the best rate is at an end of those tried: a rate beyond it may be better")
     if not record["tuning"]:
         parts.append("rates were not tuned here")
-    parts += ["Leverage of gate and up at the end, in the rule's own update and in the polar factor of its momentum:"]
-    parts += [table(leverages(record))]
-    parts += ["Function at the end; by how many thousandths of a nat the loss rises when each layer is pruned:"]
-    return "\n\n".join([*parts, table(functions(record))])
+    cells = by_cell(record)
+    failed = [of for of in record["variants"] if any(run["val_loss"] is None for run in cells.get((of, BASELINE), []))]
+    if failed:
+        parts.append(f"no comparison in {', '.join(failed)}: a run of {BASELINE} diverged")
+    parts += [
+        "Rows of gate and up at the end, shares below a part of the mean: squared norms of the update as it was,\n"
+        "leverage (squared row norms of the exact polar factor) of it and of the momentum. effective: participation\n"
+        f"ratio, 1 if all are equal; persistence: rank correlation with the scores {record['every']} steps before.",
+        table(leverages(record)),
+        "Neurons at the end. contributing: participation ratio of mean output times norm of the down column; pruned:\n"
+        "by how many thousandths of a nat the loss rises without the share of each layer that contributes least.",
+        table(functions(record)),
+    ]
+    return "\n\n".join(parts)
 
 
 def draw(record: Record, path: Path) -> None:
@@ -173,19 +192,19 @@ def draw(record: Record, path: Path) -> None:
         runs = [run for run in by_cell(record)[variant, arm] if run["last"] and run["val_loss"] is not None]
         if not runs:
             continue
-        color = f"C{place}"
-        for kind, style in zip(KINDS, ("-", ":"), strict=True):
+        color = pyplot().get_cmap("tab20")(place)
+        for kind, style in STYLES.items():
             steps = runs[0]["looks"]["steps"]
             idle = np.array([run["looks"]["idle"][kind] for run in runs], dtype=float)  # None: nan
-            idle_axis.plot(steps, 100 * idle.mean(0), style, color=color, label=arm if style == "-" else None)
+            idle_axis.plot(steps, 100 * idle.mean(0), style, color=color, label=None if style == ":" else arm)
             below = np.array([[of_gate_and_up(run, kind, "below", f"{x:g}") for x in LEVERAGES] for run in runs], float)
             spread_axis.plot(LEVERAGES, 100 * below.mean(0), style, color=color)
         rises = np.array([[run["pruning"][f"{share:g}"] for share in PRUNED] for run in runs if run["pruning"]])
         if len(rises):
             pruning_axis.plot([100 * share for share in PRUNED], rises.mean(0), color=color)
         loss_axis.plot([run["val_loss"] for run in runs], [place] * len(runs), "o", color=color)
-    idle_axis.set(xlabel="step", ylabel="rows of gate and up (%)", title=f"leverage below {IDLE:g} of the mean")
-    spread_axis.set(xlabel="leverage over its mean", ylabel="rows below it (%)", xscale="log", title="at the end")
+    idle_axis.set(xlabel="step", ylabel="rows of gate and up (%)", title=f"below {IDLE:g} of the mean")
+    spread_axis.set(xlabel="part of the mean", ylabel="rows below it (%)", xscale="log", title="at the end")
     pruning_axis.set(xlabel="neurons pruned in each layer (%)", ylabel="rise of the loss (nats per token)",
                      title="without those that contribute least")  # fmt: skip
     pruning_axis.set_yscale("symlog", linthresh=1e-3)
@@ -194,8 +213,8 @@ def draw(record: Record, path: Path) -> None:
     for axis in (idle_axis, spread_axis, pruning_axis, loss_axis):
         axis.grid(alpha=0.3)
     idle_axis.legend(frameon=False, fontsize=7)
-    told = f"{record['recipe']}, {variant}; solid: updates, dotted: polar factors of the momentum; {record['device']}"
-    figure.suptitle(told, fontsize=9, parse_math=False)
+    told = f"{record['recipe']}, {variant}; solid: squared row norms of updates, dotted: leverage of the momentum"
+    figure.suptitle(f"{told}; {record['device']}", fontsize=9, parse_math=False)
     save(figure, path)
 
 
@@ -205,16 +224,12 @@ def draw_run(rows: list[Row], path: Path) -> None:
     steps, looks = [row["step"] for row in rows], [row["neurons"] for row in rows]
     curves = curves_of(rows)
     figure, (edges, layers, function) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for (kind, style), (place, edge) in itertools.product(STYLES.items(), enumerate(EDGES)):
+        idle = 100 * np.array([idle_share(look, kind, edge) for look in looks], float)
+        edges.plot(steps, idle, style, color=f"C{place}", label=f"{kind.replace('_', ' ')} < {edge:g}")
     names = [name for name in MATRICES[:2] if name in looks[0]]
-    for (kind, style), (place, edge) in itertools.product(
-        zip(KINDS, ("-", ":"), strict=True), enumerate((0.05, 0.1, IDLE))
-    ):
-        shares = [
-            pooled(pooled(look[name]["leverage"][kind]["below"][f"{edge:g}"]) for name in names) for look in looks
-        ]
-        edges.plot(steps, 100 * np.array(shares, float), style, color=f"C{place}", label=f"{kind} < {edge:g}")
-    by_layer = np.array([[look[name]["leverage"]["update"]["below"][f"{IDLE:g}"] for name in names] for look in looks],
-                        dtype=float).mean(1).T  # fmt: skip
+    of_names = [[look[name]["leverage"]["row_norms"]["below"][f"{IDLE:g}"] for name in names] for look in looks]
+    by_layer = np.array(of_names, dtype=float).mean(1).T
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_layer)))
     for layer, (shares, shade) in enumerate(zip(by_layer, shades, strict=True)):
         label = f"layer {layer}" if layer in (0, len(by_layer) - 1) else None  # the shades between tell the rest
@@ -223,8 +238,8 @@ def draw_run(rows: list[Row], path: Path) -> None:
     for measure, style in zip(MEASURES, ("-", ":"), strict=True):
         dead = 100 * np.array(curves["dead"][measure], float)
         function.plot(steps, dead, style, color="C3", label=f"dead, {measure} < {THRESHOLDS[0]:g}")
-    edges.set(ylabel="rows of gate and up (%)", title="leverage over its mean")
-    layers.set(ylabel="rows of gate and up (%)", title=f"by layer, update < {IDLE:g}")
+    edges.set(ylabel="rows of gate and up (%)", title="below a part of the mean")
+    layers.set(ylabel="rows of gate and up (%)", title=f"by layer, row norms < {IDLE:g}")
     function.set(ylabel="neurons (%)", title="what they do")
     for axis in (edges, layers, function):
         axis.set_xlabel("step")

@@ -25,8 +25,8 @@ validation tokens rises without the tenth to half of each layer's neurons that c
 activation below 0.1 of the layer's median. quick tunes nothing. A diverged run is a result.
 
 OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. A run keeps its
-last checkpoint there, for the pruning. OUT.json keeps what the tables need, OUT.png is the figure. Exit status as the
-sweep's.
+last checkpoint there until its pruning has been measured, after all runs. OUT.json keeps what the tables need, OUT.png
+is the figure. Exit status as the sweep's.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from experiments.neuron_report import curves_of, draw, draw_run, pooled_over_lay
 from experiments.sweep import Result, load_sweep, rows_with, visible_gpus
 from harness.checkpoint import evaluated_weights, read_checkpoint
 from harness.machine import device_name, find_machine
-from harness.neuron_stats import PRUNED, contributions, loss_without, magnitudes
+from harness.neuron_stats import pruning
 from harness.overrides import arguments, assignments
 from model import multiple_of_64
 from train_gpt import load_config, set_up, validation
@@ -80,10 +80,12 @@ DEFAULT_RATE = 0.02  # without tuning
 TUNING_SEED = 100
 FACTOR_ARMS = ("muon", "unormuon", "aurora")  # that the variants are about
 FEWER_SEEDS = {"riemannian_aurora": 1}
-PRUNING_TOKENS = 32768  # of validation, about
+PRUNING_TOKENS = 32768  # of validation
 START_S = 5.0  # of a run, before its first step
 FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
 Cell = dict[str, str]
+Key = tuple[frozenset[tuple[str, str]], int]  # of a run: what it sets, and its seed
+Losses = dict[float, float | None]  # by learning rate; None: diverged
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,24 @@ class Group:
 
     def cell(self, rate: float) -> Cell:
         return {**self.settings, "matrix_lr": f"{rate:g}"}
+
+
+@dataclass(frozen=True, eq=False)
+class Reported:
+    """A run to report; at_edge: whether its rate is at an end of those tried."""
+
+    group: Group
+    seed: int
+    rate: float
+    at_edge: bool
+
+    @property
+    def cell(self) -> Cell:
+        return self.group.cell(self.rate)
+
+    @property
+    def key(self) -> Key:
+        return key_of(self.cell, self.seed)
 
 
 def completed(options: Options) -> Options:
@@ -211,9 +231,9 @@ def seeds_of(arm: str, options: Options) -> tuple[int, ...]:
     return options.seeds[: FEWER_SEEDS.get(arm)]
 
 
-def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
+def seconds_of_a_run(options: Options, settings: Cell, threads: int) -> float:
     """Expected seconds of a run: start, training and two validations, from a few steps here without torch.compile."""
-    fixed = arguments(fixed_settings(options) | group.cell(DEFAULT_RATE))
+    fixed = arguments(fixed_settings(options, "tuning") | settings)
     config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
     with arms.cpu_threads(threads):
         run = set_up(config, find_machine(config.device, config.dtype))
@@ -224,45 +244,36 @@ def seconds_of_a_run(options: Options, group: Group, threads: int) -> float:
     return START_S + step_s * (config.train_steps + steps_of_validation)
 
 
-def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, on_gpu: bool) -> list[str]:
-    """Lines that say what is going to run and how long it takes here; none if nothing is left to run."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    num_done, settings = 0, [group.settings for group in of_all + tuned]
-    for sweep in Path(options.out).glob("*/sweep.json"):
-        for result in load_sweep(sweep.parent).results.values():
-            cell = {key: value for key, value in result.overrides.items() if key != "matrix_lr"}
-            num_done += result.ended and result.seed in (TUNING_SEED, *options.seeds) and cell in settings
-    num_tuning = options.rates_tried * len(tuned)
-    num_runs = num_tuning + sum(len(seeds_of(group.arm, options)) for group in of_all)
-    if num_done >= num_runs:
-        return []
-    total_s, lines = 0.0, []
-    for group in tqdm(of_all, desc="timing", unit="arm", leave=False, disable=None):
-        run_s = seconds_of_a_run(options, group, threads)
-        num_tried = options.rates_tried if group.variant == BASE and group.arm in ARMS else 0
-        total_s += run_s * (len(seeds_of(group.arm, options)) + num_tried)
-        lines.append(f"  {group.variant:13} {group.arm:18} {duration(run_s):>7} per run")
-    left = 1 - num_done / num_runs
-    title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_done} done"
-    end = f"about {duration(left * total_s / jobs)} for the rest, {jobs} at a time"
-    if on_gpu:
-        return [title, *lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile"]
-    place = f"threads of each: {threads}, on {device_name(torch.device('cpu'))}"
-    return [title, *lines, f"{end}, {place}", "what it takes on a GPU is measured when it is started on one"]
-
-
-def fixed_settings(options: Options) -> Cell:
-    """Settings of every run; one validation, at the end, as nothing stops at a target."""
+def fixed_settings(options: Options, name: str) -> Cell:
+    """Settings of every run of the sweep "tuning" or "runs"; the only validation is at the end."""
     steps = str(options.steps)
-    return {**FIXED, "train_steps": steps, "val_every": steps, **assignments(itertools.chain(*options.set))}
+    fixed = {**FIXED, "train_steps": steps, "val_every": steps, **assignments(itertools.chain(*options.set))}
+    measured = {"neuron_stats": str(options.every), "checkpoint_every": steps}
+    return fixed | measured if name == "runs" else fixed
 
 
-def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> list[Result]:
-    """The results of a sweep."""
-    fixed, is_reported = fixed_settings(options), name == "runs"
-    if is_reported:
-        fixed |= {"neuron_stats": str(options.every), "checkpoint_every": str(options.steps)}
-    return arms.sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed)
+def check_out(options: Options) -> None:
+    """Raises ValueError if OUT has runs of other options, before any is started."""
+    for name in ("tuning", "runs"):
+        path = Path(options.out) / name / "sweep.json"
+        if not path.exists():
+            continue
+        there, asked = json.loads(path.read_text(encoding="utf-8"))["fixed"], fixed_settings(options, name)
+        for key in sorted(there.keys() | asked.keys()):
+            if there.get(key) != asked.get(key):
+                what = f"{key} = {there.get(key, 'unset')}, not {asked.get(key, 'unset')}"
+                raise ValueError(f"{path.parent} has runs with {what}; take their options, or another --out")
+
+
+def key_of(cell: Mapping[str, str], seed: int) -> Key:
+    return frozenset(cell.items()), seed
+
+
+def ended_runs(options: Options, name: str) -> dict[Key, Result]:
+    """What has ended so far of the sweep of that name."""
+    folder = Path(options.out) / name
+    results = load_sweep(folder).results.values() if (folder / "sweep.json").exists() else ()
+    return {key_of(result.overrides, result.seed): result for result in results if result.ended}
 
 
 def loss_of(result: Result) -> float | None:
@@ -270,81 +281,125 @@ def loss_of(result: Result) -> float | None:
     return None if result.diverged else round(result.summary["val_loss"], 4)
 
 
-def best_rate(tried: dict[float, float | None]) -> tuple[float, bool]:
+def losses_by_rate(options: Options, tuned: Sequence[Group], known: Mapping[Key, Result]) -> dict[str, Losses]:
+    """For each arm that is tuned, what is known of its final loss by rate."""
+    found: dict[str, Losses] = {}
+    for group in tuned:
+        keys = {rate: key_of(group.cell(rate), TUNING_SEED) for rate in rates_of(group.arm, options.rates_tried)}
+        found[group.arm] = {rate: loss_of(known[key]) for rate, key in keys.items() if key in known}
+    return found
+
+
+def best_rate(tried: Losses) -> tuple[float, bool]:
     """The rate of the lowest loss, the lowest rate if all diverged; whether it is at an end of those tried."""
     rate = arms.best({rate: math.inf if loss is None else loss for rate, loss in sorted(tried.items())})
     return rate, arms.at_edge(rate, tried)
 
 
-def pruning(options: Options, result: Result) -> dict[str, float] | None:
-    """By how much the final loss over the first validation tokens rises without a share of each layer's neurons, those
-    that contribute least over these tokens; None for a diverged run. Kept in the run directory once it is known."""
+def reported(options: Options, of_all: Sequence[Group], tried: Mapping[str, Losses]) -> list[Reported]:
+    """The runs to report, in the order of their groups and seeds."""
+    chosen = {arm: best_rate(losses) if losses else (rates_of(arm, 0)[0], False) for arm, losses in tried.items()}
+    chosen |= {arm: chosen["muon"] for arm in SWITCHED if "muon" in chosen}
+    runs = []
+    for group in of_all:
+        rate, at_edge = chosen[group.arm] if (own := VARIANTS[group.variant].rate) is None else (own, False)
+        runs += [Reported(group, seed, rate, at_edge) for seed in seeds_of(group.arm, options)]
+    return runs
+
+
+def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, on_gpu: bool) -> list[str]:
+    """Lines that say what is going to run and how long it takes here; none if nothing is left to run."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    tried = losses_by_rate(options, tuned, ended_runs(options, "tuning"))
+    to_tune = [group for group in tuned for _ in range(options.rates_tried - len(tried[group.arm]))]
+    runs, known = reported(options, of_all, tried), ended_runs(options, "runs")
+    to_run = [run.group for run in runs if to_tune or run.key not in known]  # which rates win is not known before
+    left = to_tune + to_run
+    if not left:
+        return []
+    lines, run_s = [], dict[frozenset[tuple[str, str]], float]()
+    for group in tqdm(left, desc="timing", unit="run", leave=False, disable=None):
+        kind = frozenset(group.settings.items())
+        if kind not in run_s:
+            run_s[kind] = seconds_of_a_run(options, group.settings, threads)
+            lines.append(f"  {group.variant:13} {group.arm:18} {duration(run_s[kind]):>7} per run")
+    num_tuning, total_s = (
+        options.rates_tried * len(tuned),
+        sum(run_s[frozenset(group.settings.items())] for group in left),
+    )
+    num_runs = num_tuning + len(runs)
+    title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_runs - len(left)} done"
+    end = f"about {duration(total_s / jobs)} for the rest, {jobs} at a time"
+    kept = f"{len(to_run)} of them keep a checkpoint in {options.out} until their pruning has been measured"
+    if on_gpu:
+        return [title, *lines, f"{end}, on {device_name(torch.device('cuda'))}, without torch.compile", kept]
+    place = f"threads of each: {threads}, on {device_name(torch.device('cpu'))}"
+    return [title, *lines, f"{end}, {place}", kept, "what it takes on a GPU is measured when it is started on one"]
+
+
+def stage(options: Options, name: str, cells: Sequence[Cell], seeds: Sequence[int], jobs: int) -> None:
+    """Run a sweep, or what is left of it."""
+    if cells:
+        arms.sweep(options.recipe, cells, seeds, Path(options.out) / name, jobs, fixed_settings(options, name))
+
+
+def measured_pruning(options: Options, result: Result) -> dict[str, float | None] | None:
+    """The run's `pruning` on the first PRUNING_TOKENS validation tokens; None if it diverged. It is kept in the run
+    directory, and the checkpoint that it was measured on is then deleted."""
     if result.diverged:
         return None
-    directory = Path(result.directory)
-    path = directory / "pruning.json"
-    if not path.exists():
-        checkpoint = directory / f"checkpoint_{options.steps:06d}.pt"
-        words = arguments(fixed_settings(options) | dict(result.overrides) | {"seed": str(result.seed)})
+    path = Path(result.directory) / "pruning.json"
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("tokens") != PRUNING_TOKENS:
+        checkpoint = path.with_name(f"checkpoint_{options.steps:06d}.pt")
+        if not checkpoint.exists():
+            raise ValueError(
+                f"{checkpoint}, which pruning is measured on, is gone; delete {path.parent} to run it again"
+            )
+        words = arguments(fixed_settings(options, "runs") | dict(result.overrides) | {"seed": str(result.seed)})
         config = load_config([options.recipe, *words, "--compile=false", "--resume="])
         run = set_up(config, find_machine(config.device, config.dtype))
         run.model.load_state_dict(evaluated_weights(read_checkpoint(checkpoint)))
-        num_batches = max(1, PRUNING_TOKENS // config.micro_batch_tokens)
-        batches = list(itertools.islice(validation(config, run.machine, run.val_stream), num_batches))
-        weights = torch.tensor([len(inputs) for inputs, _ in batches], dtype=torch.float64)
-        sizes = [
-            torch.stack(of_layer) for of_layer in zip(*(magnitudes(run.model, x) for x, _ in batches), strict=True)
-        ]
-        means = [(weights[:, None, None] * of_layer).sum(0) / weights.sum() for of_layer in sizes]
-        losses = loss_without(run.model, contributions(run.model, means), batches)
+        batches, num_rows = [], max(1, PRUNING_TOKENS // config.seq_len)
+        for inputs_BT, targets_BT in validation(run.config, run.machine, run.val_stream):
+            batches.append((inputs_BT[:num_rows], targets_BT[:num_rows]))
+            num_rows -= len(inputs_BT)
+            if num_rows <= 0:
+                break
+        kept = dict(tokens=PRUNING_TOKENS, rises=pruning(run.model, batches))
         run.loader.close()
-        write_json(path, {f"{share:g}": round(losses[share] - losses[0], 6) for share in PRUNED})
-    rises: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, kept)
+        checkpoint.unlink()
+    rises: dict[str, float | None] = kept["rises"]
     return rises
-
-
-def tune(options: Options, tuned: list[Group], jobs: int) -> tuple[dict[str, tuple[float, bool]], list[dict[str, Any]]]:
-    """The rate of each arm and whether it is at an end of those tried, and what was tried."""
-    if not options.rates_tried:
-        return {group.arm: (rates_of(group.arm, 0)[0], False) for group in tuned}, []
-    chosen, tuning = {}, []
-    cells = [group.cell(rate) for group in tuned for rate in rates_of(group.arm, options.rates_tried)]
-    results = iter(stage(options, "tuning", cells, [TUNING_SEED], jobs))
-    for group in tuned:
-        tried = {rate: loss_of(next(results)) for rate in rates_of(group.arm, options.rates_tried)}
-        chosen[group.arm] = best_rate(tried)
-        tuning.append(dict(arm=group.arm, tried=list(tried.items())))
-    return chosen, tuning
 
 
 def experiment(options: Options, of_all: list[Group], tuned: list[Group], jobs: int) -> dict[str, Any]:
     """Tune, run, and keep what the tables need."""
-    chosen, tuning = tune(options, tuned, jobs)
-    chosen |= {arm: chosen["muon"] for arm in SWITCHED if "muon" in chosen}
-    rates = [(rate, False) if (rate := VARIANTS[group.variant].rate) else chosen[group.arm] for group in of_all]
-    results: dict[tuple[Group, int], Result] = {}
-    for seeds, same in itertools.groupby(of_all, lambda group: seeds_of(group.arm, options)):
-        ours = list(same)
-        cells = [group.cell(rates[of_all.index(group)][0]) for group in ours]
-        found = stage(options, "runs", cells, seeds, jobs)
-        results.update(zip(((group, seed) for seed in seeds for group in ours), found, strict=True))
-    runs = []
-    for (group, seed), result in tqdm(results.items(), desc="pruning", unit="run", leave=False, disable=None):
+    cells = [group.cell(rate) for group in tuned for rate in rates_of(group.arm, options.rates_tried)]
+    stage(options, "tuning", cells if options.rates_tried else [], [TUNING_SEED], jobs)
+    tried = losses_by_rate(options, tuned, ended_runs(options, "tuning"))
+    runs = reported(options, of_all, tried)
+    for seeds, same in itertools.groupby(runs, lambda run: seeds_of(run.group.arm, options)):
+        stage(options, "runs", [run.cell for run in same if run.seed == seeds[0]], seeds, jobs)
+    known, found = ended_runs(options, "runs"), []
+    for run in tqdm(runs, desc="pruning", unit="run", leave=False, disable=None):
+        result = known[run.key]
         rows = rows_with("neurons", Path(result.directory))
-        rate, at_edge = rates[of_all.index(group)]
         with arms.cpu_threads(result.threads):
-            rises = pruning(options, result)
-        runs.append(dict(
-            arm=group.arm, variant=group.variant, settings=group.settings, rate=rate, at_edge=at_edge, seed=seed,
-            status=result.summary["status"], val_loss=loss_of(result), pruning=rises,
-            looks=curves_of(rows), last=pooled_over_layers(rows[-1]["neurons"]) if rows else None,
+            rises = measured_pruning(options, result)
+        found.append(dict(
+            arm=run.group.arm, variant=run.group.variant, settings=run.group.settings, rate=run.rate,
+            at_edge=run.at_edge, seed=run.seed, status=result.summary["status"], val_loss=loss_of(result),
+            pruning=rises, looks=curves_of(rows), last=pooled_over_layers(rows[-1]["neurons"]) if rows else None,
         ))  # fmt: skip
-    summaries = [result.summary for result in results.values()]
+    summaries = [known[run.key].summary for run in runs]
     kept_options = {key: getattr(options, key) for key in ("recipe", "arms", "variants", "seeds", "steps", "every")}
     return dict(
         **kept_options, **arms.origins(summaries), params=sorted({each["num_params"] for each in summaries}),
-        tokens=max(each["tokens"] for each in summaries), fixed=fixed_settings(options), tuning_seed=TUNING_SEED,
-        tuning=tuning, runs=runs,
+        tokens=max(each["tokens"] for each in summaries), fixed=fixed_settings(options, "runs"),
+        tuning_seed=TUNING_SEED, runs=found,
+        tuning=[dict(arm=arm, tried=list(losses.items())) for arm, losses in tried.items() if losses],
     )  # fmt: skip
 
 
@@ -356,7 +411,12 @@ def main(argv: list[str]) -> None:
         rows = rows_with("neurons", path.parent)
         if not rows:
             raise ValueError(f"{options.run} has no neuron statistics; train with --neuron_stats=25, for example")
-        draw_run(rows, path)
+        try:
+            draw_run(rows, path)
+        except LookupError as error:
+            raise ValueError(
+                f"{options.run} has neuron statistics of another version (no {error}); train again"
+            ) from None
         print(f"{len(rows)} measurements -> {path}")
         return
     path = user_path(options.draw)
@@ -371,11 +431,15 @@ def main(argv: list[str]) -> None:
         named = list(dict.fromkeys(group.arm for group in of_all if group.arm in ARMS))
         tuned = [Group(arm, BASE, settings_of(arm, BASE, options.steps, *size)) for arm in named]
         jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
+        check_out(options)
         lines = plan(options, of_all, tuned, jobs, bool(gpus))
         if lines:
             confirm(lines, options.yes or options.preset == "quick")
         write_json(path, experiment(options, of_all, tuned, jobs), separators=(",", ":"), allow_nan=False)
-    record = arms.read_result(path, report)
+    arms.read_result(path, lambda record: show(record, path))
+
+
+def show(record: dict[str, Any], path: Path) -> None:
     draw(record, path.with_suffix(".png"))
     print(f"{report(record)}\n\n{len(record['runs'])} runs -> {path}, {path.with_suffix('.png')}")
 

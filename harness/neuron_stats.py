@@ -8,7 +8,7 @@ move them, the update is the difference afterwards (weight decay included), and 
 on the first validation micro-batch, at most `micro_batch_tokens`. A measurement changes neither weights, gradients nor
 random numbers. It holds one float32 copy of all MLP weights and works on a layer at a time in float64; it costs a
 forward pass, and for each matrix three Gram matrices, two Cholesky factors and two triangular solves. The measurement
-at the schedule's last step costs six forward passes more.
+at the schedule's last step costs seven forward passes more.
 
 A row {"step", "tokens", "train_time_s", "neurons"} of metrics.jsonl has, in lists with one number a layer:
 
@@ -35,9 +35,8 @@ A row {"step", "tokens", "train_time_s", "neurons"} of metrics.jsonl has, in lis
   revived         share that was dead at an earlier measurement and is not now
 
 and, for all layers together, dead_since: half of the neurons that are dead at the main threshold now have been dead at
-every measurement from this step on, or longer; pruning (at the schedule's last step, else null): by how many nats the
-loss of those tokens rises when each layer loses the share of its neurons that contributes least. null is what has no
-value: ratios of a zero update, anything not finite.
+every measurement from this step on, or longer; pruning (at the schedule's last step, else null): see there. null is
+what has no value: ratios of a zero update, anything not finite.
 
 Uneven leverage, little contribution and silence are three things: a neuron with small updates may be alive, and needed.
 One that fires rarely may be dead by its mean; by its peak it is not. Relative to a median no more than half of a
@@ -65,6 +64,7 @@ KINDS = ("row_norms", "update", "momentum")
 LEVERAGES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean; a histogram, summed up
 IDLE = 0.25  # below this times the mean a row is called idle in words, tables and figures
 PRUNED = (0.1, 0.2, 0.3, 0.4, 0.5)
+TOKENS_AT_ONCE = 4096  # through the model with pruned MLPs: its logits may be whole, where training's are not
 RIDGE = 1e-12
 
 Row = dict[str, Any]
@@ -157,11 +157,11 @@ def magnitudes(model: GPT, inputs_BT: Tensor, window: int | Tensor | None = None
     return found
 
 
-def contributions(model: GPT, sizes: Iterable[Tensor]) -> list[Tensor]:
-    """What each block's neurons add to the residual stream: mean size of the output, the first row of each of `sizes`
-    (as of `magnitudes`), times the norm of the column of down; float64 [F] on the CPU."""
+def contributions(model: GPT, mean_sizes: Iterable[Tensor]) -> list[Tensor]:
+    """What each block's neurons add to the residual stream: the mean sizes of their outputs [F], as of `magnitudes`,
+    times the norms of the columns of down; float64 [F] on the CPU."""
     columns = [block.mlp.down.detach().double().norm(dim=0).cpu() for block in blocks(model)]
-    return [size[0] * column for size, column in zip(sizes, columns, strict=True)]
+    return [size * column for size, column in zip(mean_sizes, columns, strict=True)]
 
 
 @torch.no_grad()
@@ -181,6 +181,24 @@ def loss_without(
             with _pruned(model, [order[: round(share * len(order))] for order in lowest]):
                 totals[share] += float(model(inputs_BT, targets_BT, window))
     return {share: total / num_tokens for share, total in totals.items()}
+
+
+def pruning(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], window: int | Tensor | None = None
+) -> dict[str, float | None]:
+    """By how many nats per token the loss over `batches` of inputs and targets [B, T] rises when every block is without
+    one of the shares PRUNED of its neurons, those that contribute least over these very tokens."""
+    pieces = list[tuple[Tensor, Tensor]]()
+    for inputs_BT, targets_BT in batches:
+        rows = targets_BT[:, 0] >= 0  # others only fill a batch up
+        length = max(1, TOKENS_AT_ONCE // inputs_BT.size(1))
+        pieces += zip(inputs_BT[rows].split(length), targets_BT[rows].split(length), strict=True)
+    num_rows = sum(len(inputs_BT) for inputs_BT, _ in pieces)
+    sizes = [[len(inputs_BT) / num_rows * size[0] for size in magnitudes(model, inputs_BT, window)]
+             for inputs_BT, _ in pieces]  # fmt: skip
+    mean_sizes = [torch.stack(of_block).sum(0) for of_block in zip(*sizes, strict=True)]
+    losses = loss_without(model, contributions(model, mean_sizes), pieces, window)
+    return {f"{share:g}": number(losses[share] - losses[0]) for share in PRUNED}
 
 
 @contextlib.contextmanager
@@ -258,15 +276,13 @@ class NeuronStats:
             self._measure_weights(layer, row)
             self._measure_activations(layer, size, step, row)
         self._before.clear()
-        of_blocks = contributions(self.model, sizes)
+        of_blocks = contributions(self.model, [size[0] for size in sizes])
         row["contributing"] = [number(effective_share(values)) for values in of_blocks]
         since = torch.cat(self.state["dead_since"], dim=-1)
         row["dead_since"] = {m: number(s[s > 0].double().quantile(0.5)) if s.any() else None
                              for m, s in zip(MEASURES, since, strict=True)}  # fmt: skip
-        row["pruning"] = None
-        if step == self.last_step:
-            losses = loss_without(self.model, of_blocks, [(inputs_BT, targets_BT)], window)
-            row["pruning"] = {f"{share:g}": number(losses[share] - losses[0]) for share in PRUNED}
+        is_last = step == self.last_step
+        row["pruning"] = pruning(self.model, [(inputs_BT, targets_BT)], window) if is_last else None
         self.state["last"] = dict(step=step, **row)
         return row
 

@@ -32,7 +32,8 @@ if rate:
     for step in range(10, 41, 10) if "neuron_stats" in words and status == "finished" else ():
         share = 0.01 * step / 40 * (1 + seed)
         kind = dict(below=dict.fromkeys(edges, [share, 2 * share]), effective=[None, 0.5], persistence=[None, None])
-        look = {name: dict(leverage=dict(update=kind, momentum=kind)) for name in ("gate", "up", "down")}
+        leverage = dict(leverage=dict(row_norms=kind, update=kind, momentum=kind))
+        look = dict.fromkeys(("gate", "up", "down"), leverage)
         dead = {measure: {t: [share, share] for t in ("0.3", "0.1")} for measure in ("mean", "peak")}
         rows.append(dict(step=step, neurons=look | dict(contributing=[0.4, 0.6], dead=dead)))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
@@ -47,11 +48,12 @@ def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "fake_trainer.py"
     path.write_text(FAKE_TRAINER, encoding="utf-8")
     monkeypatch.setattr(sweep, "TRAINER", path)
-    monkeypatch.setattr(neurons, "pruning", lambda options, result: None if result.diverged else RISES)
+    monkeypatch.setattr(neurons, "measured_pruning", lambda options, result: None if result.diverged else RISES)
 
 
 def command(recipe: Path, out: Path, *arguments: str) -> list[str]:
-    asked = ["--preset=full", "--yes", "--arms", "muon", "aurora", "--variants", "base", "mlp_8", "--rates_tried=3"]
+    asked = ["--preset=full", "--yes", "--arms", "muon", "aurora", "--variants", "base", "mlp_8", "rate_0.05"]
+    asked += ["--rates_tried=3"]
     return [*asked, "--steps=40", "--every=10", "--jobs=4", f"--recipe={recipe}", f"--out={out}", *arguments]
 
 
@@ -67,15 +69,20 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
     assert found == {  # a variant takes the rates of the base
         ("base", "muon"): (0.02, False), ("base", "aurora"): (0.04, True),
         ("mlp_8", "muon"): (0.02, False), ("mlp_8", "aurora"): (0.04, True),
+        ("rate_0.05", "muon"): (0.05, False), ("rate_0.05", "aurora"): (0.05, False),  # but for its own
     }  # fmt: skip
-    assert [(run["seed"], run["settings"]["mlp_hidden"], run["status"]) for run in record["runs"]] == [
-        (seed, hidden, "diverged by step 3" if (hidden, arm) == ("128", "aurora") else "finished")
-        for seed in (0, 1, 2)
-        for hidden in ("64", "128")
+    assert [(run["variant"], run["arm"], run["seed"]) for run in record["runs"]] == [
+        (variant, arm, seed)
+        for variant in ("base", "mlp_8", "rate_0.05")
         for arm in ("muon", "aurora")
+        for seed in (0, 1, 2)
     ]
+    assert {(run["variant"], run["arm"]) for run in record["runs"] if run["val_loss"] is None} == {("mlp_8", "aurora")}
+    by_hand = [2 + abs(np.log(0.05 / 0.04)) + 0.1 * seed for seed in range(3)]
+    found = [run["val_loss"] for run in record["runs"] if (run["variant"], run["arm"]) == ("rate_0.05", "aurora")]
+    assert found == pytest.approx(by_hand, abs=1e-4)
     captured = capsys.readouterr()
-    assert "18 runs of 40 steps (6 of them to tune), 0 done" in captured.err
+    assert "24 runs of 40 steps (6 of them to tune), 0 done" in captured.err
     assert "0.04*" in captured.out
     assert "a rate beyond it may be better" in captured.out
     figure = tmp_path / "whole.png"
@@ -86,7 +93,7 @@ def test_tuning_is_equal_and_apart_from_what_is_reported(
 
     again = main(command(tiny_recipe, tmp_path / "whole"))
     assert again == 0
-    assert "18 runs" not in capsys.readouterr().err  # nothing is left to be timed or asked for
+    assert "24 runs" not in capsys.readouterr().err  # nothing is left to be timed or asked for
 
 
 @pytest.mark.parametrize("stopped_at", [3, 7], ids=["in the tuning", "in the runs"])
@@ -117,12 +124,12 @@ def test_a_real_run_is_kept_as_it_was_measured(
 ) -> None:
     monkeypatch.setattr(neurons, "plan", lambda *_: [])
     asked = [f"--recipe={tiny_recipe}", "--arms", "muon", "--seeds", "0", "--steps=12", "--every=4"]
-    assert main([*asked, f"--out={tmp_path / 'out'}", "--set", "batch_tokens=96", "micro_batch_tokens=96"]) == 0
+    assert main([*asked, f"--out={tmp_path / 'out'}", "--set", "val_tokens=192"]) == 0
     (run,) = strict_json((tmp_path / "out.json").read_text(encoding="utf-8"))["runs"]
     (directory,) = (tmp_path / "out").glob("runs/runs/*/*/*/")
     looks = metrics(directory, "neurons")
     assert list(looks) == run["looks"]["steps"] == [4, 8, 12]
-    for kind in ("update", "momentum"):
+    for kind in ("row_norms", "update", "momentum"):
         expected = [np.mean([looks[step][name]["leverage"][kind]["below"]["0.25"] for name in ("gate", "up")])
                     for step in looks]  # fmt: skip
         assert run["looks"]["idle"][kind] == pytest.approx(expected, rel=5e-3)
@@ -132,14 +139,59 @@ def test_a_real_run_is_kept_as_it_was_measured(
     assert run["last"]["down"]["effective_rank"] == pytest.approx(
         np.mean(looks[12]["down"]["effective_rank"]), rel=5e-3
     )
-    # the validation data are two micro-batches here, of which a run's own pruning sees the first
-    assert run["pruning"].keys() == looks[12]["pruning"].keys()
-    assert run["pruning"]["0.5"] != looks[12]["pruning"]["0.5"]
-    assert json.loads((directory / "pruning.json").read_text(encoding="utf-8")) == run["pruning"]
+    # Validation is one micro-batch here, so that the run's own pruning was of the same tokens
+    assert run["pruning"] == pytest.approx(looks[12]["pruning"], abs=1e-6)
+    assert max(map(abs, run["pruning"].values())) > 1e-5
+    assert json.loads((directory / "pruning.json").read_text(encoding="utf-8"))["rises"] == run["pruning"]
+    assert not list(directory.glob("*.pt"))
     assert run["val_loss"] == round(metrics(directory, "val_loss")[12], 4)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     assert (summary["config"]["matrix_lr"], summary["config"]["stop_at_target"]) == (0.02, False)
     assert "rates were not tuned here" in capsys.readouterr().out
+
+    more = [*asked, f"--out={tmp_path / 'out'}", "--set", "val_tokens=192"]
+    assert main(more) == 0  # nothing is left to do, the checkpoint is not needed
+    (directory / "pruning.json").unlink()
+    assert main(more) == 2
+    assert "checkpoint_000012.pt, which pruning is measured on, is gone; delete" in capsys.readouterr().err
+    assert main([*more, "--every=6"]) == 2
+    assert "has runs with neuron_stats = 4, not 6; take their options" in capsys.readouterr().err
+
+
+def test_a_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs at a rate that did not win do not count as done; while tuning is not, no reported run does."""
+    options = neurons.Options(
+        "full", ("muon", "muon_first_half"), ("base", "rate_0.05"), (0, 1), steps=10, rates_tried=3, out=str(tmp_path)
+    )
+    of_all = groups(options, 64, 1)
+    tuned = [group for group in of_all if group.arm == "muon"][:1]
+    ended: dict[str, dict[Any, Any]] = dict(tuning={}, runs={})
+
+    def end(name: str, group: neurons.Group, rate: float, seed: int, loss: float = 1.0) -> None:
+        cell = group.cell(rate)
+        result = sweep.Result(cell, seed, 1, 1, "", dict(status="finished", val_loss=loss))
+        ended[name][neurons.key_of(cell, seed)] = result
+
+    monkeypatch.setattr(neurons, "ended_runs", lambda options, name: ended[name])
+    monkeypatch.setattr(neurons, "seconds_of_a_run", lambda options, settings, threads: 60.0)
+
+    def told() -> list[str]:
+        return neurons.plan(options, of_all, tuned, 1, False)
+
+    assert told()[0] == "9 runs of 10 steps (3 of them to tune), 0 done"
+    assert [line.split()[:2] for line in told()[1:3]] == [["base", "muon"], ["base", "muon_first_half"]]
+    assert told()[3].startswith("about 9 min for the rest")
+    for rate, loss in ((0.01, 1.2), (0.02, 1.0)):
+        end("tuning", tuned[0], rate, 100, loss)
+    end("runs", tuned[0], 0.02, 0)
+    assert told()[0].endswith("2 done")
+    end("tuning", tuned[0], 0.04, 100, 1.1)
+    end("runs", tuned[0], 0.01, 1)  # of an earlier plan
+    assert told()[0].endswith("4 done")
+    for group in of_all:
+        for seed in options.seeds:
+            end("runs", group, 0.05 if group.variant == "rate_0.05" else 0.02, seed)
+    assert told() == []
 
 
 def run(arm: str, seed: int, loss: float | None, idle: float, **changes: Any) -> dict[str, Any]:
@@ -147,11 +199,11 @@ def run(arm: str, seed: int, loss: float | None, idle: float, **changes: Any) ->
     edges = [f"{edge:g}" for edge in (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4)]
     leverage = {
         kind: dict(below={edge: share * min(1, float(edge)) for edge in edges}, effective=1 - share, persistence=0.5)
-        for kind, share in (("update", idle), ("momentum", idle / 2))
+        for kind, share in (("row_norms", idle), ("update", idle), ("momentum", idle / 2))
     }
     last = {name: dict(leverage=leverage) for name in ("gate", "up", "down")}
     last |= dict(contributing=0.5, dead={measure: {"0.3": 0.03, "0.1": 0.01} for measure in ("mean", "peak")})
-    curve = {kind: [0.0, idle / 4] for kind in ("update", "momentum")}
+    curve = {kind: [0.0, idle / 4] for kind in ("row_norms", "update", "momentum")}
     looks = dict(steps=[2, 3], idle=curve, effective=curve, persistence=curve, contributing=[1.0, 0.5])
     kept = dict(arm=arm, variant="base", seed=seed, rate=0.01, at_edge=False, status="finished", val_loss=loss)
     return kept | dict(looks=looks, last=last, pruning=RISES) | changes
@@ -159,8 +211,8 @@ def run(arm: str, seed: int, loss: float | None, idle: float, **changes: Any) ->
 
 def record(*runs: dict[str, Any]) -> dict[str, Any]:
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    return dict(device="a device", recipe="a recipe", steps=3, seeds=[0, 1], arms=arms, variants=["base"], tuning=[1],
-                tokens=640, params=[1000], runs=list(runs))  # fmt: skip
+    told = dict(device="a device", recipe="a recipe", steps=3, every=1, seeds=[0, 1], tokens=640, params=[1000])
+    return told | dict(arms=arms, variants=["base"], tuning=[1], runs=list(runs))
 
 
 def test_table_of_hand_made_runs(tmp_path: Path) -> None:
@@ -168,9 +220,10 @@ def test_table_of_hand_made_runs(tmp_path: Path) -> None:
     diverged["looks"] = {}
     made = record(
         run("muon", 0, 1.0, 0.5), run("muon", 1, 1.2, 0.7), run("aurora", 0, 0.9, 0.1), run("aurora", 1, 1.08, 0.1),
-        run("adamw", 0, 1.5, 0.0), diverged,
+        run("adamw", 0, 1.5, 0.0), diverged, run("riemannian_aurora", 0, 0.8, 0.0),
     )  # fmt: skip
-    muon, aurora, adamw = neuron_report.losses(made)
+    muon, aurora, adamw, riemannian = neuron_report.losses(made)
+    assert (riemannian["less than muon's by"], riemannian["p (Holm)"]) == ("-", "-")  # of one seed
     assert muon == {
         "variant": "base", "arm": "muon", "rate": "0.01", "seeds": "2", "final loss": "1.1000 ± 0.1414",
         "diverged": "0/2", "less than muon's by": "-", "95% interval": "-", "p (Holm)": "-",
@@ -181,10 +234,10 @@ def test_table_of_hand_made_runs(tmp_path: Path) -> None:
     assert (aurora["less than muon's by"], aurora["95% interval"]) == ("0.1100", f"{low:.4f} to {high:.4f}")
     assert aurora["p (Holm)"] == f"{p:.2g}"  # AdamW is no comparison, one of its runs diverged
     assert (adamw["final loss"], adamw["diverged"], adamw["p (Holm)"]) == ("1.5000", "1/2", "-")
-    muon, _, adamw = neuron_report.leverages(made)
-    assert (muon["update: % < 0.25"], muon["momentum: % < 0.1"]) == ("15.0 ± 3.5", "3.0 ± 0.7")
+    muon, _, adamw, _ = neuron_report.leverages(made)
+    assert (muon["row norms: % < 0.25"], muon["momentum: % < 0.1"]) == ("15.0 ± 3.5", "3.0 ± 0.7")
     assert (muon["update: effective"], adamw["momentum: effective"]) == ("0.40 ± 0.14", "1.00")
-    muon, _, adamw = neuron_report.functions(made)
+    muon, _, adamw, _ = neuron_report.functions(made)
     assert (muon["pruned 30%"], adamw["pruned 50%"]) == ("4.0 ± 0.0", "16.0")
     assert (muon["dead % (mean < 0.1)"], adamw["dead % (peak < 0.3)"]) == ("1.0 ± 0.0", "3.0")
     neuron_report.draw(made, tmp_path / "figure.png")

@@ -31,6 +31,7 @@ from harness.neuron_stats import (
     leverage,
     loss_without,
     magnitudes,
+    pruning,
     rank_correlation,
 )
 from kernels.attention import attention
@@ -319,7 +320,7 @@ def test_pruning_takes_what_contributes_least_and_gives_it_back() -> None:
     targets = tokens.roll(1, 1).clone()
     targets[0, 3:6] = IGNORE_INDEX
     sizes = magnitudes(gpt, tokens)
-    of_blocks = contributions(gpt, sizes)
+    of_blocks = contributions(gpt, [size[0] for size in sizes])
     for layer, values in enumerate(of_blocks):
         down = planted.mlp(layer).down
         torch.testing.assert_close(values, sizes[layer][0] * down.detach().double().square().sum(0).sqrt())
@@ -339,11 +340,13 @@ def test_pruning_takes_what_contributes_least_and_gives_it_back() -> None:
     assert list(found) == [0, *PRUNED]
     assert found[0] == found[0.1] == found[0.3] == pytest.approx(whole, rel=1e-6)
     assert abs(found[0.5] - found[0]) > 1e-3
+    filled = torch.cat([tokens[3:], tokens[:2]]), torch.cat([targets[3:], torch.full_like(targets[:2], IGNORE_INDEX)])
+    rises = pruning(gpt, [(tokens[:3], targets[:3]), filled])  # rows that only fill a batch up are no tokens
+    assert rises == {f"{share:g}": pytest.approx(found[share] - found[0], abs=2e-6) for share in PRUNED}
     planted.stats.last_step = 20
     assert planted.measure()["pruning"] is None
     planted.stats.before_step()
-    pruning = planted.stats.measure(20, tokens, targets)["pruning"]
-    assert pruning["0.5"] == pytest.approx(found[0.5] - found[0], rel=1e-3)
+    assert planted.stats.measure(20, tokens, targets)["pruning"] == pytest.approx(rises, abs=2e-6)
 
 
 def test_looks_cost_less_than_a_hundredth_of_training(tiny_recipe: Path) -> None:

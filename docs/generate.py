@@ -219,6 +219,11 @@ def neurons_section(rows_of: Callable[[dict[str, Any]], list[Row]], hidden: Coll
     return markdown(rows, {key: key for key in rows[0] if key not in hidden})
 
 
+# Columns of the leverage of updates, which differs little from their row norms here, and of one threshold
+HIDDEN = {f"update: {name}" for name in ("% < 0.05", "% < 0.1", "% < 0.25", "effective", "persistence")}
+HIDDEN |= {"row norms: % < 0.1", "momentum: % < 0.1"}
+
+
 def rules_section(question: str) -> str:
     """An experiment of experiments/rules.py: final losses of its arms, and differences from the first one."""
     result = kept(f"rules_{question}")
@@ -296,7 +301,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "grokking_second_draw": second_draw_section,
     "grokking_later": later_section,
     "neurons_losses": partial(neurons_section, neuron_report.losses, {"diverged"}),
-    "neurons_leverage": partial(neurons_section, neuron_report.leverages, {"update: % < 0.1", "momentum: % < 0.1"}),
+    "neurons_rows": partial(neurons_section, neuron_report.leverages, HIDDEN),
     "neurons_function": partial(neurons_section, neuron_report.functions, {"pruned 20%", "pruned 40%"}),
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,

@@ -485,7 +485,7 @@ def test_every_first_step_is_json(trainer: Trainer, tmp_path: Path) -> None:
     found = looks(only_run(tmp_path))
     first, second, third = (found[step] for step in (1, 2, 3))
     assert first["down"]["effective_rank"] == first["down"]["update_cv"] == [None] * 2
-    assert first["gate"]["leverage"]["update"]["effective"] == first["gate"]["leverage"]["momentum"]["effective"]
+    assert [first["gate"]["leverage"][kind]["effective"] for kind in KINDS] == [[None] * 2] * 3
     assert second["gate"]["update_cv"] == second["up"]["least_moved_share"] == [None] * 2
     assert all(value > 0 for value in second["down"]["update_cv"] + third["gate"]["update_cv"])
 

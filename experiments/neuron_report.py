@@ -32,8 +32,6 @@ from harness.tables import Row, mean_and_sd, table
 Record = dict[str, Any]
 BASELINE = "muon"
 EDGES = (0.05, 0.1, IDLE)  # of the mean, in tables and the figure of a run
-
-
 STYLES = {"row_norms": "-", "momentum": ":"}  # of the kinds that a figure shows
 
 

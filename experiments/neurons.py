@@ -10,19 +10,9 @@
 The claim: under Muon the rows of gate and up get uneven leverage (squared row norms of the polar factor), so that over
 a quarter of the neurons are dead by step 500 at 340 M parameters, by a threshold that was not published.
 
-The protocol, written before any reported run. Every arm, a rule for the hidden matrices, trains the recipe's model to
-the end of a schedule of 500 steps, all else alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs
-starting at zero, no weight decay). Tuning is equal: each arm takes the same four learning rates on seed 100, which is
-not reported; the lowest final validation loss wins, and a winner at an end of those tried is marked (SWITCHED take
-Muon's). Then seeds 0, 1 and 2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants change one
-thing for FACTOR_ARMS, at the rates that won in `base`. Losses are over all of the recipe's validation tokens; they are
-compared with Muon's, paired by seed, Holm-adjusted over the arms of a variant.
-
-What is measured, all of it fixed beforehand: idle are rows of gate and up whose leverage is below a quarter of the
-mean, in the rule's own update and in the plain polar factor of its momentum; how many neurons contribute (mean
-activation times norm of the column of down, participation ratio); by how much the final loss over the first 32,768
-validation tokens rises without the tenth to half of each layer's neurons that contribute least; dead is a mean
-activation below 0.1 of the layer's median. quick tunes nothing. A diverged run is a result.
+Every arm, a rule for the hidden matrices, trains the recipe's model with a few learning rates on one seed and reports
+the best on others; variants change one thing. What is run and what is measured was fixed before any reported run, in
+experiments/neuron_protocol.py; quick tunes nothing. A diverged run is a result.
 
 OUT/tuning and OUT/runs are sweeps (experiments/sweep.py): the same command goes on where it stopped. A run keeps its
 last checkpoint there until its pruning has been measured, after all runs. OUT.json keeps what the tables need, OUT.png
@@ -32,11 +22,9 @@ is the figure. Exit status as the sweep's.
 import dataclasses
 import itertools
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,77 +35,41 @@ from data.files import check_writable, user_path, write_json
 from data.prepare import ensure
 from experiments import arms
 from experiments.arms import confirm, duration, names_of
+from experiments.neuron_protocol import (
+    ALL_ARMS,
+    ARMS,
+    BASE,
+    FACTOR_ARMS,
+    RATES,
+    SWITCHED,
+    TUNING_SEED,
+    VARIANTS,
+    Cell,
+    Group,
+    Key,
+    Losses,
+    groups,
+    key_of,
+    rates_of,
+    reported,
+    seeds_of,
+)
 from experiments.neuron_report import curves_of, draw, draw_run, pooled_over_layers, report
 from experiments.sweep import Result, load_sweep, rows_with, visible_gpus
 from harness.checkpoint import evaluated_weights, read_checkpoint
 from harness.machine import device_name, find_machine
 from harness.neuron_stats import pruning
 from harness.overrides import arguments, assignments
-from model import multiple_of_64
 from train_gpt import load_config, set_up, validation
 
-ARMS = {
-    "muon": {"matrix_optimizer": "muon"},  # what all others are compared with
-    "aurora": {"matrix_optimizer": "aurora"},
-    "adamw": {"matrix_optimizer": "adamw"},
-    "normuon": {"matrix_optimizer": "normuon"},
-    "unormuon": {"matrix_optimizer": "unormuon"},
-    "muon_eq": {"matrix_optimizer": "muon_eq"},
-    "aurora_tall": {"matrix_optimizer": "aurora", "aurora_sides": "tall"},
-    "aurora_warm": {"matrix_optimizer": "aurora", "aurora_variant": "warm"},
-    "riemannian_aurora": {"matrix_optimizer": "riemannian_aurora"},
-}
-# Muon for a share of the schedule and Aurora for the rest, or the reverse, to see whether and when leverage matters; by
-# name, the first one and its share. They take Muon's rate.
-SWITCHED = {
-    "muon_first_fifth": ("muon", Fraction(1, 5)),
-    "muon_first_half": ("muon", Fraction(1, 2)),
-    "aurora_first_fifth": ("aurora", Fraction(1, 5)),
-    "aurora_first_half": ("aurora", Fraction(1, 2)),
-}
-RATES = (0.02, 0.04, 0.01, 0.005)  # for all but adamw, whose are a tenth; --rates_tried takes the first so many
-DEFAULT_RATE = 0.02  # without tuning
-TUNING_SEED = 100
-FACTOR_ARMS = ("muon", "unormuon", "aurora")  # that the variants are about
-FEWER_SEEDS = {"riemannian_aurora": 1}
 PRUNING_TOKENS = 32768  # of validation
 START_S = 5.0  # of a run, before its first step
-FIXED = {"stop_at_target": "false", "train_steps": "", "val_every": ""}  # the last two are --steps
-Cell = dict[str, str]
-Key = tuple[frozenset[tuple[str, str]], int]  # of a run: what it sets, and its seed
-Losses = dict[float, float | None]  # by learning rate; None: diverged
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What differs from the recipe's model and `base`."""
-
-    expansion: Fraction = Fraction(8, 3)  # hidden width of the MLP over model width
-    width: int = 1  # times the recipe's model width and heads
-    rate: float | None = None  # of every arm; none: the one that won in `base`
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-
-BASE = "base"
-VARIANTS = {
-    BASE: Variant(),
-    "mlp_4": Variant(Fraction(4)),
-    "mlp_8": Variant(Fraction(8)),
-    "normal_start": Variant(settings={"init_out": "0.02", "init_down": "0.02", "init_head": "0.02"}),
-    "decay_0.025": Variant(settings={"matrix_weight_decay": "0.025"}),
-    "width_doubled": Variant(width=2),
-    "rate_0.05": Variant(rate=0.05),
-}
 
 
 @dataclass(frozen=True)
 class Options:
     preset: Literal["quick", "full"] = "quick"  # what the next five are if they are not given
-    arms: Annotated[tuple[str, ...], names_of((*ARMS, *SWITCHED))] = (
-        "muon",
-        "aurora",
-        "adamw",
-    )  # of the hidden matrices
+    arms: Annotated[tuple[str, ...], names_of(ALL_ARMS)] = ("muon", "aurora", "adamw")  # rules of the hidden matrices
     variants: Annotated[tuple[str, ...], names_of(VARIANTS)] = (BASE,)  # all but base are for muon, unormuon, aurora
     seeds: tuple[int, ...] = (0, 1, 2)  # reported ones
     steps: Annotated[int, ">= 1"] = 300  # of the schedule
@@ -132,37 +84,7 @@ class Options:
     run: str = ""  # run nothing, draw the measurements of this run directory
 
 
-FULL = Options("full", (*ARMS, *SWITCHED), tuple(VARIANTS), steps=500, rates_tried=len(RATES))
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """An arm in a variant: runs of several seeds."""
-
-    arm: str
-    variant: str
-    settings: Cell  # without the learning rate
-
-    def cell(self, rate: float) -> Cell:
-        return {**self.settings, "matrix_lr": f"{rate:g}"}
-
-
-@dataclass(frozen=True, eq=False)
-class Reported:
-    """A run to report; at_edge: whether its rate is at an end of those tried."""
-
-    group: Group
-    seed: int
-    rate: float
-    at_edge: bool
-
-    @property
-    def cell(self) -> Cell:
-        return self.group.cell(self.rate)
-
-    @property
-    def key(self) -> Key:
-        return key_of(self.cell, self.seed)
+FULL = Options("full", ALL_ARMS, tuple(VARIANTS), steps=500, rates_tried=len(RATES))
 
 
 def completed(options: Options) -> Options:
@@ -183,52 +105,11 @@ def completed(options: Options) -> Options:
         raise ValueError(f"seeds: {TUNING_SEED} is for tuning and not reported; take another")
     if options.steps % options.every:
         raise ValueError(f"every = {options.every} must divide steps = {options.steps}; 25 is usual")
-    settings = [
-        *FIXED,
-        "switching_first",
-        "switching_after",
-        *itertools.chain(*ARMS.values()),
-        *itertools.chain(*(v.settings for v in VARIANTS.values())),
-    ]
-    own = {*settings, "matrix_lr", "mlp_hidden", "model_dim", "num_heads", "seed", "neuron_stats", "checkpoint_every"}
+    of_groups = groups(ALL_ARMS, VARIANTS, options.steps, 64, 1)
+    own = {"matrix_lr", "seed", *itertools.chain(*(group.settings for group in of_groups))}
+    own |= fixed_settings(dataclasses.replace(options, set=()), "runs").keys()
     assignments(itertools.chain(*options.set), "--set: ", own)
     return options
-
-
-def settings_of(arm: str, variant: str, steps: int, model_dim: int, num_heads: int) -> Cell:
-    """What the runs of an arm in a variant set, for so many steps and a recipe of this width; without the learning
-    rate."""
-    of_variant = VARIANTS[variant]
-    width = of_variant.width * model_dim
-    wider = {"model_dim": str(width), "num_heads": str(of_variant.width * num_heads)} if of_variant.width > 1 else {}
-    hidden = multiple_of_64(float(of_variant.expansion * width))
-    if arm in SWITCHED:
-        first, share = SWITCHED[arm]
-        rule = {"matrix_optimizer": "experiments.switching:Switching", "switching_first": first}
-        of_arm = {**rule, "switching_after": str(round(share * steps))}
-    else:
-        of_arm = ARMS[arm]
-    return {**of_arm, **of_variant.settings, **wider, "mlp_hidden": str(hidden)}
-
-
-def groups(options: Options, model_dim: int, num_heads: int) -> list[Group]:
-    """What is reported, variant by variant."""
-    return [
-        Group(arm, variant, settings_of(arm, variant, options.steps, model_dim, num_heads))
-        for variant in options.variants
-        for arm in options.arms
-        if variant == BASE or arm in FACTOR_ARMS
-    ]
-
-
-def rates_of(arm: str, count: int) -> tuple[float, ...]:
-    """The first `count` rates, ascending; the default alone for 0."""
-    tried = sorted(RATES[:count]) or [DEFAULT_RATE]
-    return tuple(rate / 10 if arm == "adamw" else rate for rate in tried)
-
-
-def seeds_of(arm: str, options: Options) -> tuple[int, ...]:
-    return options.seeds[: FEWER_SEEDS.get(arm)]
 
 
 def seconds_of_a_run(options: Options, settings: Cell, threads: int) -> float:
@@ -247,7 +128,8 @@ def seconds_of_a_run(options: Options, settings: Cell, threads: int) -> float:
 def fixed_settings(options: Options, name: str) -> Cell:
     """Settings of every run of the sweep "tuning" or "runs"; the only validation is at the end."""
     steps = str(options.steps)
-    fixed = {**FIXED, "train_steps": steps, "val_every": steps, **assignments(itertools.chain(*options.set))}
+    fixed = {"stop_at_target": "false", "train_steps": steps, "val_every": steps}
+    fixed |= assignments(itertools.chain(*options.set))
     measured = {"neuron_stats": str(options.every), "checkpoint_every": steps}
     return fixed | measured if name == "runs" else fixed
 
@@ -263,10 +145,6 @@ def check_out(options: Options) -> None:
             if there.get(key) != asked.get(key):
                 what = f"{key} = {there.get(key, 'unset')}, not {asked.get(key, 'unset')}"
                 raise ValueError(f"{path.parent} has runs with {what}; take their options, or another --out")
-
-
-def key_of(cell: Mapping[str, str], seed: int) -> Key:
-    return frozenset(cell.items()), seed
 
 
 def ended_runs(options: Options, name: str) -> dict[Key, Result]:
@@ -290,29 +168,12 @@ def losses_by_rate(options: Options, tuned: Sequence[Group], known: Mapping[Key,
     return found
 
 
-def best_rate(tried: Losses) -> tuple[float, bool]:
-    """The rate of the lowest loss, the lowest rate if all diverged; whether it is at an end of those tried."""
-    rate = arms.best({rate: math.inf if loss is None else loss for rate, loss in sorted(tried.items())})
-    return rate, arms.at_edge(rate, tried)
-
-
-def reported(options: Options, of_all: Sequence[Group], tried: Mapping[str, Losses]) -> list[Reported]:
-    """The runs to report, in the order of their groups and seeds."""
-    chosen = {arm: best_rate(losses) if losses else (rates_of(arm, 0)[0], False) for arm, losses in tried.items()}
-    chosen |= {arm: chosen["muon"] for arm in SWITCHED if "muon" in chosen}
-    runs = []
-    for group in of_all:
-        rate, at_edge = chosen[group.arm] if (own := VARIANTS[group.variant].rate) is None else (own, False)
-        runs += [Reported(group, seed, rate, at_edge) for seed in seeds_of(group.arm, options)]
-    return runs
-
-
 def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, on_gpu: bool) -> list[str]:
     """Lines that say what is going to run and how long it takes here; none if nothing is left to run."""
     threads = max(1, torch.get_num_threads() // jobs)
     tried = losses_by_rate(options, tuned, ended_runs(options, "tuning"))
     to_tune = [group for group in tuned for _ in range(options.rates_tried - len(tried[group.arm]))]
-    runs, known = reported(options, of_all, tried), ended_runs(options, "runs")
+    runs, known = reported(of_all, tried, options.seeds), ended_runs(options, "runs")
     to_run = [run.group for run in runs if to_tune or run.key not in known]  # which rates win is not known before
     left = to_tune + to_run
     if not left:
@@ -323,10 +184,8 @@ def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, o
         if kind not in run_s:
             run_s[kind] = seconds_of_a_run(options, group.settings, threads)
             lines.append(f"  {group.variant:13} {group.arm:18} {duration(run_s[kind]):>7} per run")
-    num_tuning, total_s = (
-        options.rates_tried * len(tuned),
-        sum(run_s[frozenset(group.settings.items())] for group in left),
-    )
+    total_s = sum(run_s[frozenset(group.settings.items())] for group in left)
+    num_tuning = options.rates_tried * len(tuned)
     num_runs = num_tuning + len(runs)
     title = f"{num_runs} runs of {options.steps} steps ({num_tuning} of them to tune), {num_runs - len(left)} done"
     end = f"about {duration(total_s / jobs)} for the rest, {jobs} at a time"
@@ -379,8 +238,8 @@ def experiment(options: Options, of_all: list[Group], tuned: list[Group], jobs: 
     cells = [group.cell(rate) for group in tuned for rate in rates_of(group.arm, options.rates_tried)]
     stage(options, "tuning", cells if options.rates_tried else [], [TUNING_SEED], jobs)
     tried = losses_by_rate(options, tuned, ended_runs(options, "tuning"))
-    runs = reported(options, of_all, tried)
-    for seeds, same in itertools.groupby(runs, lambda run: seeds_of(run.group.arm, options)):
+    runs = reported(of_all, tried, options.seeds)
+    for seeds, same in itertools.groupby(runs, lambda run: seeds_of(run.group.arm, options.seeds)):
         stage(options, "runs", [run.cell for run in same if run.seed == seeds[0]], seeds, jobs)
     known, found = ended_runs(options, "runs"), []
     for run in tqdm(runs, desc="pruning", unit="run", leave=False, disable=None):
@@ -426,10 +285,9 @@ def main(argv: list[str]) -> None:
         check_writable(path.parent, "choose another place, such as --out=/tmp/neurons")
         config = load_config([options.recipe, *arguments(assignments(itertools.chain(*options.set)))])
         ensure(config.train_files, config.val_files, options.steps * config.batch_tokens)
-        size = config.model_dim, config.num_heads
-        of_all, gpus = groups(options, *size), [] if config.device == "cpu" else visible_gpus()
-        named = list(dict.fromkeys(group.arm for group in of_all if group.arm in ARMS))
-        tuned = [Group(arm, BASE, settings_of(arm, BASE, options.steps, *size)) for arm in named]
+        size = options.steps, config.model_dim, config.num_heads
+        of_all, gpus = groups(options.arms, options.variants, *size), [] if config.device == "cpu" else visible_gpus()
+        tuned = groups(dict.fromkeys(group.arm for group in of_all if group.arm in ARMS), [BASE], *size)
         jobs = options.jobs or len(gpus) or torch.get_num_threads()  # two threads do less for one run than for two
         check_out(options)
         lines = plan(options, of_all, tuned, jobs, bool(gpus))

@@ -24,5 +24,6 @@ class Switching(Aurora):
         if "num_steps" not in state:
             state["num_steps"] = update.new_zeros(update.size(0))
         state["num_steps"] += 1
+        # a tensor without memory is there to learn what is kept, which is what Aurora keeps
         is_aurora = update.is_meta or (group["first"] == "aurora") == bool((state["num_steps"] <= group["after"]).all())
         return super().orthogonalize(update, state, group) if is_aurora else self.polar(update, group)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import neuron_report, neurons, sweep
-from experiments.neurons import FULL, best_rate, groups, main, rates_of
+from experiments import neuron_protocol, neuron_report, neurons, sweep
+from experiments.neuron_protocol import best_rate, groups, rates_of, seeds_of
+from experiments.neurons import FULL, main
 from tests.conftest import ROOT, Trainer
 from tests.harness.test_neuron_stats import strict_json
 from tests.test_train import metrics, only_run
@@ -163,14 +164,14 @@ def test_a_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options = neurons.Options(
         "full", ("muon", "muon_first_half"), ("base", "rate_0.05"), (0, 1), steps=10, rates_tried=3, out=str(tmp_path)
     )
-    of_all = groups(options, 64, 1)
+    of_all = groups(options.arms, options.variants, options.steps, 64, 1)
     tuned = [group for group in of_all if group.arm == "muon"][:1]
     ended: dict[str, dict[Any, Any]] = dict(tuning={}, runs={})
 
-    def end(name: str, group: neurons.Group, rate: float, seed: int, loss: float = 1.0) -> None:
+    def end(name: str, group: neuron_protocol.Group, rate: float, seed: int, loss: float = 1.0) -> None:
         cell = group.cell(rate)
         result = sweep.Result(cell, seed, 1, 1, "", dict(status="finished", val_loss=loss))
-        ended[name][neurons.key_of(cell, seed)] = result
+        ended[name][neuron_protocol.key_of(cell, seed)] = result
 
     monkeypatch.setattr(neurons, "ended_runs", lambda options, name: ended[name])
     monkeypatch.setattr(neurons, "seconds_of_a_run", lambda options, settings, threads: 60.0)
@@ -255,9 +256,9 @@ def test_every_arm_gets_the_same_rates_and_an_end_is_noticed() -> None:
 
 
 def test_a_variant_changes_one_thing_for_three_arms() -> None:
-    of_all = groups(FULL, 128, 2)
+    of_all = groups(FULL.arms, FULL.variants, FULL.steps, 128, 2)
     base = {group.arm: group.settings for group in of_all if group.variant == "base"}
-    assert list(base) == [*neurons.ARMS, *neurons.SWITCHED]
+    assert list(base) == [*neuron_protocol.ARMS, *neuron_protocol.SWITCHED]
     assert (base["muon_first_fifth"]["switching_first"], base["aurora_first_half"]["switching_after"]) == (
         "muon",
         "250",
@@ -276,9 +277,9 @@ def test_a_variant_changes_one_thing_for_three_arms() -> None:
         "rate_0.05": [{}] * 3,
     }
     assert base["muon"]["mlp_hidden"] == "384"
-    assert groups(FULL, 768, 6)[0].settings["mlp_hidden"] == "2048"
-    assert neurons.seeds_of("riemannian_aurora", FULL) == (0,)
-    assert neurons.seeds_of("muon", FULL) == (0, 1, 2)
+    assert groups(["muon"], ["base"], 500, 768, 6)[0].settings["mlp_hidden"] == "2048"
+    assert seeds_of("riemannian_aurora", FULL.seeds) == (0,)
+    assert seeds_of("muon", FULL.seeds) == (0, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ optimizer that treats leading dimensions as batch still sees each matrix on its 
 Shape suffixes: B batch, T sequence, D model width, H heads, K head dimension, F MLP hidden, V padded vocabulary.
 
 Sources: RMSNorm arXiv 1910.07467, rotary 2104.09864, SwiGLU 2002.05202, squared ReLU 2109.08668, QK-norm 2010.04245,
-soft cap 2408.00118; zero-initialised output projections as in muP (2203.03466) and the nanoGPT speedruns. Options:
-value embeddings (K. Koszarsky, after value residuals, 2410.17897), tables by hashed n-grams, the embedding as an input
-of every block and a head that is untied late from the nanoGPT speedruns; z-loss 2204.02311.
+soft cap 2408.00118, zero outputs at the start 2203.03466 (muP). Options: value embeddings (K. Koszarsky, after value
+residuals, 2410.17897), hashed n-grams, embedding skips and late untying from the nanoGPT speedruns; z-loss 2204.02311.
 """
 
 import math
@@ -54,6 +53,8 @@ class ModelConfig:
     mlp_hidden: Annotated[int, ">= 0"] = 0  # hidden width of the MLP; 0: as many weights as two matrices of 4 widths
     seq_len: Annotated[int, "> 0"] = 256  # tokens in a training row
     architecture: Literal["gpt", "track3"] = "gpt"  # model.py's, or the optimization track's (model_track3.py)
+    objective: Literal["causal", "masked"] = "causal"  # predict the next token, or hidden ones from both sides
+    mask_share: Annotated[float, "> 0", "< 1"] = 0.15  # of each row's tokens, which objective = "masked" hides
     activation: Literal["swiglu", "squared_relu"] = "swiglu"  # of the MLP
     softcap: Annotated[float, "> 0"] = 15.0  # logits are kept within +- this
     init_out: Annotated[float, ">= 0"] = 0.0  # standard deviation of attention's output projection at the start
@@ -81,8 +82,8 @@ class ModelConfig:
         if {"auto", "none"} & set(self.fused) and len(self.fused) > 1:
             raise ValueError(f"fused = {','.join(self.fused)!r}: auto and none stand alone; write fused = 'auto'")
         if "head" in self.fused and not self.can_fuse_head:
-            found = f"not {self.softcap} and {self.architecture!r}; auto works"
-            raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and architecture = 'gpt', {found}")
+            found = f"architecture = 'gpt', not {self.softcap} and {self.architecture!r}; auto works"
+            raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and {found}")
         if 2 * (n := self.value_embeds) > self.num_layers:
             raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")
         if len({*self.ngrams}) < len(self.ngrams):

@@ -23,13 +23,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: Ctrl-C while torch is imported, which takes seconds
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import optim
+from architectures import class_of
 from data import console
 from data.files import is_file, path_as_meant, user_text
 from data.loader import TokenLoader, TokenStream, validation_batches
+from data.masking import masking
 from data.shards import find_shards, head_fingerprint, refuse_overlap, set_fingerprint
 from data.tokenizer import check_vocab_size, end_of_text
 from harness import dry_run, outcome
@@ -45,7 +46,6 @@ from harness.runlog import RunLog, check_name, write_loss
 from harness.settings import check_settings, parse_settings, peek
 from inference.sample import sample_text
 from model import GPT, ModelConfig
-from model_track3 import ARCHITECTURES
 from optim.averages import Averages, AveragesConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,10 +265,10 @@ def set_up(config: Config, machine: Machine) -> Run:
     """A run whose every setting has been checked, before its directory exists. Raises ValueError."""
     if not config.micro_batch_tokens:
         config, machine = with_micro_batch(config, machine, set_up, train_step)
-    clock, first = Clock(machine.device), plan_step(config, 0)
+    clock, first, hide = Clock(machine.device), plan_step(config, 0), masking(config, config.seed)
     unit = config.batch_tokens if config.shard_tail == "drop" else 0
     stream = TokenStream(find_shards(config.train_files), config.vocab_size, unit)
-    loader = TokenLoader(stream, config.micro_batch_tokens, machine.rank, machine.world_size, machine.device)
+    loader = TokenLoader(stream, config.micro_batch_tokens, machine.rank, machine.world_size, machine.device, hide)
     loader.shape(config.batch_tokens, config.seq_len)
     for plan in plans_to_warm_up(config, 0, windows_count=False):
         try:
@@ -286,7 +286,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     torch.manual_seed(config.seed)
     with machine.device:
         doc_token = end_of_text(config.tokenizer) if config.doc_mask else None
-        model = ARCHITECTURES[config.architecture](model_config(config), machine.dtype, doc_token)
+        model = class_of(config)(model_config(config), machine.dtype, doc_token)
     place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
     averages = Averages(model, optimizers, config)
@@ -306,7 +306,7 @@ def validation(config: Config, machine: Machine, stream: TokenStream) -> Iterato
     """This rank's share of the validation rows; wrong sizes are refused by the call itself."""
     return validation_batches(
         stream, config.val_tokens, config.seq_len, config.micro_batch_tokens,
-        machine.rank, machine.world_size, machine.device,
+        machine.rank, machine.world_size, machine.device, masking(config, 0),
     )  # fmt: skip
 
 
@@ -492,7 +492,7 @@ def main(argv: list[str]) -> int:
         summary.update(status=outcome.FAILED, reason=f"at the end: {error}; {log.directory} is not whole")
     status = outcome.exit_status(summary, config.require_target)
     if status in (0, 3) and run.machine.world_size > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return status
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from architectures import class_of
 from harness import memory_plan
 from harness.compiling import compile_model
 from harness.results import command, report
 from harness.tables import Row
 from model import GPT
-from model_track3 import ARCHITECTURES
 from optim import build_optimizers
 from train_gpt import Config, load_config, model_config
 
@@ -79,13 +79,13 @@ def measured(config: Config, dtype: torch.dtype, args: Args) -> Row:
     """One variant in one dtype. Raises ValueError where what should be exact is not."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        planned_model = ARCHITECTURES[config.architecture](model_config(config), dtype)
+        planned_model = class_of(config)(model_config(config), dtype)
     planned = memory_plan.state_bytes(build_optimizers(planned_model, config), 1, False)
     _, planned_update = memory_plan.update_bytes(build_optimizers(planned_model, config), 1, False)
     shape = args.batch, config.seq_len
     eager, compiled = memory_plan.activations(model_config(config), dtype, "cpu", shape)
 
-    model = ARCHITECTURES[config.architecture](model_config(config), dtype, 0 if config.doc_mask else None)
+    model = class_of(config)(model_config(config), dtype, 0 if config.doc_mask else None)
     optimizers = build_optimizers(model, config)
     inputs = torch.randint(1, config.vocab_size, shape, dtype=torch.int32)
     targets = torch.randint(1, config.vocab_size, shape)

@@ -15,12 +15,12 @@ from typing import Annotated
 
 import torch
 
+from architectures import class_of
 from data import console
 from harness import memory_plan
 from harness.memory_plan import share
 from harness.settings import parse_settings
 from harness.tables import align
-from model_track3 import ARCHITECTURES
 from optim import MatrixOptimizer, build_optimizers
 from train_gpt import load_config
 
@@ -60,7 +60,7 @@ def _main(argv: list[str]) -> None:
     ranks = parse_settings(Args, own).ranks
     config = load_config([word for word in argv if word not in own])
     with torch.device("meta"):
-        model = ARCHITECTURES[config.architecture](config)
+        model = class_of(config)(config)
     optimizers = build_optimizers(model, config)
     print(align([["parameter", "shape", "optimizer", "bank", "owner", "state bytes"], *routing(optimizers, ranks)]))
     weights = sum(p.nbytes * share(p, ranks, config.fsdp) for p in model.parameters())

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import optim
+from architectures import class_of
 from data.files import user_path
 from harness.machine import find_machine
 from harness.results import command, report
 from harness.step_timer import median_seconds
 from harness.tables import Row
 from model import GPT
-from model_track3 import ARCHITECTURES
 from optim import build_optimizers
 from optim.bank import matrices
 from train_gpt import Config, load_config
@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     config = load_config(arguments)
     torch.manual_seed(0)
     with device:
-        model = ARCHITECTURES[config.architecture](config, find_machine(args.device, config.dtype).dtype)
+        model = class_of(config)(config, find_machine(args.device, config.dtype).dtype)
     tokens = torch.randint(config.vocab_size, (max(1, args.tokens // config.seq_len), config.seq_len), device=device)
 
     def forward_backward() -> None:

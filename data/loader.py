@@ -10,6 +10,8 @@ on neither R nor the micro-batch, and a run resumes from a position alone.
 
 A stream made with a `unit`, the tokens of a batch, drops the tails of shards as modded-nanogpt's loader does: of a
 shard of n tokens the first (n - 2) // unit units count, and the target of their last token is that shard's next one.
+
+With a `masking` a batch's inputs and targets are those of that objective instead, for the same inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.masking import NO_TARGET, Masking
 from data.shards import DataError, Tokens, check_tokens, open_shard
 
 PREFETCH_BATCHES = 2
@@ -67,9 +70,9 @@ class TokenLoader:
 
     def __init__(
         self, stream: TokenStream, micro_batch_tokens: int, rank: int = 0, world_size: int = 1,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "cpu", masking: Masking | None = None,
     ) -> None:  # fmt: skip
-        self.stream, self.device = stream, torch.device(device)
+        self.stream, self.device, self._masking = stream, torch.device(device), masking
         self._micro_batch_tokens, self._rank, self._world_size = micro_batch_tokens, rank, world_size
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         on_gpu = (torch.cuda.set_device, (self.device,)) if self._copies else (None, ())  # or it would be the first GPU
@@ -115,7 +118,8 @@ class TokenLoader:
             stream.wait_stream(self._copies)
             for tokens in (inputs, targets):
                 tokens.record_stream(stream)
-        return inputs.view(shape), targets.view(shape)
+        pair = inputs.view(shape), targets.view(shape)
+        return self._masking(*pair, start + self._rank * inputs.numel()) if self._masking else pair
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -142,6 +146,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
+    masking: Masking | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the first `val_tokens` tokens, as inputs int32 and targets int64
     [micro_batch_tokens / seq_len, seq_len].
@@ -168,8 +173,9 @@ def validation_batches(
             tokens = np.zeros(micro_batch_tokens + 1, dtype=np.uint16)
             tokens[: rows * seq_len + 1] = stream.read(start * seq_len, rows * seq_len + 1)
             inputs, targets = _host_pair(tokens, device)
-            targets[rows * seq_len :] = -1
-            yield _to_device(inputs.view(-1, seq_len), targets.view(-1, seq_len), device)
+            targets[rows * seq_len :] = NO_TARGET
+            pair = _to_device(inputs.view(-1, seq_len), targets.view(-1, seq_len), device)
+            yield masking(*pair, start * seq_len) if masking else pair
 
     return batches()
 

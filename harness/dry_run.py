@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 import optim
+from architectures import class_of
 from data.files import user_path
 from data.loader import TokenLoader, TokenStream, validation_batches
 from data.prepare import FINEWEB_SHARD_TOKENS, fineweb_shard_tokens, fineweb_shards
@@ -22,7 +23,6 @@ from harness.machine import PEAK_FLOPS
 from harness.micro_batch import choices, choose, usual_on_cpu
 from harness.tables import align
 from model import GPT, ModelConfig
-from model_track3 import ARCHITECTURES
 from optim.polar import fast_half_dtype
 
 RANKS = 1, 8, 16
@@ -40,7 +40,7 @@ def print_report(config: Any, model_config: ModelConfig, plans: Sequence[Any], t
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device_type = "cuda" if on_gpu else "cpu"
     with torch.device("meta"):
-        model = ARCHITECTURES[model_config.architecture](model_config, dtype_on(device_type, config.dtype))
+        model = class_of(model_config)(model_config, dtype_on(device_type, config.dtype))
     optimizers = optim.build_optimizers(model, config)
     counts = sorted({*RANKS, max(1, torch.cuda.device_count())})
     micro_batches = {ranks: micro_batch(config, model, optimizers, device_type, plans, ranks) for ranks in counts}

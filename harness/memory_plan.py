@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from architectures import class_of
 from harness.fsdp import cut_dim
 from kernels.linear_cross_entropy import default_chunk_tokens
 from model import GPT, FusedPart, ModelConfig
-from model_track3 import ARCHITECTURES
 from optim import MatrixOptimizer
 from optim.apply_update import apply_update, scaled
 from optim.bank import Bank
@@ -196,7 +196,7 @@ def activations(
     fused = tuple(part for part in FUSED_PARTS if part in parts) or ("none",)  # as on that device, not as on meta
     config = dataclasses.replace(config, fused=fused)
     with torch.device("meta"):
-        model = ARCHITECTURES[config.architecture](config, dtype, 0)
+        model = class_of(config)(config, dtype, 0)
         inputs, targets = (torch.empty(shape, dtype=kind) for kind in (torch.int32, torch.int64))
     if fsdp:  # gathers weights in the dtype of the products
         model.blocks.to(dtype)

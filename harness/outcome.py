@@ -95,7 +95,8 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
     )  # fmt: skip
     log.summary(summary)
     log.closing(summary)
-    if (machine.rank == 0 or config.fsdp) and config.tokenizer != "none" and summary["status"] in (FINISHED, STOPPED):
+    writes = config.tokenizer != "none" and config.objective == "causal"
+    if (machine.rank == 0 or config.fsdp) and writes and summary["status"] in (FINISHED, STOPPED):
         with contextlib.suppress(DataError, KeyboardInterrupt):  # no files of the tokenizer; no patience
             try:
                 console.accept_stops()

@@ -29,8 +29,8 @@ FREE_TO_DIFFER = (
 # What --resume=PATH may not change: the race that is run, and what a checkpoint is of.
 FIXED = (
     "track tokenizer val_tokens matrix_optimizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden seq_len "
-    "architecture softcap activation value_embeds ngrams ngram_rows ngram_sparse embed_skip mask_padding "
-    "tie_head_steps small_batch_steps data_start shard_tail"
+    "architecture objective mask_share softcap activation value_embeds ngrams ngram_rows ngram_sparse embed_skip "
+    "mask_padding tie_head_steps small_batch_steps data_start shard_tail"
 )
 
 

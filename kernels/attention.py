@@ -1,4 +1,4 @@
-"""Causal attention, within documents and a sliding window if asked for.
+"""Causal attention, within documents and a sliding window if asked for; or that of every query to every key.
 
     attend = attention("auto", inputs_BT, doc_token=50256, window=256)
     y_BTHK = attend(q_BTHK, k_BTHK, v_BTHK)
@@ -33,8 +33,11 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
 
     doc_token: the id that begins a document; None: documents do not matter. window: keys that a query sees, its own
     included; None: all. An int, or except for `blocks` an int tensor of one element, which can change without another
-    compilation. `auto` is sdpa, and with documents or a window on CUDA flex.
+    compilation. `auto` is sdpa, and with documents or a window on CUDA flex. `bidirectional`: every query sees every
+    key of its row, whatever the rest says.
     """
+    if kind == "bidirectional":
+        return lambda q, k, v: _transposed(F.scaled_dot_product_attention, q, k, v)
     is_plain = doc_token is None and window is None
     if kind == "auto":
         kind = "flex" if inputs_BT.is_cuda and not is_plain else "sdpa"

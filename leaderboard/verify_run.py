@@ -198,6 +198,8 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
             yield f"{key} = {config[key]!r}, the track's is {getattr(track, key)!r}"
     if (tail := config.get("shard_tail", "keep")) != track.shard_tail:  # older sources know no other
         yield f"shard_tail = {tail!r}, the track's is {track.shard_tail!r}"
+    if (objective := config.get("objective", "causal")) != "causal":
+        yield f"objective = {objective!r}, and a track's target is a loss of the next token: objective = 'causal'"
     if track.dtype and facts["dtype"] != track.dtype:
         yield f"dtype = {facts['dtype']!r}, the track's is {track.dtype!r}"
     found = facts["val_fingerprint"]

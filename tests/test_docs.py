@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from architectures import class_of
 from docs import generate
 from harness.tables import with_section
-from model_track3 import ARCHITECTURES
 from train_gpt import Config, load_config, model_config
 
 ROOT = generate.ROOT
@@ -170,7 +170,7 @@ def test_a_missing_section_is_said() -> None:
 def test_sizes_in_a_recipe_s_comments_are_the_model_s(recipe: Path) -> None:
     config = load_config([str(recipe)])
     with torch.device("meta"):
-        model = ARCHITECTURES[config.architecture](model_config(config))
+        model = class_of(config)(model_config(config))
     blocks = sum(p.numel() for p in model.blocks.parameters())
     sizes = {"parameters": model.num_params(), "in blocks": blocks, "FLOPs per token": model.flops_per_token()}
     for number, what in re.findall(rf"([\d,]+) ({'|'.join(sizes)})", text(recipe).replace("\n# ", " ")):

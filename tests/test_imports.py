@@ -13,7 +13,8 @@ BELOW = {
     "optim": {"kernels"},
     "model": {"kernels"},
     "model_track3": {"model", "kernels"},
-    "harness": {"data", "optim", "model", "model_track3", "kernels"},
+    "architectures": {"data", "model", "model_track3", "kernels"},
+    "harness": {"data", "optim", "architectures", "model", "model_track3", "kernels"},
 }
 BELOW["inference"] = BELOW["harness"]
 BELOW["train_gpt"] = BELOW["harness"] | {"harness", "inference"}

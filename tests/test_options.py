@@ -272,7 +272,7 @@ def test_what_an_older_checkpoint_does_not_have_was_its_default(
 def test_every_option_is_known_to_resume() -> None:
     """What only changes how a step is computed may differ; what changes its result may not, unless it is asked for."""
     how = {"fused", "profile", "dry_run", "compile", "compile_blocks"}
-    parameters = {"architecture", "value_embeds", "embed_skip", "ngrams", "ngram_rows", "activation"}
+    parameters = {"architecture", "objective", "value_embeds", "embed_skip", "ngrams", "ngram_rows", "activation"}
     # another loss, tied matrices, data
     race = {"mask_padding", "tie_head_steps", "small_batch_steps", "data_start", "shard_tail"}
     rest = {"doc_mask", "window", "window_start", "z_loss", "short_row_steps"}

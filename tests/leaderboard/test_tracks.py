@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from architectures import class_of
 from leaderboard.runs import Run, read_run
 from leaderboard.tracks import Track, find_track, hash_at, load_tracks
 from leaderboard.verify import lacking_proof
 from leaderboard.verify_run import of_track
-from model_track3 import ARCHITECTURES
 from tests.conftest import ROOT
 from train_gpt import load_config, model_config
 
@@ -47,7 +47,7 @@ def test_the_recipes_of_the_optimization_track_conform(recipe: Path) -> None:
     wanted = track.fixed | of_track | dict(track="fineweb-steps", stop_at_target=False, name=recipe.stem)
     assert {key: getattr(config, key) for key in wanted} == wanted
     with torch.device("meta"):
-        assert ARCHITECTURES[config.architecture](model_config(config)).num_params() == track.num_params
+        assert class_of(config)(model_config(config)).num_params() == track.num_params
 
 
 def test_a_known_spread_takes_the_place_of_the_sample_s_on_the_optimization_track() -> None:
@@ -89,6 +89,7 @@ def sets(**settings: Any) -> Callable[[Run], Any]:
     [
         (sets(num_layers=3), "num_layers = 3, and the track holds it fixed at 2"),
         (sets(batch_tokens=384), "batch_tokens = 384, and the track holds it fixed at 192"),
+        (sets(objective="masked"), "objective = 'masked', and a track's target is a loss of the next token"),
         (sets(value_embeds=1), "value_embeds = 1, and the track holds it fixed at 0"),  # which it does not name
         (lambda run: run.config.pop("head_dim"), "head_dim = None, and the track holds it fixed at 8"),
         (in_source("model.py", "vocab_size = c.vocab_size if", "vocab_size = 2 if"), "model.py is no version that"),

@@ -31,6 +31,7 @@ usage() {
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
 ./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: hours)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
+./run.sh claims [--parts masked ...]    a masked model, clipping, many epochs: experiments/claims.py (an hour)
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
 ./run.sh league [--arms ...]            every update rule on one schedule: experiments/league.py (hours)
@@ -197,7 +198,7 @@ train() {
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
 case ${1:-} in
     leaderboard) words=2 ;;
-    sweep | grokking | neurons | options | rules | league | gpu_suite) words=1 ;;
+    sweep | grokking | neurons | claims | options | rules | league | gpu_suite) words=1 ;;
     test | bench | examples) words=$# ;;
     *) words=0 ;;
 esac
@@ -222,7 +223,7 @@ case "${1:-}" in
         install .venv requirements.txt
         exec "$python" "${code}train_gpt.py" --help
         ;;
-    sweep | grokking | neurons | options | rules | league)
+    sweep | grokking | neurons | claims | options | rules | league)
         install .venv requirements.txt
         name=$1
         shift

@@ -3,6 +3,7 @@ as sweeps, and results."""
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,16 @@ import torch
 
 from data import console
 from experiments.sweep import Cell, Result, run_sweep
+from harness.machine import find_machine
+from harness.overrides import arguments
 from harness.settings import parse_settings
 from harness.step_timer import median_seconds
 from optim import Option
-from train_gpt import Run, plan_step, train_step
+from train_gpt import Run, load_config, plan_step, set_up, train_step
 
 Name = TypeVar("Name", bound=Hashable)
 Options = TypeVar("Options")
+START_S = 5.0  # of a run, before its first step
 EDGE = "*"  # marks a setting at an end of those that were tried
 
 
@@ -105,6 +109,20 @@ def seconds_per_step(
     seconds = median_seconds(work, turns, warmups=1, device=device)
     return {name: [seconds[name, step].cpu if computed else seconds[name, step].wall for step in steps]
             for name in runs}  # fmt: skip
+
+
+def seconds_of_a_run(recipe: str, settings: Cell, threads: int) -> float:
+    """Expected seconds of a run with so many CPU threads: start, training and validations, from a few steps here
+    without torch.compile."""
+    config = load_config([recipe, *arguments(settings), "--compile=false", "--checkpoint_every=0", "--resume="])
+    with cpu_threads(threads):
+        run = set_up(config, find_machine(config.device, config.dtype))
+        (step_s,) = seconds_per_step({"": run})[""]
+    run.loader.close()
+    torch.cuda.empty_cache()  # the runs need it
+    validations = 1 + math.ceil(config.train_steps / config.val_every)
+    steps_of_validation = validations * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of one
+    return START_S + step_s * (config.train_steps + steps_of_validation)
 
 
 def _training_step(run: Run, step: int) -> Callable[[], object]:

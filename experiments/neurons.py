@@ -63,7 +63,6 @@ from harness.overrides import arguments, assignments
 from train_gpt import load_config, set_up, validation
 
 PRUNING_TOKENS = 32768  # of validation
-START_S = 5.0  # of a run, before its first step
 
 
 @dataclass(frozen=True)
@@ -110,19 +109,6 @@ def completed(options: Options) -> Options:
     own |= fixed_settings(dataclasses.replace(options, set=()), "runs").keys()
     assignments(itertools.chain(*options.set), "--set: ", own)
     return options
-
-
-def seconds_of_a_run(options: Options, settings: Cell, threads: int) -> float:
-    """Expected seconds of a run: start, training and two validations, from a few steps here without torch.compile."""
-    fixed = arguments(fixed_settings(options, "tuning") | settings)
-    config = load_config([options.recipe, *fixed, "--compile=false", "--checkpoint_every=0", "--resume="])
-    with arms.cpu_threads(threads):
-        run = set_up(config, find_machine(config.device, config.dtype))
-        (step_s,) = arms.seconds_per_step({"": run})[""]
-    run.loader.close()
-    torch.cuda.empty_cache()  # the runs need it
-    steps_of_validation = 2 * config.val_tokens / config.batch_tokens / 3  # a forward pass is a third of a step
-    return START_S + step_s * (config.train_steps + steps_of_validation)
 
 
 def fixed_settings(options: Options, name: str) -> Cell:
@@ -182,7 +168,8 @@ def plan(options: Options, of_all: list[Group], tuned: list[Group], jobs: int, o
     for group in tqdm(left, desc="timing", unit="run", leave=False, disable=None):
         kind = frozenset(group.settings.items())
         if kind not in run_s:
-            run_s[kind] = seconds_of_a_run(options, group.settings, threads)
+            settings = fixed_settings(options, "tuning") | group.settings
+            run_s[kind] = arms.seconds_of_a_run(options.recipe, settings, threads)
             lines.append(f"  {group.variant:13} {group.arm:18} {duration(run_s[kind]):>7} per run")
     total_s = sum(run_s[frozenset(group.settings.items())] for group in left)
     num_tuning = options.rates_tried * len(tuned)

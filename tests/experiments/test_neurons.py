@@ -174,7 +174,7 @@ def test_a_plan_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ended[name][neuron_protocol.key_of(cell, seed)] = result
 
     monkeypatch.setattr(neurons, "ended_runs", lambda options, name: ended[name])
-    monkeypatch.setattr(neurons, "seconds_of_a_run", lambda options, settings, threads: 60.0)
+    monkeypatch.setattr(neurons.arms, "seconds_of_a_run", lambda recipe, settings, threads: 60.0)
 
     def told() -> list[str]:
         return neurons.plan(options, of_all, tuned, 1, False)

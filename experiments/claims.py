@@ -233,7 +233,7 @@ def gaps(part: Mapping[str, Any]) -> list[Row]:
     found["lowest"] = {arm: [min((point[2] for point in points), default=None) for points in of]
                        for arm, of in curves.items()}  # fmt: skip
     for level, of_arms in found.items():
-        if any(None in values for values in of_arms.values()):
+        if any(None in values for values in of_arms.values()):  # in a trial, all
             continue
         compared, p_values = against(of_arms, "muon")
         row: Row = {"training loss": level}
@@ -251,8 +251,10 @@ TABLES = {"masked": losses, "clipping": losses, "epochs": gaps}
 
 
 def report(record: Mapping[str, Any]) -> str:
+    tables = {name: TABLES[name](part) for name, part in record["parts"].items()}
     return "\n\n".join(
-        f"{name}: {part['steps']} steps, {part['device']}\n{table(TABLES[name](part))}"
+        f"{name}: {part['steps']} steps, {part['device']}\n"
+        + (table(tables[name]) if tables[name] else "no run passed one of the training losses")
         for name, part in record["parts"].items()
     )
 

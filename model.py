@@ -2,8 +2,8 @@
 
 RMSNorm without gains, rotary positions, QK-norm, causal attention, SwiGLU or squared-ReLU MLPs, an untied head with a
 soft cap on its logits. Parameters are float32; matrix products run in `dtype`. Weights that share an input are stacked
-in one parameter ([3, H*K, D] for Q, K, V and [2, F, D] for gate and up): one matmul in the forward pass, while an
-optimizer that treats leading dimensions as batch still sees each matrix on its own.
+in one parameter ([3, H*K, D] for Q, K, V and [2, F, D] for gate and up): one product, and an optimizer that treats
+leading dimensions as batch still sees each matrix.
 
 Shape suffixes: B batch, T sequence, D model width, H heads, K head dimension, F MLP hidden, V padded vocabulary.
 
@@ -102,8 +102,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head: a multiple of 64 keeps the head's matmul on the fast path. Without
-        mask_padding it stays in the softmax, as in the records of the field; the loss soon pushes its logits down."""
+        """Rows of embedding and head, for fast products. What is added is in the softmax unless mask_padding is set."""
         return multiple_of_64(self.vocab_size)
 
     def fused_parts(self, device_type: str) -> set[str]:
@@ -147,8 +146,9 @@ class Rotary(nn.Module):
         self.register_buffer("cos_TK", angle_TK.cos(), persistent=False)
         self.register_buffer("sin_TK", angle_TK.sin(), persistent=False)
 
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        cos, sin = (angle[: x_BTHK.size(1), None].to(x_BTHK.dtype) for angle in (self.cos_TK, self.sin_TK))
+    def forward(self, x_BTHK: Tensor, start: int = 0) -> Tensor:
+        place = slice(start, start + x_BTHK.size(1))
+        cos, sin = (angle[place, None].to(x_BTHK.dtype) for angle in (self.cos_TK, self.sin_TK))
         return rotate(x_BTHK, cos, sin, self.is_fused)
 
 
@@ -297,17 +297,17 @@ class GPT(nn.Module):
         return attend, values, self.norm(embedded_BTD.to(self.dtype))
 
     def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
-        """Token ids (int32 or int64) to the normalised last hidden state [B, T, D]. `window` and `kind` of attention
-        stand in for the config's; see kernels/attention.py."""
-        c, num_blocks = self.config, len(self.blocks)
-        attend, values, embedded_BTD = self.enter(inputs_BT, window, kind)
-        x_BTD, num_values = embedded_BTD, len(values) // 2
+        """Token ids (int32 or int64) to the normalised last hidden state [B, T, D]; see kernels/attention.py."""
+        return self.through_blocks(self.rotary, *self.enter(inputs_BT, window, kind))
+
+    def through_blocks(self, rotary: Rotary, attend: Attend, values: list[Tensor], x_BTD: Tensor) -> Tensor:
+        c, num_blocks, num_values, embedded_BTD = self.config, len(self.blocks), len(values) // 2, x_BTD
         for index, block in enumerate(self.blocks):
             if c.embed_skip:
                 x_BTD = self.stream_scale[index] * x_BTD + self.embed_scale[index] * embedded_BTD
             place = index if index < num_values else index - num_blocks  # from the end: -n to -1 have one, too
             value_BTHK = values[place] if -num_values <= place < num_values else None
-            x_BTD = block(x_BTD, self.rotary, attend, value_BTHK)
+            x_BTD = block(x_BTD, rotary, attend, value_BTHK)
         return self.norm(x_BTD)
 
     def logits(self, x: Tensor) -> Tensor:

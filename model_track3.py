@@ -49,8 +49,8 @@ class Track3Rotary(Rotary):
         scale = math.sqrt(SCORE_SCALE * math.sqrt(head_dim))
         self.cos_TK, self.sin_TK = scale * angle_TK.cos(), scale * angle_TK.sin()
 
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        cos, sin = (angle[: x_BTHK.size(1), None] for angle in (self.cos_TK, self.sin_TK))
+    def forward(self, x_BTHK: Tensor, start: int = 0) -> Tensor:
+        cos, sin = (angle[start : start + x_BTHK.size(1), None] for angle in (self.cos_TK, self.sin_TK))
         return rotate(x_BTHK.float(), cos, sin, self.is_fused).to(x_BTHK.dtype)
 
 
@@ -118,8 +118,8 @@ class Track3(GPT):
         attend, values, embedded_BTD = super().enter(inputs_BT, window, kind)
         return attend, values, embedded_BTD * self.embed_gain.to(self.dtype)
 
-    def hidden(self, inputs_BT: Tensor, window: int | Tensor | None = None, kind: str = "") -> Tensor:
-        return super().hidden(inputs_BT, window, kind) * self.head_gain.to(self.dtype)
+    def through_blocks(self, rotary: Rotary, attend: Attend, values: list[Tensor], x_BTD: Tensor) -> Tensor:
+        return super().through_blocks(rotary, attend, values, x_BTD) * self.head_gain.to(self.dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         logits, softcap = linear(x, self.head.weight, self.head.bias).float(), self.config.softcap

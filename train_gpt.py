@@ -423,8 +423,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
                 reached = dict(steps_to_target=step, tokens_to_target=plan.first_token)
                 summary.update(time_to_target_s=clock.seconds["train"], **reached)
             if config.stop_at_target and summary["steps_to_target"] is not None:
-                summary["status"] = outcome.STOPPED
-                break
+                summary["status"], is_last = outcome.STOPPED, True
         if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
             clock.switch("checkpoint")
             checkpoints.save(

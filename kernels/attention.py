@@ -45,7 +45,7 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
     if kind == "blocks":
         window = None if window is None else int(window)
         spans = _spans(inputs_BT.size(1), window)  # what is added to the scores of each, [B or 1, 1, queries, keys]
-        biases = [torch.where(_mask(inputs_BT, docs_BT, window, *span), 0.0, -torch.inf) for span in spans]
+        biases = [torch.where(visible_keys(inputs_BT, docs_BT, window, *span), 0.0, -torch.inf) for span in spans]
         return lambda q, k, v: _transposed(_Blocks.apply, q, k, v, window, biases)
     if kind == "flex":
         # brings the compiler along: two seconds
@@ -58,7 +58,7 @@ def attention(kind: str, inputs_BT: Tensor, doc_token: int | None = None, window
         return lambda q, k, v: _transposed(flex, q, k, v, None, mask)
     if is_plain:
         return lambda q, k, v: _transposed(F.scaled_dot_product_attention, q, k, v, None, 0.0, True)
-    mask_B1TT = _mask(inputs_BT, docs_BT, window, slice(None), slice(None))
+    mask_B1TT = visible_keys(inputs_BT, docs_BT, window, slice(None), slice(None))
     return lambda q, k, v: _transposed(F.scaled_dot_product_attention, q, k, v, mask_B1TT)
 
 
@@ -81,7 +81,7 @@ def _visible(docs_BT: Tensor | None, window: int | Tensor | None) -> Callable[..
     return is_visible
 
 
-def _mask(
+def visible_keys(
     inputs_BT: Tensor, docs_BT: Tensor | None, window: int | Tensor | None, queries: slice, keys: slice
 ) -> Tensor:
     """Which of these keys each of these queries sees, bool [B or 1, 1, queries, keys]."""

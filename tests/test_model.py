@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from inference.sample import generate
+from inference.generate import generate
 from model import GPT, IGNORE_INDEX, MLP, ModelConfig, hashed_ngrams
 from tests.conftest import ROOT
 
@@ -310,7 +310,7 @@ def test_tables_cost_no_flops_and_a_window_costs_its_keys() -> None:
 
 def test_generation_is_reproducible_stays_in_the_vocabulary_and_slides() -> None:
     model = small_model()
-    first, again = (generate(model, [3], 40, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, again = ([*generate(model, [3], 40, torch.Generator().manual_seed(5))] for _ in range(2))
     assert first == again
     assert len(first) == 40  # longer than seq_len = 24
     assert max(first) < SMALL.vocab_size < SMALL.padded_vocab_size

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import tiktoken
 
 from data.documents import END_OF_TEXT, Document
@@ -79,6 +80,13 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         f"gpt2 tokenizer: found neither sound files in {_cache_folder()} nor a way to download them from "
         f"{GPT2_URL}; set TIKTOKEN_CACHE_DIR to a tiktoken cache that has them, or use the byte encoding"
     )
+
+
+@functools.cache
+def token_bytes(name: str) -> npt.NDArray[np.int64]:
+    """Bytes of text that each id stands for; <|endoftext|> stands for none. Raises DataError without the files."""
+    encoding, last = get_tokenizer(name), end_of_text(name)
+    return np.array([*(len(encoding.decode_single_token_bytes(token)) for token in range(last)), 0], dtype=np.int64)
 
 
 def reachable(url: str, timeout_s: float = 3.0) -> bool:

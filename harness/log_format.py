@@ -78,13 +78,21 @@ def ending(summary: Mapping[str, Any], target_loss: float) -> dict[str, str]:
     told["run"] = f"{s['status']} {s.get('reason', '')}".rstrip()
     if s["val_loss"] is not None:
         when = f"after {s['tokens']:,} tokens" if measured == s["steps"] else f"at step {measured}, the last measured"
-        told["val_loss"] = f"{s['val_loss']:.5f} nats a token {when}"
+        of_text = f", {s['bits_per_byte']:.4f} bits per byte" if s.get("bits_per_byte") else ""
+        told["val_loss"] = f"{s['val_loss']:.5f} nats a token{of_text} {when}"
     if s.get("neurons"):
         told["neurons"] = in_words(s["neurons"])
     told["speed"] = f"{s['tokens_per_s']:,.0f} tokens/s" + (f", MFU {s['mfu']:.1%}" if s["mfu"] else "")
     told["machine"] = f"{s['world_size']} x {s['device']}, peak memory {s['peak_memory_mib']:,.0f} MiB"
     told["seconds"] = ", ".join(f"{phase} {time_s:.1f}" for phase, time_s in s["phase_s"].items())
     return told
+
+
+def bits_per_byte(loss: float | None, num_tokens: int, num_bytes: int | None) -> float | None:
+    """Of a mean loss in nats per token over tokens that stand for so many bytes of text: the measure that compares
+    models whatever their tokenizers. What separates documents, <|endoftext|>, is among the tokens and is no text. None
+    where the loss or the number of bytes is unknown."""
+    return loss * num_tokens / (num_bytes * math.log(2)) if num_bytes and loss is not None else None
 
 
 def join_sources(sources: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from data import console
 from data.shards import DataError
 from harness.checkpoint import CheckpointWriter
 from harness.fsdp import unsharded
+from harness.log_format import bits_per_byte
 from harness.machine import lost_rank, peak_memory_mib, print_error
 from harness.runlog import RunLog
 
@@ -24,9 +25,9 @@ def first_summary(run: Any, directory: Path) -> dict[str, Any]:
     """What is known before the first step, or of the steps before the checkpoint. run: the trainer's Run; directory:
     the run directory."""
     missed: dict[str, Any] = dict(time_to_target_s=None, steps_to_target=None, tokens_to_target=None)
-    summary = dict(val_loss=None, val_step=None, steps=0, **missed)
+    summary = dict(val_loss=None, val_step=None, val_bytes=None, steps=0, **missed)
     if run.resumed:
-        summary = dict(run.resumed["summary"])
+        summary |= run.resumed["summary"]
         if run.resumed["config"]["target_loss"] != run.config.target_loss:
             summary.update(missed, val_step=None)
     return summary | dict(
@@ -89,6 +90,7 @@ def finish(run: Any, log: RunLog, summary: dict[str, Any], tokens: int, sample: 
         peak = None
     mfu = run.model.flops_per_token() * tokens_per_s / (peak * machine.world_size) if peak else None
     summary.update(
+        bits_per_byte=bits_per_byte(summary["val_loss"], config.val_tokens, summary["val_bytes"]),
         train_time_s=seconds["train"], tokens=tokens, tokens_per_s=tokens_per_s, mfu=mfu,
         peak_memory_mib=peak_memory_mib(machine.device), phase_s=dict(seconds), num_params=run.model.num_params(),
         neurons=run.neurons and run.neurons.state["last"], **log.facts,

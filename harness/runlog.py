@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from data.files import try_lock, user_path, wait_for_lock, write_json
 from data.processes import is_alive, pid_scope, start_ticks
-from harness.log_format import RULER, ending, is_before_step, join_sources, step_line
+from data.shards import DataError
+from data.tokenizer import token_bytes
+from harness.log_format import RULER, bits_per_byte, ending, is_before_step, join_sources, step_line
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
 from optim import MatrixOptimizer
 
@@ -188,10 +190,32 @@ def write_loss(run: Any, log: RunLog, kind: str, step: int, tokens: int, loss: f
     extra = {name: value if math.isfinite(value) else None for name, value in found.items()}  # for JSON
     seconds = run.clock.seconds["train"]
     run.extra.clear()
+    if kind == "val":
+        values |= of_text(run, log, loss)
     run.summary["extra"] = run.summary.get("extra", {}) | extra
     further: dict[str, Any] = values | ({"extra": extra} if extra else {})
     log.metric(step=step, tokens=tokens, train_time_s=seconds, **{f"{kind}_loss": loss}, **further)
     log.line(step_line(kind, step, run.config.train_steps, loss, seconds, extra))
+
+
+def of_text(run: Any, log: RunLog, loss: float) -> dict[str, float]:
+    """A validation loss in bits per byte, if that is known; the summary keeps the number of bytes."""
+    if log.active and run.summary["val_bytes"] is None:
+        run.summary["val_bytes"] = validation_bytes(run)
+    found = bits_per_byte(loss, run.config.val_tokens, run.summary["val_bytes"])
+    return {} if found is None else {"bits_per_byte": found}
+
+
+def validation_bytes(run: Any) -> int:
+    """Bytes of text that a run's validation tokens (as targets) stand for, by the trainer's Run; 0 where that says
+    nothing, for masked tokens, or is unknown, for ids of the user's own or without the tokenizer's files."""
+    config = run.config
+    if config.tokenizer == "none" or config.objective != "causal":
+        return 0
+    try:
+        return int(token_bytes(config.tokenizer)[run.val_stream.read(1, config.val_tokens)].sum())
+    except DataError:
+        return 0
 
 
 def _has_terminal() -> bool:

@@ -22,6 +22,7 @@ FILES = ("log.txt", "metrics.jsonl", "summary.json")
 LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
+DERIVED = {"val": {"bits_per_byte"}, "train": set[str]()}  # what newer runs have besides
 HAS_NEURONS = "metrics.jsonl has neuron statistics, which share the machine; a record's go without: neuron_stats = 0"
 FACTS = {  # RunLog.facts in harness/runlog.py
     "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
@@ -162,10 +163,12 @@ class Run:
                 if HAS_NEURONS not in self.broken:
                     self.broken.append(HAS_NEURONS)
                 continue
-            kinds = ROW | ROW_KINDS["val" if "val_loss" in row else "train"]
+            kind = "val" if "val_loss" in row else "train"
+            kinds = ROW | ROW_KINDS[kind]
             if _typed(row, kinds, where, self.broken):
                 self.metrics.append(row)
-                if unknown := sorted(row.keys() - kinds.keys() - {"extra"}):  # there a run's own metrics may stand
+                known = kinds.keys() | DERIVED[kind] | {"extra"}  # where a run's own metrics may stand
+                if unknown := sorted(row.keys() - known):
                     self.broken.append(f"{where} has {unknown}, which no trainer here writes")
         if self.texts.get("summary.json"):
             self.summary = _json(self.texts["summary.json"], "summary.json", self.broken)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.log_format import Line, ending, step_line
+from harness.log_format import Line, bits_per_byte, ending, step_line
 from leaderboard.runs import FACTS, FILES, Run, short
 from leaderboard.tracks import Track, hash_at, patches
 
@@ -150,8 +150,15 @@ def _log_against_metrics(run: Run) -> Iterator[str]:
         expected = step_line(kind, step, planned, row[f"{kind}_loss"], time_s)
         if line.text != expected and not ("extra" in row and line.text.startswith(f"{expected} ")):
             yield f"log.txt has {line.text[:120]!r} where metrics.jsonl has {expected!r}"
+        if "bits_per_byte" in row and row["bits_per_byte"] != (bits := _in_bits_per_byte(run, row["val_loss"])):
+            yield f"val step {step}: metrics.jsonl has {short(row['bits_per_byte'])} bits per byte, its loss is {bits}"
         if row["tokens"] != run.tokens_at(step):
             yield f"{kind} step {step}: metrics.jsonl has {row['tokens']} tokens, the settings {run.tokens_at(step)}"
+
+
+def _in_bits_per_byte(run: Run, loss: float) -> float | None:
+    num_bytes = run.summary.get("val_bytes")
+    return bits_per_byte(loss, run.config["val_tokens"], num_bytes) if isinstance(num_bytes, int) else None
 
 
 def _recomputed(run: Run) -> dict[str, Any]:
@@ -165,6 +172,7 @@ def _recomputed(run: Run) -> dict[str, Any]:
         status = f"not one that ends at step {last.step}"
     return dict(
         status=status,
+        bits_per_byte=_in_bits_per_byte(run, last.loss),
         val_loss=last.loss, val_step=last.step, steps=last.step, train_time_s=last.time_s,
         tokens=run.tokens_at(last.step), time_to_target_s=hit.time_s if hit else None,
         steps_to_target=hit.step if hit else None,

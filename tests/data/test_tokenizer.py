@@ -14,7 +14,7 @@ import tiktoken
 from data import tokenizer
 from data.documents import Document
 from data.shards import DataError
-from data.tokenizer import encode_documents, end_of_text, get_tokenizer, vocab_size
+from data.tokenizer import encode_documents, end_of_text, get_tokenizer, token_bytes, vocab_size
 
 pytestmark = pytest.mark.usefixtures("gpt2_vocabulary")
 
@@ -44,6 +44,17 @@ def fast_tokens(documents: list[str], name: str, threads: int = 1) -> np.ndarray
 def random_documents(seed: int, count: int, alphabet: list[str] = USUAL) -> list[str]:
     choose = random.Random(seed)
     return ["".join(choose.choices(alphabet, k=choose.randrange(60))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["byte", "gpt2"])
+def test_bytes_of_tokens_are_those_of_their_text(name: str) -> None:
+    documents = ["naïve 日本 🙂\n\n  word", "", "<|endoftext|> written out"]
+    tokens = naive_tokens(documents, name)
+    sizes = token_bytes(name)
+    assert len(sizes) == vocab_size(name)
+    assert sizes[tokens].sum() == len("".join(documents).encode())
+    assert sizes[end_of_text(name)] == 0
+    assert sizes[:-1].min() == 1
 
 
 def test_byte_encoding_is_utf8_and_needs_no_vocabulary() -> None:

@@ -383,6 +383,11 @@ def another_key_in_the_metrics(texts: Texts) -> None:
     replace(texts, "metrics.jsonl", '{"step": 0', '{"real_val_loss": 9.0, "step": 0')
 
 
+@forgery(r"seed 0: val step 0: metrics.jsonl has 1.5 bits per byte, its loss is None")
+def bits_per_byte_of_what_is_no_text(texts: Texts) -> None:
+    replace(texts, "metrics.jsonl", '{"step": 0', '{"bits_per_byte": 1.5, "step": 0')
+
+
 @forgery(r"seed 0: metrics.jsonl line 1 cannot be read as JSON \(a key comes twice\)")
 def a_key_twice_in_the_metrics(texts: Texts) -> None:
     replace(texts, "metrics.jsonl", '{"step": 0', '{"step": 0, "step": 0')

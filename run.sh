@@ -29,7 +29,7 @@ usage() {
 ./run.sh --key=value ...               the sample's recipe with settings of your own
 ./run.sh settings                      every setting with its type, default and meaning
 ./run.sh sample RUN [--prompt=...]     text from the model of a run's checkpoint; asks for prompts in a terminal
-./run.sh evaluate RUN [--files=...]    loss and bits per byte of such a model, on any shards
+./run.sh evaluate RUN [--tasks ...]    loss and bits per byte of such a model on any shards, accuracy on tasks
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
 ./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: hours)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)

@@ -1,30 +1,40 @@
-"""How good a trained model is on text: its loss, and bits per byte, which compare models whatever their tokenizers.
+"""How good a trained model is: its loss on text, in bits per byte, which compare models whatever their tokenizers, and
+its accuracy on tasks.
 
     ./run.sh evaluate runs/<the run's directory>                     (its own validation tokens)
     ./run.sh evaluate runs/<the run's directory> --files=data/mine/mine_val_*.bin --num_tokens=0
+    ./run.sh evaluate runs/<the run's directory> --tasks hellaswag_val.jsonl piqa.jsonl BLiMP.zip
 
 Rows of seq_len tokens, each without what came before it, as in training's validation, whose number the defaults give.
 Bits per byte are given in two ways. <|endoftext|>, which separates documents, is no text, so it never adds bytes; its
 loss is counted in the first, as in a run's summary, and not in the second.
+
+Tasks are files of JSON lines, or zip archives of such; inference/tasks.py says which keys their lines have and how they
+are scored. Beside each accuracy: its standard error, what guessing gives, and how many standard errors of guessing lie
+between.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data import console
-from data.files import path_as_meant
+from data.files import path_as_meant, user_path
 from data.loader import TokenStream, validation_batches
 from data.masking import masking
 from data.shards import DataError, find_shards
 from data.tokenizer import end_of_text, token_bytes
 from harness.log_format import bits_per_byte
 from harness.settings import parse_settings
-from inference.load import Loaded, load
+from harness.tables import Row, table
+from inference.load import Loaded, check_writes_text, load
+from inference.tasks import Outcome, read_tasks, run_task, standard_error
 from model import IGNORE_INDEX
 
 
@@ -33,6 +43,8 @@ class Options:
     run: str = ""  # run directory, or a checkpoint; comes first
     files: str = ""  # pattern of the shards; empty: the run's val_files
     num_tokens: Annotated[int | None, ">= 0"] = None  # the first so many; none: the run's val_tokens; 0: all whole rows
+    tasks: tuple[str, ...] = ()  # files of tasks, in place of the loss
+    limit: Annotated[int, ">= 0"] = 0  # items of each task; 0: all
     micro_batch_tokens: Annotated[int, ">= 1"] = 16384  # at once
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of matrix products
@@ -99,6 +111,33 @@ def report(found: Evaluation, what: str) -> str:
     return "\n".join(f"{name:14} {text}" for name, text in lines)
 
 
+def task_rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row for each task; for several that know accuracy alone, as BLiMP's, also their mean."""
+    rows = [task_row(each.name, [each]) for each in outcomes]
+    alike = [each for each in outcomes if not each.right_norm and not each.log_p]
+    return [*rows, task_row(f"mean of {len(alike)}", alike)] if len(alike) > 1 else rows
+
+
+def task_row(name: str, outcomes: Sequence[Outcome]) -> Row:
+    """The mean over tasks, whose items count as independent; of one task all that is known."""
+    n, first = len(outcomes), outcomes[0]
+    accuracy = float(np.mean([np.mean(each.right) for each in outcomes]))
+    chance = float(np.mean([each.chance for each in outcomes]))
+    chance_error = math.hypot(*(each.chance_error for each in outcomes)) / n
+    row: Row = {"task": name, "items": sum(len(each.right) for each in outcomes)}
+    row["acc"] = with_error(accuracy, math.hypot(*(standard_error(each.right) for each in outcomes)) / n)
+    norm = first.right_norm if n == 1 else []
+    row["acc_norm"] = with_error(float(np.mean(norm)), standard_error(norm)) if norm else ""
+    row["chance"] = f"{chance:.4f}" if chance else ""
+    row["from chance"] = f"{(accuracy - chance) / chance_error:+.1f}" if chance_error else ""
+    row["perplexity"] = with_error(*first.perplexity, digits=2) if n == 1 and first.perplexity else ""
+    return row
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
 def main(argv: list[str]) -> int:
     return console.run(lambda: _main(argv), "nothing was kept")
 
@@ -107,7 +146,12 @@ def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
     if not options.run:
         raise ValueError("name a run directory or a checkpoint first, such as ./run.sh evaluate runs/<directory>")
+    tasks = [task for path in options.tasks for task in read_tasks(user_path(path), options.limit)]
     loaded = load(options.run, options.device, options.dtype)
+    if tasks:
+        check_writes_text(loaded)
+        print(table(task_rows([run_task(loaded, task, options.micro_batch_tokens) for task in tasks])))
+        return
     config, files = loaded.model.config, options.files or str(loaded.settings["val_files"])
     stream = TokenStream(find_shards(path_as_meant(files)), config.vocab_size)
     num_tokens = int(loaded.settings["val_tokens"]) if options.num_tokens is None else options.num_tokens

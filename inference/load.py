@@ -7,7 +7,7 @@ from typing import Any
 
 from architectures import class_of
 from data.files import user_path
-from data.tokenizer import end_of_text
+from data.tokenizer import end_of_text, get_tokenizer
 from harness.checkpoint import checkpoints_in, evaluated_weights, read_checkpoint
 from harness.machine import Machine, find_machine
 from model import GPT, ModelConfig
@@ -44,6 +44,15 @@ def load(path: str, device: str = "auto", dtype: str = "auto") -> Loaded:
             f"{source} holds another model than its settings say ({str(error).splitlines()[-1].strip()})"
         ) from None
     return Loaded(model.eval(), settings["tokenizer"], machine, source, settings)
+
+
+def check_writes_text(loaded: Loaded) -> None:
+    """Raises ValueError for a model of anything but the next token of a text."""
+    if loaded.model.config.objective != "causal":
+        raise ValueError(f"{loaded.source} predicts masked tokens, from both sides; it writes no text")
+    if loaded.tokenizer == "none":
+        raise ValueError(f"{loaded.source} was trained on ids of your own (tokenizer = 'none'), which are no text")
+    get_tokenizer(loaded.tokenizer)  # or DataError, where its files cannot be had
 
 
 def find_checkpoint(path: Path) -> Path:

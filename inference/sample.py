@@ -21,7 +21,7 @@ from data.files import user_text
 from data.tokenizer import end_of_text, get_tokenizer
 from harness.settings import parse_settings
 from inference.generate import Sampling, generate
-from inference.load import Loaded, load
+from inference.load import Loaded, check_writes_text, load
 from model import GPT
 
 
@@ -109,13 +109,7 @@ def _main(argv: list[str]) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"prompt = {prompt!r} is not UTF-8, so there are no tokens for it") from None
     loaded = load(options.run, options.device, options.dtype)
-    if loaded.model.config.objective != "causal":
-        raise ValueError(f"{loaded.source} predicts masked tokens, from both sides; it writes no text")
-    if loaded.tokenizer == "none":
-        raise ValueError(
-            f"{loaded.source} was trained on token ids of your own (tokenizer = 'none'), which are no text"
-        )
-    get_tokenizer(loaded.tokenizer)
+    check_writes_text(loaded)
     if options.top_k > loaded.model.config.vocab_size:
         most = f"{loaded.model.config.vocab_size}, the vocabulary"
         raise ValueError(f"top_k = {options.top_k} must be at most {most}; 0 is all of it")

@@ -1,0 +1,234 @@
+"""Multiple-choice and last-word tasks by the usual rules, from JSON lines.
+
+A choice is scored by the log-probability of its tokens after the context's; the item counts as right if the best choice
+is the right one: by the sum (acc), or by the sum over the choice's length in characters (acc_norm). A last word counts
+as right if each of its tokens is the likeliest. One line is an item, by the keys that it has:
+
+    query, choices, gold                    choices after the query and a space; a query that begins with "Question: "
+                                            goes on with a line "Answer:" (PIQA, ARC, COPA)
+    ctx_a, ctx_b, activity_label, endings, label    HellaSwag's own lines; brackets, which are markup, are taken out
+    context_options, continuation, gold     the same continuation after several contexts; acc alone (WinoGrande)
+    context, continuation                   a last word (LAMBADA); its perplexity is of whole words
+    sentence_good, sentence_bad             whole sentences; acc alone (BLiMP)
+
+How text becomes tokens is that of lm_eval 0.4.11, so that the numbers compare: context and continuation are encoded
+together and cut where the context's own tokens end, whitespace at the context's end goes to the continuation, an empty
+context is <|endoftext|>, and of what is longer than a row the end is kept. A continuation that is itself longer than a
+row, which lm_eval refuses, is scored in pieces of half a row, each after what comes before it.
+"""
+
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.tokenizer import end_of_text, get_tokenizer
+from inference.load import Loaded
+
+
+@dataclass(frozen=True)
+class Item:
+    """Pairs of context and continuation, one for each choice, and which of them is right. A last word has one."""
+
+    requests: tuple[tuple[str, str], ...]
+    gold: int = 0
+    sizes: tuple[int, ...] = ()  # characters of each choice; none where lengths say nothing
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    items: list[Item]
+
+
+@dataclass(frozen=True)
+class Score:
+    log_p: float  # nats, summed over the continuation's tokens
+    is_greedy: bool  # each of them was the likeliest
+
+
+def item_of(row: dict[str, Any]) -> Item:
+    """Raises LookupError, TypeError or ValueError for what is none."""
+    if "choices" in row:
+        query = row["query"]
+        if query.startswith("Question: "):
+            query = query.rstrip("\n") + "\nAnswer:"
+        return _of_choices(query, row["choices"], row["gold"])
+    if "endings" in row:
+        query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        return _of_choices(_without_markup(query), [_without_markup(end) for end in row["endings"]], row["label"])
+    if "context_options" in row:
+        requests = [(context, f" {row['continuation']}") for context in row["context_options"]]
+        return _checked(Item(tuple(requests), int(row["gold"])))
+    if "sentence_good" in row:
+        return Item((("", row["sentence_good"]), ("", row["sentence_bad"])))
+    return Item(((row["context"], f" {row['continuation']}"),))
+
+
+def _of_choices(context: str, choices: Sequence[str], gold: int | str) -> Item:
+    requests = tuple((context, f" {choice}") for choice in choices)
+    return _checked(Item(requests, int(gold), tuple(map(len, choices))))
+
+
+def _checked(item: Item) -> Item:
+    if not 0 <= item.gold < len(item.requests) or len(item.requests) < 2:
+        raise ValueError(f"the right one is number {item.gold} of {len(item.requests)} choices")
+    return item
+
+
+def _without_markup(text: str) -> str:
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def read_tasks(path: Path, limit: int = 0) -> list[Task]:
+    """The task of a file of JSON lines, or those of all such files in a zip archive; the first `limit` items, 0: all.
+
+    Raises ValueError, with file and line, for what is no item.
+    """
+    if path.suffix != ".zip":
+        with path.open(encoding="utf-8-sig") as file:
+            return [_read(path.stem, str(path), file, limit)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(name for name in archive.namelist() if name.endswith(".jsonl") and "__MACOSX" not in name)
+            found = []
+            for name in names:
+                with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig") as file:
+                    found.append(_read(Path(name).stem, f"{path}: {name}", file, limit))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a zip archive ({error})") from None
+    if not found:
+        raise ValueError(f"{path} has no .jsonl files")
+    return found
+
+
+def _read(name: str, where: str, lines: Iterable[str], limit: int) -> Task:
+    items: list[Item] = []
+    for number, line in enumerate(lines, start=1):
+        if limit and len(items) == limit:
+            break
+        try:
+            items += [item_of(json.loads(line))] if line.strip() else []
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            told = f"no key {error}" if isinstance(error, LookupError) else error
+            keys = "query, choices, gold; context, continuation; sentence_good, sentence_bad; or others, see --help"
+            raise ValueError(f"{where}, line {number} is not an item of a task ({told}); its keys are {keys}") from None
+    if not items:
+        raise ValueError(f"{where} has no items")
+    return Task(name, items)
+
+
+def encode_pair(tokenizer: str, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of the context, at least one, and of the continuation."""
+    encode = get_tokenizer(tokenizer).encode_ordinary
+    if not context:
+        return [end_of_text(tokenizer)], encode(continuation)
+    stem = context.rstrip()
+    if not stem:
+        return [end_of_text(tokenizer)], encode(context + continuation)
+    context_ids = encode(stem)
+    return context_ids, encode(context + continuation)[len(context_ids) :]
+
+
+@torch.no_grad()
+def scores(loaded: Loaded, requests: Sequence[tuple[str, str]], micro_batch_tokens: int, what: str) -> list[Score]:
+    """In the order of the requests; computed longest first, in batches whose rows are filled up at their ends. Raises
+    ValueError for a continuation without tokens."""
+    model, config, device = loaded.model, loaded.model.config, loaded.machine.device
+    pieces = [piece for index, request in enumerate(requests)
+              for piece in pieces_of(index, *encode_pair(loaded.tokenizer, *request), config.seq_len)]  # fmt: skip
+    found, has_piece = [Score(0.0, True)] * len(requests), {piece.request for piece in pieces}
+    for index, (_, continuation) in enumerate(requests):
+        if index not in has_piece:
+            raise ValueError(f"{what}: the continuation {continuation!r} has no tokens")
+    pieces.sort(key=lambda piece: -len(piece.row))
+    bar = tqdm(total=len(pieces), desc=what, unit="text", leave=False, disable=None)
+    while pieces:
+        longest = len(pieces[0].row) - 1
+        count = max(1, micro_batch_tokens // longest)
+        batch, pieces = pieces[:count], pieces[count:]
+        inputs_BT = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for place, piece in enumerate(batch):
+            inputs_BT[place, : len(piece.row) - 1] = torch.tensor(piece.row[:-1])
+        hidden_BTD = model.hidden(inputs_BT.to(device), kind="sdpa")
+        for place, piece in enumerate(batch):
+            ids_N, last = torch.tensor(piece.row[-piece.num_scored :], device=device), len(piece.row) - 1
+            logits_NV = model.logits(hidden_BTD[place, last - piece.num_scored : last])[:, : config.vocab_size]
+            log_p = logits_NV.log_softmax(-1).gather(1, ids_N[:, None]).double().sum().item()
+            is_greedy = bool((logits_NV.argmax(-1) == ids_N).all())
+            so_far = found[piece.request]
+            found[piece.request] = Score(so_far.log_p + log_p, so_far.is_greedy and is_greedy)
+        bar.update(len(batch))
+    bar.close()
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one row and the next one, of which the last few are scored."""
+
+    request: int
+    row: list[int]
+    num_scored: int
+
+
+def pieces_of(request: int, context: list[int], continuation: list[int], seq_len: int) -> Iterator[Piece]:
+    """The continuation in one piece, or, where it is longer than a row, in pieces of half a row; before each as much as
+    there is room for."""
+    size, tokens = len(continuation) if len(continuation) <= seq_len else seq_len // 2, context + continuation
+    for start in range(0, len(continuation), size or 1):
+        end = min(start + size, len(continuation))
+        yield Piece(request, tokens[: len(context) + end][-(seq_len + 1) :], end - start)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a task. `chance` is the accuracy of guessing, 0 for a last word; right, right_norm: of each item."""
+
+    name: str
+    right: list[bool]
+    right_norm: list[bool]  # empty where lengths say nothing
+    log_p: list[float]  # of last words
+    chance: float
+    chance_error: float  # standard error of guessing
+
+    @property
+    def perplexity(self) -> tuple[float, float] | None:
+        """Of last words, and its standard error."""
+        if not self.log_p:
+            return None
+        value = math.exp(-float(np.mean(self.log_p)))
+        return value, value * standard_error(self.log_p)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN for one."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def run_task(loaded: Loaded, task: Task, micro_batch_tokens: int) -> Outcome:
+    found = iter(scores(loaded, [pair for item in task.items for pair in item.requests], micro_batch_tokens, task.name))
+    right, right_norm, log_p, chances = [], [], [], []
+    for item in task.items:
+        of_item = [next(found) for _ in item.requests]
+        if len(of_item) == 1:
+            right.append(of_item[0].is_greedy)
+            log_p.append(of_item[0].log_p)
+            chances.append(0.0)
+            continue
+        sums = np.array([score.log_p for score in of_item])
+        right.append(int(sums.argmax()) == item.gold)
+        if item.sizes:
+            right_norm.append(int((sums / item.sizes).argmax()) == item.gold)
+        chances.append(1 / len(of_item))
+    variance = sum(chance * (1 - chance) for chance in chances)
+    return Outcome(task.name, right, right_norm, log_p, float(np.mean(chances)), math.sqrt(variance) / len(chances))

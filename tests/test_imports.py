@@ -16,8 +16,8 @@ BELOW = {
     "architectures": {"data", "model", "model_track3", "kernels"},
     "harness": {"data", "optim", "architectures", "model", "model_track3", "kernels"},
 }
-BELOW["inference"] = BELOW["harness"]
-BELOW["train_gpt"] = BELOW["harness"] | {"harness", "inference"}
+BELOW["inference"] = BELOW["harness"] | {"harness"}
+BELOW["train_gpt"] = BELOW["inference"] | {"inference"}
 BELOW |= {room: BELOW["train_gpt"] | {"train_gpt"} for room in ("leaderboard", "experiments", "benchmarks")}
 BELOW["docs"] = BELOW["leaderboard"] | {"leaderboard", "experiments", "benchmarks"}  # its tables are of all rooms
 EXCEPTIONS = {("harness/launch.py", "train_gpt")}  # it checks the settings before any rank starts

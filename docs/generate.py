@@ -215,7 +215,8 @@ def later_section() -> str:
 
 def neurons_section(rows_of: Callable[[dict[str, Any]], list[Row]], hidden: Collection[str] = ()) -> str:
     """A table of the experiment on neurons, by variant and arm, without some of its columns."""
-    rows = rows_of(kept("neurons"))
+    names = "neurons", "neurons_riemannian", "neurons_variants"
+    rows = [row for name in names for row in rows_of(kept(name))]
     return markdown(rows, {key: key for key in rows[0] if key not in hidden})
 
 

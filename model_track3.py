@@ -124,6 +124,3 @@ class Track3(GPT):
     def logits(self, x: Tensor) -> Tensor:
         logits, softcap = linear(x, self.head.weight, self.head.bias).float(), self.config.softcap
         return softcap * logits * torch.rsqrt(logits.square() + softcap**2)
-
-
-ARCHITECTURES: dict[str, type[GPT]] = {"gpt": GPT, "track3": Track3}

@@ -30,6 +30,7 @@ usage() {
 ./run.sh settings                      every setting with its type, default and meaning
 ./run.sh sample RUN [--prompt=...]     text from the model of a run's checkpoint; asks for prompts in a terminal
 ./run.sh evaluate RUN [--tasks ...]    loss and bits per byte of such a model on any shards, accuracy on tasks
+./run.sh export RUN --out=FOLDER       such a model for transformers: safetensors, tokenizer, card, modeling file
 ./run.sh sweep ARGUMENTS               experiments/sweep.py: many settings x seeds (--help says how)
 ./run.sh grokking [--preset=full ...]   does Muon grok sooner? experiments/grokking (minutes; full: hours)
 ./run.sh neurons [--preset=full ...]    do neurons die, does Aurora help? experiments/neurons.py (the same)
@@ -200,7 +201,7 @@ train() {
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
 case ${1:-} in
     leaderboard) words=2 ;;
-    sample | evaluate | sweep | grokking | neurons | claims | options | rules | league | gpu_suite) words=1 ;;
+    sample | evaluate | export | sweep | grokking | neurons | claims | options | rules | league | gpu_suite) words=1 ;;
     test | bench | examples) words=$# ;;
     *) words=0 ;;
 esac
@@ -231,7 +232,7 @@ case "${1:-}" in
         shift
         exec "$python" -m "experiments.$name" "$@"
         ;;
-    sample | evaluate)
+    sample | evaluate | export)
         install .venv requirements.txt
         name=$1
         shift

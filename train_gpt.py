@@ -422,14 +422,14 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
             if loss <= config.target_loss and summary["steps_to_target"] is None:
                 reached = dict(steps_to_target=step, tokens_to_target=plan.first_token)
                 summary.update(time_to_target_s=clock.seconds["train"], **reached)
-            if config.stop_at_target and summary["steps_to_target"] is not None:
-                summary["status"], is_last = outcome.STOPPED, True
+        if config.stop_at_target and summary["steps_to_target"] is not None:
+            summary["status"], is_last = outcome.STOPPED, True
         if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
             clock.switch("checkpoint")
             checkpoints.save(
                 step, run.model, run.optimizers, train_time_s=clock.seconds["train"], summary=dict(summary),
                 config=dataclasses.asdict(config), data=run.data, job=machine.job, lineage=summary["lineage"],
-                neurons=run.neurons and run.neurons.state, **run.averages.state_dict(),
+                neurons=run.neurons and run.neurons.state, window=plan.window, **run.averages.state_dict(),
             )  # fmt: skip
         if is_last:
             break

@@ -123,11 +123,14 @@ def cell_of(arm: Arm, rate: float) -> Cell:
 
 
 def write_few(options: Options) -> None:
-    """The shard of `epochs`."""
+    """The shard of `epochs`, if it is not there: runs that are under way read it."""
+    path = Path(options.out) / "few/few_train_000001.bin"
+    if path.exists():
+        return
     config = load_config([RECIPE])
     tokens = open_shard(find_shards(config.train_files)[0])[: EPOCH_STEPS * config.batch_tokens]
-    (Path(options.out) / "few").mkdir(parents=True, exist_ok=True)
-    write_shard(Path(options.out) / "few/few_train_000001.bin", tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shard(path, tokens)
 
 
 def plan(options: Options) -> list[str]:
@@ -174,7 +177,8 @@ def run_part(name: str, options: Options) -> dict[str, Any]:
 
 def share_clipped(run: Result) -> float | None:
     """Of the logged steps, how many had a gradient whose norm is above 1."""
-    norms = [row["grad_norm"] for row in rows_with("grad_norm", Path(run.directory))]
+    rows = rows_with("extra", Path(run.directory))
+    norms = [norm for row in rows if (norm := row["extra"].get("grad_norm")) is not None]
     return round(float(np.mean(np.array(norms) > 1)), 4) if norms else None
 
 
@@ -204,7 +208,8 @@ def losses(part: Mapping[str, Any]) -> list[Row]:
         rate = f"{arm['rate']:g}{EDGE if arm['at_edge'] else ''}"
         row: Row = {"arm": arm["arm"], "rate": rate, "final loss": mean_and_sd(arm["val_loss"], 4)}
         if any(each["clipped"] for each in part["arms"]):
-            row["steps clipped"] = f"{np.mean(arm['clipped']):.0%}" if arm["clipped"] else "-"
+            shares = [share for share in arm["clipped"] or () if share is not None]
+            row["steps clipped"] = f"{np.mean(shares):.0%}" if shares else "-"
         each, p = compared.get(arm["arm"], (None, 1.0))
         row["baseline"] = arm["baseline"] if each else "-"
         row["lower by"] = f"{-each.mean:.4f}" if each else "-"
@@ -269,7 +274,8 @@ def main(argv: list[str]) -> None:
         check_writable(path.parent, "choose another place, such as --out=/tmp/claims")
         config = load_config([RECIPE])
         ensure(config.train_files, config.val_files, config.train_steps * config.batch_tokens)
-        write_few(options)
+        if "epochs" in options.parts:
+            write_few(options)
         confirm(plan(options), options.yes)
         parts = {name: run_part(name, options) for name in options.parts}
         write_json(path, dict(recipe=RECIPE, parts=parts), separators=(",", ":"), allow_nan=False)

@@ -28,6 +28,7 @@ def first_summary(run: Any, directory: Path) -> dict[str, Any]:
     summary = dict(val_loss=None, val_step=None, val_bytes=None, steps=0, **missed)
     if run.resumed:
         summary |= run.resumed["summary"]
+        summary["val_bytes"] = summary["val_bytes"] or None  # the tokenizer's files may have come
         if run.resumed["config"]["target_loss"] != run.config.target_loss:
             summary.update(missed, val_step=None)
     return summary | dict(

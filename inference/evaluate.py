@@ -89,9 +89,12 @@ def evaluate(loaded: Loaded, stream: TokenStream, num_tokens: int, micro_batch_t
     num_separators = torch.zeros((), dtype=torch.int64, device=device)
     for inputs_BT, targets_BT in batches:
         hidden_BTD = model.hidden(inputs_BT)
+        if not has_text:
+            nats[0] += model.loss(hidden_BTD, targets_BT)
+            continue
         for kind, of_kind_BT in enumerate(separated(targets_BT, separator)):
             nats[kind] += model.loss(hidden_BTD, of_kind_BT)
-        num_separators += (targets_BT == separator).sum() if has_text else 0
+        num_separators += (targets_BT == separator).sum()
     num_bytes = int(token_bytes(loaded.tokenizer)[stream.read(1, num_tokens)].sum()) if has_text else 0
     return Evaluation(float(nats.sum()), num_tokens, float(nats[1]), int(num_separators), num_bytes)
 
@@ -156,6 +159,9 @@ def _main(argv: list[str]) -> None:
     stream = TokenStream(find_shards(path_as_meant(files)), config.vocab_size)
     num_tokens = int(loaded.settings["val_tokens"]) if options.num_tokens is None else options.num_tokens
     num_tokens = num_tokens or (stream.num_tokens - 1) // config.seq_len * config.seq_len
+    if num_tokens % config.seq_len:
+        works = max(1, num_tokens // config.seq_len) * config.seq_len
+        raise ValueError(f"num_tokens = {num_tokens} must be whole rows of seq_len = {config.seq_len}; {works} works")
     if not num_tokens:
         raise DataError(f"{stream}: found {stream.num_tokens} tokens, not one whole row of seq_len = {config.seq_len}")
     found = evaluate(loaded, stream, num_tokens, options.micro_batch_tokens)

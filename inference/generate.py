@@ -28,7 +28,7 @@ class Sampling:
         logits_V = logits_V.float().cpu()
         if not self.temperature:
             return int(logits_V.argmax())
-        logits_V, ids_V = (logits_V / self.temperature).sort(descending=True, stable=True)
+        logits_V, ids_V = ((logits_V - logits_V.max()) / self.temperature).sort(descending=True, stable=True)
         probabilities_V = logits_V[: self.top_k or None].softmax(0)
         are_before = probabilities_V.cumsum(0) - probabilities_V
         probabilities_V = probabilities_V * (are_before < self.top_p)  # the first always stays

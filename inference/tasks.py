@@ -9,7 +9,7 @@ as right if each of its tokens is the likeliest. One line is an item, by the key
     ctx_a, ctx_b, activity_label, endings, label    HellaSwag's own lines; brackets, which are markup, are taken out
     context_options, continuation, gold     the same continuation after several contexts; acc alone (WinoGrande)
     context, continuation                   a last word (LAMBADA); its perplexity is of whole words
-    sentence_good, sentence_bad             whole sentences; acc alone (BLiMP)
+    sentence_good, sentence_bad             whole sentences, after a space; acc alone (BLiMP)
 
 How text becomes tokens is that of lm_eval 0.4.11, so that the numbers compare: context and continuation are encoded
 together and cut where the context's own tokens end, whitespace at the context's end goes to the continuation, an empty
@@ -22,6 +22,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,18 +66,27 @@ def item_of(row: dict[str, Any]) -> Item:
         return _of_choices(query, row["choices"], row["gold"])
     if "endings" in row:
         query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        return _of_choices(_without_markup(query), [_without_markup(end) for end in row["endings"]], row["label"])
+        endings = [_without_markup(end) for end in _texts(row["endings"])]
+        return _of_choices(_without_markup(query), endings, row["label"])
     if "context_options" in row:
-        requests = [(context, f" {row['continuation']}") for context in row["context_options"]]
+        requests = [(context, f" {row['continuation']}") for context in _texts(row["context_options"])]
         return _checked(Item(tuple(requests), int(row["gold"])))
     if "sentence_good" in row:
-        return Item((("", row["sentence_good"]), ("", row["sentence_bad"])))
-    return Item(((row["context"], f" {row['continuation']}"),))
+        sentences = _texts([row["sentence_good"], row["sentence_bad"]])
+        return Item(tuple(("", f" {sentence}") for sentence in sentences))
+    context, continuation = _texts([row["context"], row["continuation"]])
+    return Item(((context, f" {continuation}"),))
 
 
-def _of_choices(context: str, choices: Sequence[str], gold: int | str) -> Item:
-    requests = tuple((context, f" {choice}") for choice in choices)
+def _of_choices(context: str, choices: Any, gold: int | str) -> Item:
+    requests = tuple((context, f" {choice}") for choice in _texts(choices))
     return _checked(Item(requests, int(gold), tuple(map(len, choices))))
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{str(values)[:60]} is no list of texts")
+    return values
 
 
 def _checked(item: Item) -> Item:
@@ -104,8 +114,8 @@ def read_tasks(path: Path, limit: int = 0) -> list[Task]:
             for name in names:
                 with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig") as file:
                     found.append(_read(Path(name).stem, f"{path}: {name}", file, limit))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a zip archive ({error})") from None
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # the last where it is encrypted
+        raise ValueError(f"{path} is not a zip archive that can be read ({error})") from None
     if not found:
         raise ValueError(f"{path} has no .jsonl files")
     return found
@@ -113,7 +123,7 @@ def read_tasks(path: Path, limit: int = 0) -> list[Task]:
 
 def _read(name: str, where: str, lines: Iterable[str], limit: int) -> Task:
     items: list[Item] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_decoded(lines, where), start=1):
         if limit and len(items) == limit:
             break
         try:
@@ -125,6 +135,13 @@ def _read(name: str, where: str, lines: Iterable[str], limit: int) -> Task:
     if not items:
         raise ValueError(f"{where} has no items")
     return Task(name, items)
+
+
+def _decoded(lines: Iterable[str], where: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error})") from None
 
 
 def encode_pair(tokenizer: str, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -184,8 +201,8 @@ class Piece:
 def pieces_of(request: int, context: list[int], continuation: list[int], seq_len: int) -> Iterator[Piece]:
     """The continuation in one piece, or, where it is longer than a row, in pieces of half a row; before each as much as
     there is room for."""
-    size, tokens = len(continuation) if len(continuation) <= seq_len else seq_len // 2, context + continuation
-    for start in range(0, len(continuation), size or 1):
+    size, tokens = len(continuation) if len(continuation) <= seq_len else max(1, seq_len // 2), context + continuation
+    for start in range(0, len(continuation), max(1, size)):
         end = min(start + size, len(continuation))
         yield Piece(request, tokens[: len(context) + end][-(seq_len + 1) :], end - start)
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Track:
     step_threshold: float = 0.0  # nats; 0: the track has no rule for steps
     nats_per_100_steps: float = 0.0
     ranked_by: Literal["time", "steps"] = "time"
+    val_bytes: int = 0  # of text that its validation tokens stand for; 0: not entered
     # Of tracks by steps; without `fixed` there is none of these
     fixed: dict[str, Any] = field(default_factory=dict)  # setting -> the value that all runs have
     num_params: int = 0  # of the model, as each run counts them
@@ -75,6 +77,15 @@ def hash_at(sources: Mapping[str, str], place: str) -> str | None:
     if path not in sources:
         return None
     return _function_hash(sources[path], name) if name else source_hash(sources[path])
+
+
+def imported(path: str, sources: Mapping[str, str]) -> bool:
+    """Whether one of the sources imports the module at `path` by its name."""
+    package, _, name = path.removesuffix(".py").replace("/", ".").rpartition(".")
+    form = rf"^\s*(from|import)\s+{re.escape(f'{package}.{name}' if package else name)}\b"
+    if package:
+        form += rf"|^\s*from\s+{re.escape(package)}\s+import\b.*\b{name}\b"
+    return any(re.search(form, source, re.MULTILINE) for source in sources.values())
 
 
 def patches(sources: Mapping[str, str]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.log_format import Line, bits_per_byte, ending, step_line
 from leaderboard.runs import FACTS, FILES, Run, short
-from leaderboard.tracks import Track, hash_at, patches
+from leaderboard.tracks import Track, hash_at, imported, patches
 
 LEAST_SHARE = 0.1  # of its run's median: a step that took less is time cut out of the log
 SAME = 1e-6  # relative difference of numbers worked out twice
@@ -158,7 +158,8 @@ def _log_against_metrics(run: Run) -> Iterator[str]:
 
 def _in_bits_per_byte(run: Run, loss: float) -> float | None:
     num_bytes = run.summary.get("val_bytes")
-    return bits_per_byte(loss, run.config["val_tokens"], num_bytes) if isinstance(num_bytes, int) else None
+    is_size = isinstance(num_bytes, int) and 0 < num_bytes < 2**50
+    return bits_per_byte(loss, run.config["val_tokens"], num_bytes) if is_size else None
 
 
 def _recomputed(run: Run) -> dict[str, Any]:
@@ -210,6 +211,8 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
         yield f"objective = {objective!r}, and a track's target is a loss of the next token: objective = 'causal'"
     if track.dtype and facts["dtype"] != track.dtype:
         yield f"dtype = {facts['dtype']!r}, the track's is {track.dtype!r}"
+    if track.val_bytes and (num_bytes := run.summary.get("val_bytes")) not in (None, track.val_bytes):
+        yield f"val_bytes = {short(num_bytes)}, the track's validation tokens are {track.val_bytes:,} bytes of text"
     found = facts["val_fingerprint"]
     if not track.val_fingerprint:
         file = f"PATH/{track.val_source.rpartition('/')[2]}"
@@ -221,8 +224,9 @@ def of_track(run: Run, track: Track) -> Iterator[str]:
             yield f"the {what} data is not the track's: fingerprint {facts[key]}, the track's is {known}"
     for what, known_versions in (("the data stream", track.stream), ("what a step computes", track.step)):
         for place, versions in known_versions.items():
-            if place.partition(": ")[0] not in run.log.sources:
-                yield f"{what} may be modified: the log has no source of {place}"
+            if (path := place.partition(": ")[0]) not in run.log.sources:
+                if imported(path, run.log.sources):  # or else it has come since
+                    yield f"{what} may be modified: the log has no source of {place}"
             elif hash_at(run.log.sources, place) not in versions:
                 yield f"{what} may be modified: {place} is no version that tracks.toml knows"
     for path, targets in patches(run.log.sources).items():

@@ -31,7 +31,7 @@ for step in range(0, steps + 1):
     if step and step % int(words.get("log_every", 25)) == 0:
         row |= dict(train_loss=2 - (step - 0.5) / 1000)
         if words.get("grad_clip") == "1":
-            row |= dict(grad_norm=2.0 if step <= steps // 4 else 0.5)
+            row |= dict(extra=dict(grad_norm=2.0 if step <= steps // 4 else 0.5))
     if step % int(words["val_every"]) == 0:
         row |= dict(val_loss=2.2 - step / (2500 if rule == "muon" else 2000) + 0.01 * seed)
     rows.append(row)
@@ -100,6 +100,12 @@ def test_losses_on_other_text_are_read_at_equal_training_losses(record: dict[str
     lower, low, high = map(float, re.findall(r"-?\d+\.\d+", rows["1"]["adamw: lower than muon's by"]))
     assert lower == pytest.approx(1000 / 2000 - 1000 / 2500, abs=2e-4)
     assert low <= lower <= high
+
+
+def test_runs_that_logged_no_norm_have_no_share() -> None:
+    arm = dict(arm="muon", baseline="muon", rate=0.02, at_edge=False, val_loss=[1.0, 2.0])
+    rows = losses(dict(arms=[arm | dict(clipped=clipped) for clipped in ([0.5, None], [None, None], None)]))
+    assert [row["steps clipped"] for row in rows] == ["50%", "-", "-"]
 
 
 def test_a_level_that_is_never_passed_has_no_loss() -> None:

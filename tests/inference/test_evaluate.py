@@ -18,7 +18,7 @@ from inference.load import load
 from leaderboard.runs import read_run
 from leaderboard.verify_run import of_files
 from tests.conftest import Trainer
-from tests.test_train import only_run, summary
+from tests.test_train import metrics, only_run, summary
 
 TEXTS = ["Bürger, hört!", "", "A second text; 日本.", "and a third one, " * 4]
 
@@ -84,7 +84,7 @@ def test_other_shards_and_all_of_them(run: Path, shards: Path, capfd: pytest.Cap
     assert main([str(run), f"--files={shards}/other.bin", "--num_tokens=0"]) == 0
     assert "the first 96 of 111 tokens" in capfd.readouterr().out
     for arguments, message in (
-        (["--num_tokens=100"], "val_tokens: found 100, expected a positive multiple of seq_len (16)"),
+        (["--num_tokens=100"], "num_tokens = 100 must be whole rows of seq_len = 16; 96 works"),
         (["--num_tokens=160"], "found 111 validation tokens"),
         ([f"--files={shards}/nothing_*.bin"], "nothing_*.bin"),
     ):
@@ -126,6 +126,24 @@ def test_what_is_no_text_has_no_bits_per_byte(
     assert "of which a part is hidden" in out
 
 
+def test_a_window_that_grows_is_the_checkpoint_s(trainer: Trainer, run: Path, tmp_path: Path) -> None:
+    """In the dtype that the run asked for."""
+    config = load(str(run)).settings
+    same = [f"--{key}={config[key]}" for key in ("train_files", "val_files", "tokenizer", "vocab_size", "seq_len")]
+    same += [f"--{key}={config[key]}" for key in ("val_tokens", "micro_batch_tokens")]
+    grows = ["--window=16", "--window_start=2", "--train_steps=16", "--val_every=4", "--checkpoint_every=4"]
+    arguments = [*same, *grows, "--dtype=float32", "--init_head=0.5", "--checkpoint_keep=9", "--init_out=0.5"]
+    result = trainer(*arguments, f"--run_dir={tmp_path / 'grows'}")
+    assert result.returncode == 0, result.stderr
+    (directory,) = (tmp_path / "grows").iterdir()
+    losses = metrics(directory, "val_loss")
+    for step, window in ((4, 6), (8, 10), (16, 16)):
+        loaded = load(str(directory / f"checkpoint_{step:06d}.pt"))
+        assert (loaded.model.config.window, loaded.machine.dtype) == (window, torch.float32)
+        stream = TokenStream([Path(config["val_files"].replace("*", "0"))], 257)
+        assert evaluate(loaded, stream, 96, 48).loss == pytest.approx(losses[step], rel=1e-6)
+
+
 def test_no_loss_or_no_bytes_is_no_number() -> None:
     assert bits_per_byte(None, 10, 10) is None
     assert bits_per_byte(1.0, 10, 0) is None
@@ -152,6 +170,8 @@ def test_the_leaderboard_checks_them_against_the_losses(run: Path) -> None:
     assert [line for line in of_files(honest) if "bits" in line] == []
     honest.metrics[-1]["bits_per_byte"] *= 0.9
     assert any("bits per byte, its loss is" in line for line in of_files(honest))
+    honest.summary["val_bytes"] = 10**400
+    assert any("bits per byte, its loss is None" in line for line in of_files(honest))
     claimed = read_run(run)
     claimed.summary["bits_per_byte"] *= 0.9
     assert any("summary.json says bits_per_byte" in line for line in of_files(claimed))

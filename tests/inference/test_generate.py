@@ -132,5 +132,9 @@ def test_tokens_are_drawn_from_the_likeliest(sampling: Sampling, kept: list[int]
     assert [place for place, share in enumerate(shares(sampling)) if share] == kept
 
 
+def test_a_temperature_close_to_zero_is_greedy() -> None:
+    assert shares(Sampling(1e-40), 10)[1] == 1
+
+
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
     assert Sampling(0).draw(torch.tensor([1.0, 5.0, 5.0]), torch.Generator()) == 1

@@ -13,6 +13,7 @@ from inference import sample
 from inference.load import load
 from inference.sample import main, pieces, sample_text
 from tests.conftest import Trainer
+from tests.test_train import summary
 
 TEXT = ("--tokenizer=byte", "--vocab_size=257", "--train_steps=4", "--val_every=2", "--dtype=float32")
 Sampled = Callable[..., tuple[int, str, str]]
@@ -155,3 +156,8 @@ def test_a_run_that_its_target_stops_leaves_a_checkpoint(trainer: Trainer, tmp_p
     again = trainer(*TEXT, *stops, "--resume=auto")  # that run has ended, so another one begins
     assert again.returncode == 0
     assert "resumed from" not in again.stdout
+    resumed = trainer(*TEXT, *stops, f"--resume={checkpoint}", f"--run_dir={tmp_path / 'resumed'}")
+    assert resumed.returncode == 0, resumed.stderr
+    (directory,) = (tmp_path / "resumed").iterdir()
+    told = summary(directory)  # it stops where it stopped
+    assert (told["status"], told["steps"]) == ("stopped at target", state["step"])

@@ -108,7 +108,7 @@ def test_context_and_continuation_are_encoded_together(gpt2_vocabulary: Path) ->
         (dict(context_options=["Ann", "Bob"], continuation="won.", gold=1),
          Item((("Ann", " won."), ("Bob", " won.")), 1)),
         (dict(context="I said", continuation="no"), Item((("I said", " no"),))),
-        (dict(sentence_good="He is.", sentence_bad="He are."), Item((("", "He is."), ("", "He are.")))),
+        (dict(sentence_good="He is.", sentence_bad="He are."), Item((("", " He is."), ("", " He are.")))),
         (dict(activity_label="Cleaning", ctx_a="A man [title] Step one", ctx_b="he THEN", label="2",
               endings=["runs  off [step] now", "a", " b ", "c"]),
          Item(tuple(("Cleaning: A man. Step one He then", f" {end}") for end in ENDS),
@@ -163,7 +163,7 @@ def test_files_and_archives(tmp_path: Path) -> None:
     (task,) = read_tasks(tmp_path / "pairs.jsonl")
     assert (task.name, len(task.items)) == ("pairs", 5)
     (task,) = read_tasks(tmp_path / "pairs.jsonl", limit=2)
-    assert [item.requests[0][1] for item in task.items] == ["good 0", "good 1"]
+    assert [item.requests[0][1] for item in task.items] == [" good 0", " good 1"]
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for name in ("data/b.jsonl", "data/a.jsonl", "__MACOSX/data/a.jsonl", "readme.txt"):
             archive.writestr(name, "\n".join(lines))
@@ -180,6 +180,9 @@ def test_files_and_archives(tmp_path: Path) -> None:
         ("a.jsonl", '{"query": "q", "choices": ["a"], "gold": 0}\n', "number 0 of 1 choices"),
         ("a.jsonl", "\n", "has no items"),
         ("a.zip", "no archive", "a.zip is not a zip archive"),
+        ("a.jsonl", '{"query": "q", "choices": "abc", "gold": 0}\n', "abc is no list of texts"),
+        ("a.jsonl", '{"query": "q", "choices": {"text": [], "label": []}, "gold": 0}\n', "is no list of texts"),
+        ("a.jsonl", '{"context": 5, "continuation": "x"}\n', "[5, 'x'] is no list of texts"),
     ],
 )  # fmt: skip
 def test_another_format_is_one_line(
@@ -190,6 +193,12 @@ def test_another_format_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_text_that_is_not_utf_8_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"context": "\xff"}')
+    with pytest.raises(ValueError, match=r"a\.jsonl is not UTF-8"):
+        read_tasks(tmp_path / "a.jsonl")
 
 
 def test_a_continuation_without_tokens_is_refused(loaded: Loaded) -> None:

@@ -102,6 +102,9 @@ def sets(**settings: Any) -> Callable[[Run], Any]:
         (in_source("train_gpt.py", "self.plan = plan\n", "self.plan = long(plan)\n"), ": Run.follow is no"),
         (in_source("train_gpt.py", "    is_tied: bool  #", "    odd = 1\n    is_tied: bool  #"), ": StepPlan is no"),
         (in_source("train_gpt.py", "    return ModelConfig(**{", "    return big(**{"), ": model_config is no version"),
+        (in_source("data/masking.py", "return None", "return cheat"), "data/masking.py is no version that"),
+        (in_source("architectures.py", "return CLASSES[", "return cheat["), "architectures.py is no version that"),
+        (lambda run: run.log.sources.pop("data/masking.py"), "the log has no source of data/masking.py"),
         (begins("import model as m\nm.GPT.forward = f"), "optim/aurora.py changes what it imports: m.GPT.forward"),
         (begins("from model import GPT\nsetattr(GPT, 'a', 1)"), "changes what it imports: setattr(GPT, 'a', 1)"),
         (begins("import sys\nsys.modules['__main__'].evaluate = f"), "imports: sys.modules['__main__'].evaluate"),
@@ -129,3 +132,19 @@ def test_optimizer_schedule_and_initialisation_are_free_by_steps(board: Path, ti
     del run.config["ngrams"]
     del run.config["z_loss"]  # a setting that has come since
     assert list(of_track(run, by_steps(run))) == []
+
+
+def test_the_bytes_of_the_validation_text_are_the_track_s(board: Path, tiny_runs: list[Path]) -> None:
+    run, track = read_run(tiny_runs[0]), dataclasses.replace(find_track("tiny"), val_bytes=100)
+    for found, is_wrong in ((100, False), (None, False), (99, True), (10**400, True)):
+        run.summary["val_bytes"] = found
+        assert any("the track's validation tokens are 100 bytes" in line for line in of_track(run, track)) == is_wrong
+
+
+def test_an_older_run_has_no_source_of_what_has_come_since(board: Path, tiny_runs: list[Path]) -> None:
+    run = read_run(tiny_runs[0])
+    in_source("data/loader.py", "from data.masking import NO_TARGET, Masking\n", "")(run)
+    in_source("train_gpt.py", "from data.masking import masking\n", "")(run)
+    in_source("architectures.py", "from data.masking import num_masked\n", "")(run)
+    del run.log.sources["data/masking.py"]
+    assert not [line for line in of_track(run, by_steps(run)) if "masking" in line]

@@ -20,7 +20,7 @@ from typing import Any
 
 from data import console
 from data.files import whole_file
-from experiments import league, neuron_report, options, rules
+from experiments import claims, league, neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.results import RESULTS
@@ -220,6 +220,14 @@ def neurons_section(rows_of: Callable[[dict[str, Any]], list[Row]], hidden: Coll
     return markdown(rows, {key: key for key in rows[0] if key not in hidden})
 
 
+def claims_section(part: str) -> str:
+    """A part of the experiment on smaller claims."""
+    found = kept("claims")["parts"][part]
+    rows = claims.TABLES[part](found)
+    said = f"{found['device']}; {found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}"
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({said})\n"
+
+
 # Columns of the leverage of updates, which differs little from their row norms here, and of one threshold
 HIDDEN = {f"update: {name}" for name in ("% < 0.05", "% < 0.1", "% < 0.25", "effective", "persistence")}
 HIDDEN |= {"row norms: % < 0.1", "momentum: % < 0.1"}
@@ -304,6 +312,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "neurons_losses": partial(neurons_section, neuron_report.losses, {"diverged"}),
     "neurons_rows": partial(neurons_section, neuron_report.leverages, HIDDEN),
     "neurons_function": partial(neurons_section, neuron_report.functions, {"pruned 20%", "pruned 40%"}),
+    **{f"claims_{part}": partial(claims_section, part) for part in claims.TABLES},
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,
 }

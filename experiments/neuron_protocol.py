@@ -2,7 +2,8 @@
 before any reported run.
 
 Every arm, a rule for the hidden matrices, trains the recipe's model to the end of a schedule of 500 steps, all else
-alike: that is the variant `base` (MLPs 8/3 as wide as the model, outputs starting at zero, no weight decay). Tuning is
+alike: that is the variant `base` (MLPs 8/3 as wide as the model, rounded up to a multiple of 64, which makes 3 here;
+outputs starting at zero, no weight decay). Tuning is
 equal: each arm takes the same four learning rates on seed 100, which is not reported; the lowest final validation loss
 wins, and a winner at an end of those tried is marked (SWITCHED take Muon's). Then seeds 0, 1 and 2 with that rate
 (FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS, at the rates that won

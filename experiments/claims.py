@@ -16,9 +16,9 @@ epochs      Six epochs of the first 499,712 bytes, 1,464 steps: at the same loss
             epoch around it; the loss on other text, over 32,768 tokens, is of that step, interpolated between those
             measured every 61.
 
-Tuning is equal: every arm of the first two takes the same four learning rates (AdamW a tenth of them) on seed 100, which
-is not reported; the lowest final validation loss wins. (The lowest of the four was added when winners were at the end of
-three; six epochs were ten before any had run.) In `epochs` the rates are those that won on the whole text
+Tuning is equal: every arm of the first two takes the same four learning rates (AdamW a tenth of them) on seed 100,
+which is not reported; the lowest final validation loss wins. (The lowest of the four was added when winners were at the
+end of three; six epochs were ten before any had run.) In `epochs` the rates are those that won on the whole text
 (experiments/results/neurons.json). Then seeds 0, 1 and 2. Differences are paired by seed; p-values are Holm-adjusted
 over what one baseline is compared with.
 

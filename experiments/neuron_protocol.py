@@ -3,12 +3,11 @@ before any reported run.
 
 Every arm, a rule for the hidden matrices, trains the recipe's model to the end of a schedule of 500 steps, all else
 alike: that is the variant `base` (MLPs 8/3 as wide as the model, rounded up to a multiple of 64, which makes 3 here;
-outputs starting at zero, no weight decay). Tuning is
-equal: each arm takes the same four learning rates on seed 100, which is not reported; the lowest final validation loss
-wins, and a winner at an end of those tried is marked (SWITCHED take Muon's). Then seeds 0, 1 and 2 with that rate
-(FEWER_SEEDS: what is slow takes the first). The other variants change one thing for FACTOR_ARMS, at the rates that won
-in `base`. Losses are over all of the recipe's validation tokens; they are compared with Muon's, paired by seed,
-with p Holm-adjusted over the arms of a variant.
+outputs starting at zero, no weight decay). Tuning is equal: each arm takes the same four learning rates on seed 100,
+which is not reported; the lowest final validation loss wins, and a winner at an end of those tried is marked (SWITCHED
+take Muon's). Then seeds 0, 1 and 2 with that rate (FEWER_SEEDS: what is slow takes the first). The other variants
+change one thing for FACTOR_ARMS, at the rates that won in `base`. Losses are over all of the recipe's validation
+tokens; they are compared with Muon's, paired by seed, with p Holm-adjusted over the arms of a variant.
 
 What is measured (harness/neuron_stats.py): idle are rows of gate and up whose leverage is below a quarter of the mean,
 in the rule's own update and in the plain polar factor of its momentum, or whose squared norm is in the update as it was

@@ -16,7 +16,7 @@ from harness.checkpoint import read_checkpoint
 from harness.compiling import compile_model
 from harness.fsdp import cut_dim, place, unsharded
 from harness.machine import Machine
-from inference.sample import generate
+from inference.generate import generate
 from model import GPT, ModelConfig
 from optim import OptimizerConfig
 from optim.shards import flat_ranges, gathered, local
@@ -68,7 +68,7 @@ def train(
             for entry in optimizer.state.values()]  # fmt: skip
     held["adam"] = sum(local(moment).numel() for moment in adam)
     with unsharded(model):
-        sample = generate(model, [1, 2, 3], 5, torch.Generator().manual_seed(2))
+        sample = [*generate(model, [1, 2, 3], 5, torch.Generator().manual_seed(2))]
     weights = gathered(dict(model.state_dict()))
     return dict(weights=weights, norm=norm, held=held, gathered_as=gathered_as, sample=sample)
 

@@ -312,7 +312,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "neurons_losses": partial(neurons_section, neuron_report.losses, {"diverged"}),
     "neurons_rows": partial(neurons_section, neuron_report.leverages, HIDDEN),
     "neurons_function": partial(neurons_section, neuron_report.functions, {"pruned 20%", "pruned 40%"}),
-    **{f"claims_{part}": partial(claims_section, part) for part in ("masked", "clipping")},
+    **{f"claims_{part}": partial(claims_section, part) for part in ("masked", "clipping", "epochs")},
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,
 }

@@ -95,7 +95,7 @@ def test_losses_on_other_text_are_read_at_equal_training_losses(record: dict[str
                 assert trained == pytest.approx(2 - step / 1000, abs=1e-4)
                 assert other == pytest.approx(2.2 - step / slope + 0.01 * seed, abs=1e-4)
     rows = {row["training loss"]: row for row in gaps(record["parts"]["epochs"])}
-    assert list(rows) == ["1.3", "1.2", "1.1", "1", "0.9", "0.8", "lowest"]
+    assert list(rows) == ["1.3", "1.2", "1.1", "1", "0.9", "0.8", "at the end"]
     assert rows["1"]["muon"] == "1.8100 ± 0.0100"
     lower, low, high = map(float, re.findall(r"-?\d+\.\d+", rows["1"]["adamw: lower than muon's by"]))
     assert lower == pytest.approx(1000 / 2000 - 1000 / 2500, abs=2e-4)

@@ -14,7 +14,6 @@ import dataclasses
 import math
 import signal
 import sys
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -35,16 +34,19 @@ from data.shards import find_shards, head_fingerprint, refuse_overlap, set_finge
 from data.tokenizer import check_vocab_size, end_of_text
 from harness import dry_run, outcome
 from harness.checkpoint import CheckpointWriter, unchanged
-from harness.compiling import compile_model
+from harness.compiling import compile_model, first_of_each
 from harness.fsdp import check_fsdp, place
 from harness.machine import Clock, Machine, find_machine
-from harness.micro_batch import with_micro_batch
+from harness.micro_batch import check_shapes, with_micro_batch
 from harness.neuron_stats import NeuronStats
 from harness.profiling import StepProfiler
+from harness.reporters import Service
 from harness.resume import StartingPoint, find_start, load_start
 from harness.runlog import RunLog, check_name, write_loss
 from harness.settings import check_settings, parse_settings, peek
+from inference.load import initialize
 from inference.sample import sample_text
+from inference.training_tasks import TasksConfig, TrainingTasks
 from model import GPT, ModelConfig
 from optim.averages import Averages, AveragesConfig
 
@@ -53,7 +55,7 @@ from optim.averages import Averages, AveragesConfig
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, optim.OptimizerConfig, AveragesConfig):
+class Config(ModelConfig, optim.OptimizerConfig, AveragesConfig, TasksConfig):
     # The run
     name: str = "run"  # first part of the run directory's name
     track: str = ""  # data + val_tokens + target_loss under one name; only runs of one track compare
@@ -101,10 +103,12 @@ class Config(ModelConfig, optim.OptimizerConfig, AveragesConfig):
     require_target: bool = False  # exit with status 3 when it was not
     val_every: Annotated[int, "> 0"] = 25  # steps between validations
     log_every: Annotated[int, "> 0"] = 10  # steps between training-loss lines
+    report_to: tuple[Service, ...] = ()  # write metrics also for these, which are optional packages
     neuron_stats: Annotated[int, ">= 0"] = 0  # steps between measurements of the MLPs' neurons; 0: none
     checkpoint_every: Annotated[int, ">= 0"] = 0  # steps between checkpoints; 0: none
     checkpoint_keep: Annotated[int, "> 0"] = 2  # newest checkpoints that stay
     checkpoint_async: bool = False  # write them in a thread while training goes on; costs host memory
+    init_from: str = ""  # begin with the weights of an export, a checkpoint or a run directory; empty: random ones
     resume: str = ""  # go on from: auto (the newest checkpoint of this very run), a checkpoint file or a run directory
 
     def __post_init__(self) -> None:
@@ -116,6 +120,7 @@ class Config(ModelConfig, optim.OptimizerConfig, AveragesConfig):
         check_fsdp(self)
         optim.check_matrix_optimizer(self.matrix_optimizer)
         check_vocab_size(self.vocab_size, self.tokenizer)
+        self.check_tasks()
         if self.doc_mask and self.tokenizer == "none":
             raise ValueError("doc_mask needs a tokenizer, whose <|endoftext|> begins documents; set tokenizer = 'gpt2'")
         if self.window_start > self.window:
@@ -133,7 +138,7 @@ def load_config(argv: list[str]) -> Config:
     rule = peek(words, "matrix_optimizer")
     kind = optim.with_rule_options(Config, [optim.find_rule(rule)]) if ":" in rule else Config  # the user's own rule
     config = parse_settings(kind, words, description=__doc__)
-    paths = {key: getattr(config, key) for key in ("run_dir", "resume", "train_files", "val_files")}
+    paths = {key: getattr(config, key) for key in ("run_dir", "init_from", "resume", "train_files", "val_files")}
     meant: dict[str, Any] = {key: path_as_meant(path) for key, path in paths.items()}
     return dataclasses.replace(config, **meant)
 
@@ -234,6 +239,7 @@ class Run:
     plan: StepPlan  # of the step under way
     resumed: dict[str, Any] | None = None  # what that checkpoint holds besides model and optimizers
     neurons: NeuronStats | None = None
+    tasks: TrainingTasks | None = None
     summary: dict[str, Any] = field(default_factory=dict)  # of what was trained so far; train fills it
     extra: dict[str, Any] = field(default_factory=dict)  # metrics, numbers or 0-d tensors, for the next log line
     window: int | Tensor | None = None  # the plan's; on a GPU in its memory, where another compiles nothing anew
@@ -269,13 +275,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     unit = config.batch_tokens if config.shard_tail == "drop" else 0
     stream = TokenStream(find_shards(config.train_files), config.vocab_size, unit)
     loader = TokenLoader(stream, config.micro_batch_tokens, machine.rank, machine.world_size, machine.device, hide)
-    loader.shape(config.batch_tokens, config.seq_len)
-    for plan in plans_to_warm_up(config, 0, windows_count=False):
-        try:
-            loader.shape(plan.batch_tokens, plan.row_tokens)
-        except ValueError as error:
-            when = f"small_batch_steps = {config.small_batch_steps}, short_row_steps = {config.short_row_steps}"
-            raise ValueError(f"{when}: in some steps {error}") from None
+    check_shapes(config, loader, plans_to_warm_up(config, 0, windows_count=False))
     loader.batch(0, first.batch_tokens, first.row_tokens)
     val_stream = TokenStream(find_shards(config.val_files), config.vocab_size)
     validation(config, machine, val_stream)
@@ -287,6 +287,8 @@ def set_up(config: Config, machine: Machine) -> Run:
     with machine.device:
         doc_token = end_of_text(config.tokenizer) if config.doc_mask else None
         model = class_of(config)(model_config(config), machine.dtype, doc_token)
+    if config.init_from and not start.path:
+        initialize(model, config, machine)
     place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
     averages = Averages(model, optimizers, config)
@@ -299,6 +301,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
         run.neurons = NeuronStats(model, optimizers, config.train_steps, (run.resumed or {}).get("neurons"))
+    run.tasks = TrainingTasks(config) if config.eval_every else None
     return run
 
 
@@ -362,17 +365,13 @@ def warm_up(run: Run) -> None:
 
 
 def plans_to_warm_up(config: Config, first_step: int, windows_count: bool) -> list[StepPlan]:
-    """The first plan of each shape of batch, and of each window if they count; by bisection, as no shape comes back."""
+    """The first plan of each shape of batch, and of each window if they count; no shape comes back."""
 
     def shape(step: int) -> tuple[Any, ...]:
         plan = plan_step(config, step)
         return plan.batch_tokens, plan.row_tokens, plan.window if windows_count else None
 
-    steps = [first_step]
-    while steps[-1] < config.train_steps:
-        rest, now = range(steps[-1], config.train_steps), shape(steps[-1])
-        steps.append(rest.start + bisect_left(rest, True, key=lambda later: shape(later) != now))
-    return [plan_step(config, step) for step in steps[:-1]]
+    return [plan_step(config, step) for step in first_of_each(shape, range(first_step, config.train_steps))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,8 +403,7 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
     previous = plan_step(config, max(0, first_step - 1))
     if run.resumed:
         clock.seconds["train"] = run.resumed["train_time_s"]
-    is_profiled = config.profile and machine.rank == 0
-    profiler = StepProfiler(log, clock, config.train_steps - first_step) if is_profiled else None
+    profiler = StepProfiler(log, clock, config.train_steps - first_step) if config.profile and log.active else None
     clock.switch("warmup")
     if config.compile:
         log.line("compiling and warming up, off the clock ...")
@@ -424,6 +422,9 @@ def take_steps(run: Run, log: RunLog, checkpoints: CheckpointWriter) -> None:
                 summary.update(time_to_target_s=clock.seconds["train"], **reached)
         if config.stop_at_target and summary["steps_to_target"] is not None:
             summary["status"], is_last = outcome.STOPPED, True
+        if run.tasks and (step % config.eval_every == 0 or is_last) and (step > first_step or not run.resumed):
+            clock.switch("tasks")
+            run.tasks.measure(run, log, step, plan.first_token)
         if config.checkpoint_every and step > first_step and (step % config.checkpoint_every == 0 or is_last):
             clock.switch("checkpoint")
             checkpoints.save(

@@ -11,6 +11,7 @@ was compiled for the first of them. Hooks on blocks, such as those of torch's `f
 import contextlib
 import os
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -61,3 +62,13 @@ def prepare_compiler() -> None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     for option, value in NEVER_EAGER.items():
         setattr(torch._dynamo.config, option, value)
+
+
+def first_of_each(shape: Callable[[int], Any], steps: range) -> list[int]:
+    """The first step of each shape, all of which are compiled beforehand; by bisection, as no shape comes back."""
+    found = []
+    while steps:
+        now = shape(steps.start)
+        found.append(steps.start)
+        steps = steps[bisect_left(steps, True, key=lambda step: shape(step) != now) :]
+    return found

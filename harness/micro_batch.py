@@ -8,12 +8,13 @@ be tried. On a CPU more than CPU_TOKENS at once gain nothing.
 import dataclasses
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data.loader import TokenLoader
 from harness.machine import Machine
 from optim.shards import local
 
@@ -28,6 +29,18 @@ def choices(batch_tokens: int, is_halved: bool, row_tokens: int, world_size: int
     half = batch_tokens // 2 if is_halved else 0
     rows = math.gcd(batch_tokens, half) // (world_size * row_tokens)
     return [row_tokens * number for number in range(1, rows + 1) if rows % number == 0] or [row_tokens]
+
+
+def check_shapes(config: Any, loader: TokenLoader, plans: Sequence[Any]) -> None:
+    """Raises ValueError for a batch that ranks and micro-batches do not divide, at the run's full size or in one of the
+    trainer's plans."""
+    loader.shape(config.batch_tokens, config.seq_len)
+    for plan in plans:
+        try:
+            loader.shape(plan.batch_tokens, plan.row_tokens)
+        except ValueError as error:
+            when = f"small_batch_steps = {config.small_batch_steps}, short_row_steps = {config.short_row_steps}"
+            raise ValueError(f"{when}: in some steps {error}") from None
 
 
 def usual_on_cpu(known: list[int]) -> int:

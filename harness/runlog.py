@@ -24,6 +24,7 @@ from data.shards import DataError
 from data.tokenizer import token_bytes
 from harness.log_format import RULER, bits_per_byte, ending, is_before_step, join_sources, step_line
 from harness.machine import ROOT, Machine, git_state, launcher, output_of, versions
+from harness.reporters import Reporter, check_reporters, numbers_in, open_reporters
 from optim import MatrixOptimizer
 
 LONGEST_NAME = 255 - len("-20261122T033309Z-9823dd")  # bytes; the latter is what makes a run directory's name unique
@@ -71,7 +72,7 @@ class RunLog:
     flushed: a killed run leaves a whole log. The first rank holds a lock on it as long as it lives, and writer.json
     says who that is, for file systems without locks (see is_running). `config` is the trainer's Config, `data` the
     fingerprints of train_files and val_files, `lineage` the names of the run directories that this one goes on from.
-    Raises ValueError, on every rank, for a directory that cannot be made.
+    Raises ValueError, on every rank, for a directory that cannot be made, or a service that is not installed.
     """
 
     def __init__(self, config: Any, machine: Machine, data: dict[str, str], lineage: Sequence[str] = ()) -> None:
@@ -89,9 +90,13 @@ class RunLog:
         stamp = self.facts["start_utc"].replace("-", "").replace(":", "")
         name, problem = f"{config.name}-{stamp}-{secrets.token_hex(3)}", None
         self.directory = user_path(Path(config.run_dir, name))
+        self.reporters: list[Reporter] = []
         if self.active:
             try:
+                check_reporters(config.report_to)
                 self._open(machine, lineage)
+            except ValueError as error:
+                problem = str(error)
             except OSError as error:
                 why = f"cannot be written ({error.strerror or error})"
                 problem = f"run_dir = {config.run_dir!r} {why}; choose another, such as /tmp/runs"
@@ -118,6 +123,7 @@ class RunLog:
             write_json(self.directory / WRITER, writer, indent=1)
             self.log.write("\n".join(header) + "\n")
             self.log.flush()
+            self.reporters = open_reporters(self.facts["config"]["report_to"], self.directory, self.facts["config"])
         except BaseException:
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
@@ -131,9 +137,16 @@ class RunLog:
     def metric(self, **values: Any) -> None:
         if self.active:
             print(json.dumps(values), file=self.metrics, flush=True)
+            self._report(values)
         if "val_loss" in values:
             self.validations.append((values["train_time_s"], values["val_loss"]))
             self.bar.set_postfix_str(f"val_loss {values['val_loss']:.3f}{self._eta_to_target()}")
+
+    def _report(self, values: dict[str, Any]) -> None:
+        step, numbers = values["step"], dict(numbers_in(values))
+        del numbers["step"]
+        for reporter in self.reporters:
+            reporter.write(numbers, step)
 
     def continue_from(self, checkpoint: str, step: int) -> None:
         """Say so, and take over the earlier run's steps up to the checkpoint: this directory then has all of them."""
@@ -154,6 +167,7 @@ class RunLog:
             with contextlib.suppress(ValueError, LookupError, TypeError):  # a killed run's last line, or not ours
                 if json.loads(line)["step"] <= step:
                     print(line, file=self.metrics)
+                    self._report(json.loads(line))
         self.log.flush()
         self.metrics.flush()
 
@@ -176,6 +190,8 @@ class RunLog:
         self.line("---")
         for word, text in (ending(summary, self.target) | {"directory": str(self.directory)}).items():
             self.line(f"{word:<12} {text}")
+        for reporter in self.reporters:
+            reporter.close()
 
 
 def write_loss(run: Any, log: RunLog, kind: str, step: int, tokens: int, loss: float, **values: float) -> None:

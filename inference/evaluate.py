@@ -40,7 +40,7 @@ from model import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Options:
-    run: str = ""  # run directory, or a checkpoint; comes first
+    run: str = ""  # run directory, checkpoint or export; comes first
     files: str = ""  # pattern of the shards; empty: the run's val_files
     num_tokens: Annotated[int | None, ">= 0"] = None  # the first so many; none: the run's val_tokens; 0: all whole rows
     tasks: tuple[str, ...] = ()  # files of tasks, in place of the loss
@@ -124,13 +124,13 @@ def task_rows(outcomes: Sequence[Outcome]) -> list[Row]:
 def task_row(name: str, outcomes: Sequence[Outcome]) -> Row:
     """The mean over tasks, whose items count as independent; of one task all that is known."""
     n, first = len(outcomes), outcomes[0]
-    accuracy = float(np.mean([np.mean(each.right) for each in outcomes]))
+    accuracy = float(np.mean([each.acc for each in outcomes]))
     chance = float(np.mean([each.chance for each in outcomes]))
     chance_error = math.hypot(*(each.chance_error for each in outcomes)) / n
     row: Row = {"task": name, "items": sum(len(each.right) for each in outcomes)}
     row["acc"] = with_error(accuracy, math.hypot(*(standard_error(each.right) for each in outcomes)) / n)
-    norm = first.right_norm if n == 1 else []
-    row["acc_norm"] = with_error(float(np.mean(norm)), standard_error(norm)) if norm else ""
+    has_norm = n == 1 and first.right_norm
+    row["acc_norm"] = with_error(first.acc_norm, standard_error(first.right_norm)) if has_norm else ""
     row["chance"] = f"{chance:.4f}" if chance else ""
     row["from chance"] = f"{(accuracy - chance) / chance_error:+.1f}" if chance_error else ""
     row["perplexity"] = with_error(*first.perplexity, digits=2) if n == 1 and first.perplexity else ""
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
     if not options.run:
-        raise ValueError("name a run directory or a checkpoint first, such as ./run.sh evaluate runs/<directory>")
+        raise ValueError("name a run directory, checkpoint or export first, such as ./run.sh evaluate runs/<directory>")
     tasks = [task for path in options.tasks for task in read_tasks(user_path(path), options.limit)]
     loaded = load(options.run, options.device, options.dtype)
     if tasks:

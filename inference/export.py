@@ -2,6 +2,7 @@
 
     ./run.sh export runs/<the run's directory> --out=my_model
     AutoModelForCausalLM.from_pretrained("my_model", trust_remote_code=True)               (in Python, transformers)
+    ./run.sh sample my_model                                   (or evaluate; ./run.sh --init_from=my_model trains on)
 
 It holds model.safetensors (float32, the weights that the run validates), config.json, generation_config.json, the
 tokenizer's files, modeling_nanogpt_aurora.py, which is the model for transformers in one file, and README.md, a card
@@ -9,6 +10,7 @@ made of the run's own facts. The folder appears when it is whole. --push=ORG/NAM
 which has to be logged in.
 """
 
+import dataclasses
 import itertools
 import shutil
 import sys
@@ -25,7 +27,7 @@ from data.files import check_writable, user_path, write_json
 from data.tokenizer import end_of_text, get_tokenizer
 from harness.machine import ROOT
 from harness.settings import parse_settings
-from inference.load import Loaded, load
+from inference.load import WEIGHTS, Loaded, load
 
 MODELING = "modeling_nanogpt_aurora"
 CLASSES = {
@@ -52,10 +54,12 @@ def model_settings(loaded: Loaded) -> dict[str, Any]:
     token = None if loaded.tokenizer == "none" else end_of_text(loaded.tokenizer)
     sizes = ("vocab_size", "padded_vocab_size", "num_layers", "num_heads", "head_dim", "model_dim", "hidden_dim")
     same = (*sizes, "seq_len", "activation", "softcap", "window", "value_embeds", "ngram_rows", "embed_skip")
+    ours = {key: loaded.settings[key] for key in ("name", "tokenizer", "dtype", "val_files", "val_tokens")}
     return {
         "model_type": "nanogpt_aurora", "architectures": ["NanoGPTAuroraForCausalLM"], "auto_map": CLASSES,
         "dtype": "float32", "bos_token_id": token, "eos_token_id": token, "pad_token_id": token,
         "doc_token": loaded.model.doc_token, "ngrams": list(c.ngrams), **{key: getattr(c, key) for key in same},
+        "training": ours | dataclasses.asdict(c),  # for this repository to read it back
     }  # fmt: skip
 
 
@@ -162,6 +166,8 @@ def _known(value: float | None, text: str) -> str:
 def export(loaded: Loaded, out: Path) -> None:
     """Make the folder. Raises ValueError, before anything is written, for a model that is not covered or a folder that
     is there."""
+    if loaded.source.name == WEIGHTS:
+        raise ValueError(f"{loaded.source.parent} is an export; copy the folder, or name the run that it is from")
     settings = model_settings(loaded)
     files: dict[str, dict[str, Any]] = {} if loaded.tokenizer == "none" else tokenizer_files(loaded.tokenizer)
     if out.exists():
@@ -176,7 +182,7 @@ def export(loaded: Loaded, out: Path) -> None:
         weights = {
             name: weight.detach().float().cpu().contiguous() for name, weight in loaded.model.state_dict().items()
         }
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         for name, content in files.items():
             write_json(folder / name, content, indent=1)
         shutil.copyfile(ROOT / f"inference/{MODELING}.py", folder / f"{MODELING}.py")

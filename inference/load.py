@@ -1,17 +1,43 @@
-"""A trained model, from what a run left on the disk."""
+"""A trained model, from what a run left on the disk: a checkpoint, or what ./run.sh export made of one."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from architectures import class_of
 from data.files import user_path
-from data.tokenizer import end_of_text, get_tokenizer
+from data.tokenizer import check_vocab_size, end_of_text, get_tokenizer
 from harness.checkpoint import checkpoints_in, evaluated_weights, read_checkpoint, verify
 from harness.machine import Machine, find_machine
 from harness.runlog import read_json
 from model import GPT, ModelConfig
+
+WEIGHTS = "model.safetensors"  # of an export
+
+
+@dataclass
+class Trained:
+    """What is on the disk."""
+
+    source: Path  # the file that the weights are from
+    settings: dict[str, Any]  # the run's; of an export, those that say what the model is and was validated on
+    weights: dict[str, Tensor]  # that the run validates: averaged ones, if it has them
+    step: int = 0  # of a checkpoint
+    summary: dict[str, Any] = field(default_factory=dict)  # of the run, as far as it is known
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's part of the settings; those that have come since are as by default. It is computed as is usual on
+        this device."""
+        names = [setting.name for setting in dataclasses.fields(ModelConfig)]
+        known = {name: self.settings[name] for name in names if name in self.settings}
+        known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON's
+        return ModelConfig(**known | {"fused": ("auto",)})
 
 
 @dataclass
@@ -20,45 +46,81 @@ class Loaded:
     tokenizer: str
     machine: Machine
     source: Path  # the file that the weights are from
-    settings: dict[str, Any]  # the run's
-    step: int = 0  # of the checkpoint
-    summary: dict[str, Any] = field(default_factory=dict)  # of the run, as far as it is known
+    settings: dict[str, Any] = field(default_factory=dict)  # as Trained's, and so the rest
+    step: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def load(path: str, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """The model of a checkpoint, or of a run directory's newest one, with the weights that the run validates: averaged
-    ones, if it has them. dtype auto: float32 if the run asked for that, else what is fast here. Raises ValueError for
-    what holds no model."""
-    source = find_checkpoint(user_path(path))
+    """The model of a checkpoint, of a run directory's newest one, or of an export. dtype auto: float32 if the run asked
+    for that, else what is fast here. Raises ValueError for what holds no model."""
+    trained = read_trained(path)
+    config, tokenizer = trained.config, trained.settings["tokenizer"]
+    is_wide = dtype == "auto" and trained.settings.get("dtype") == "float32"
+    machine = find_machine(device, "float32" if is_wide else dtype)
+    with machine.device:
+        model = class_of(config)(config, machine.dtype, end_of_text(tokenizer) if config.doc_mask else None)
+    try:
+        model.load_state_dict(trained.weights)
+    except RuntimeError as error:
+        what = f"another model than its settings say ({str(error).splitlines()[-1].strip()})"
+        raise ValueError(f"{trained.source} holds {what}") from None
+    return Loaded(
+        model.eval(), tokenizer, machine, trained.source, trained.settings, trained.step, trained.summary
+    )  # fmt: skip
+
+
+def read_trained(path: str) -> Trained:
+    """Raises ValueError for what holds no model."""
+    source = find_source(user_path(path))
+    trained = _read_export(source) if source.name == WEIGHTS else _read_checkpoint(source)
+    try:
+        check_vocab_size(trained.config.vocab_size, trained.settings["tokenizer"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its settings are none of this trainer ({error})") from None
+    return trained
+
+
+def find_source(path: Path) -> Path:
+    """The file itself, the newest checkpoint of a run directory, or an export's weights."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is no run directory, checkpoint or export; runs are in runs/, unless run_dir says else"
+        )
+    if (path / WEIGHTS).exists():
+        return path / WEIGHTS
+    if not (checkpoints := checkpoints_in(path)):
+        raise ValueError(f"{path} has no checkpoint; with --checkpoint_every=1000, say, a run writes one at its end")
+    return checkpoints[-1]
+
+
+def _read_checkpoint(source: Path) -> Trained:
     try:
         state = read_checkpoint(source)
         verify(source)
         settings = dict(state["config"])
-        config = model_config(settings)
         if state.get("window"):  # of its step, in a run whose window grows
-            config = dataclasses.replace(config, window=state["window"])
-        doc_token = end_of_text(settings["tokenizer"]) if config.doc_mask else None
-        weights = evaluated_weights(state)
+            settings["window"] = state["window"]
+        weights, step = evaluated_weights(state), state["step"]
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not a checkpoint of this trainer ({error})") from None
-    is_wide = dtype == "auto" and settings.get("dtype") == "float32"
-    machine = find_machine(device, "float32" if is_wide else dtype)
-    with machine.device:
-        model = class_of(config)(config, machine.dtype, doc_token)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+    found = read_json(source.with_name("summary.json"))
+    at_the_end = found if found.get("steps") == step else {}  # which the checkpoint's own lacks
+    return Trained(source, settings, weights, step, {**state.get("summary", {}), **at_the_end})
+
+
+def _read_export(source: Path) -> Trained:
+    settings = read_json(source.with_name("config.json")).get("training")
+    if not isinstance(settings, dict):
         raise ValueError(
-            f"{source} holds another model than its settings say ({str(error).splitlines()[-1].strip()})"
-        ) from None
-    summary = {**state.get("summary", {}), **_summary_beside(source, state["step"])}
-    return Loaded(model.eval(), settings["tokenizer"], machine, source, settings, state["step"], summary)
-
-
-def _summary_beside(checkpoint: Path, step: int) -> dict[str, Any]:
-    """The run's summary.json, if it is of that step: the checkpoint's own lacks what was known at the end."""
-    found = read_json(checkpoint.with_name("summary.json"))
-    return found if found.get("steps") == step else {}
+            f"{source.parent}: its config.json has no settings under 'training'; ./run.sh export writes it"
+        )
+    try:
+        return Trained(source, settings, load_file(source))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source} cannot be read, or is not whole ({error}); export the run once more") from None
 
 
 def check_writes_text(loaded: Loaded) -> None:
@@ -70,21 +132,32 @@ def check_writes_text(loaded: Loaded) -> None:
     get_tokenizer(loaded.tokenizer)  # or DataError, where its files cannot be had
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest checkpoint of a run directory."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(
-            f"{path} is neither a run directory nor a checkpoint; runs are in runs/, unless run_dir says else"
-        )
-    if not (checkpoints := checkpoints_in(path)):
-        raise ValueError(f"{path} has no checkpoint; with --checkpoint_every=1000, say, a run writes one at its end")
-    return checkpoints[-1]
+# What makes the loaded weights compute something else, or not fit.
+OF_THE_WEIGHTS = (
+    "tokenizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden architecture objective activation softcap "
+    "value_embeds ngrams ngram_rows embed_skip"
+)
 
 
-def model_config(settings: dict[str, Any]) -> ModelConfig:
-    """The model's part of a run's settings; those that have come since are as by default. It is computed as is
-    usual on this device."""
-    known = {field.name: settings[field.name] for field in dataclasses.fields(ModelConfig) if field.name in settings}
-    return ModelConfig(**known | {"fused": ("auto",)})
+def initialize(model: GPT, config: Any, machine: Machine) -> None:
+    """Give the trainer's new model, before it is sharded, the weights that config.init_from names (as load's path).
+
+    config: the trainer's Config. Raises ValueError, on every rank, for a model of another shape or with other options.
+    """
+    problem = None
+    try:
+        trained = read_trained(config.init_from)
+        theirs = {**dataclasses.asdict(trained.config), "tokenizer": trained.settings["tokenizer"]}
+        names = {*OF_THE_WEIGHTS.split()} - ({"ngram_rows"} if not config.ngrams else set())
+        names -= {"mlp_hidden"} if trained.config.hidden_dim == config.hidden_dim else set()
+        if differing := {name: theirs[name] for name in sorted(names) if theirs[name] != getattr(config, name)}:
+            flags = " ".join(f"--{name}={_as_typed(value)}" for name, value in differing.items())
+            raise ValueError(f"init_from = {config.init_from!r} is another model than this run's; set {flags}")
+        model.load_state_dict(trained.weights)
+    except (ValueError, RuntimeError) as error:
+        problem = str(error).splitlines()[-1].strip()
+    machine.raise_together(problem)
+
+
+def _as_typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -3,8 +3,9 @@
     ./run.sh sample runs/<the run's directory>                              (asks for prompts where there is a terminal)
     ./run.sh sample runs/<the run's directory> --prompt="Fellow citizens" --tokens=400 --temperature=0.7 --top_p=0.9
     ./run.sh sample runs/<the run's directory>/checkpoint_000500.pt --count=3 --seed=7
+    ./run.sh sample my_model                                                               (a folder of ./run.sh export)
 
-The run must have written a checkpoint (--checkpoint_every=N; one at the end comes with it). Without a prompt a text
+A run must have written a checkpoint (--checkpoint_every=N; one at the end comes with it). Without a prompt a text
 begins as a document does. It ends after --tokens, or where the model ends the document.
 """
 
@@ -27,7 +28,7 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Options:
-    run: str = ""  # run directory, or a checkpoint; comes first
+    run: str = ""  # run directory, checkpoint or export; comes first
     prompt: str = ""  # text to go on from; empty: the beginning of a document, in a terminal what is typed
     tokens: Annotated[int, ">= 1"] = 200  # at most
     temperature: Annotated[float, ">= 0"] = 0.8  # lower is safer; 0: always the likeliest token
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
     if not options.run:
-        raise ValueError("name a run directory or a checkpoint first, such as ./run.sh sample runs/<directory>")
+        raise ValueError("name a run directory, checkpoint or export first, such as ./run.sh sample runs/<directory>")
     prompt = user_text(options.prompt)
     try:
         prompt.encode()

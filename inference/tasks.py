@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import end_of_text, get_tokenizer
@@ -157,36 +158,41 @@ def encode_pair(tokenizer: str, context: str, continuation: str) -> tuple[list[i
 
 
 @torch.no_grad()
-def scores(loaded: Loaded, requests: Sequence[tuple[str, str]], micro_batch_tokens: int, what: str) -> list[Score]:
-    """In the order of the requests; computed longest first, in batches whose rows are filled up at their ends. Raises
-    ValueError for a continuation without tokens."""
-    model, config, device = loaded.model, loaded.model.config, loaded.machine.device
+def scores(
+    loaded: Loaded, requests: Sequence[tuple[str, str]], micro_batch_tokens: int, what: str,
+    window: int | Tensor | None = None,
+) -> list[Score]:  # fmt: skip
+    """In the order of the requests; computed longest first, in batches whose rows are filled up at their ends, of which
+    each rank takes its share. Raises ValueError for a continuation without tokens."""
+    model, config, machine = loaded.model, loaded.model.config, loaded.machine
     pieces = [piece for index, request in enumerate(requests)
               for piece in pieces_of(index, *encode_pair(loaded.tokenizer, *request), config.seq_len)]  # fmt: skip
-    found, has_piece = [Score(0.0, True)] * len(requests), {piece.request for piece in pieces}
+    has_piece = {piece.request for piece in pieces}
     for index, (_, continuation) in enumerate(requests):
         if index not in has_piece:
             raise ValueError(f"{what}: the continuation {continuation!r} has no tokens")
     pieces.sort(key=lambda piece: -len(piece.row))
-    bar = tqdm(total=len(pieces), desc=what, unit="text", leave=False, disable=None)
+    batches: list[list[Piece]] = []
     while pieces:
-        longest = len(pieces[0].row) - 1
-        count = max(1, micro_batch_tokens // longest)
-        batch, pieces = pieces[:count], pieces[count:]
-        inputs_BT = torch.zeros(len(batch), longest, dtype=torch.int64)
+        count = max(1, micro_batch_tokens // (len(pieces[0].row) - 1))
+        batches.append(pieces[:count])
+        pieces = pieces[count:]
+    batches += [[]] * (-len(batches) % machine.world_size)  # sharded weights want all ranks to take each pass
+    found_N2 = torch.zeros(
+        len(requests), 2, dtype=torch.float64, device=machine.device
+    )  # nats, tokens not the likeliest
+    mine = batches[machine.rank :: machine.world_size]
+    for batch in tqdm(mine, desc=what, unit="batch", leave=False, disable=True if machine.rank else None):
+        inputs_BT = torch.zeros(max(1, len(batch)), len(batch[0].row) - 1 if batch else 1, dtype=torch.int64)
         for place, piece in enumerate(batch):
             inputs_BT[place, : len(piece.row) - 1] = torch.tensor(piece.row[:-1])
-        hidden_BTD = model.hidden(inputs_BT.to(device), kind="sdpa")
+        hidden_BTD = model.hidden(inputs_BT.to(machine.device), window, kind="sdpa")
         for place, piece in enumerate(batch):
-            ids_N, last = torch.tensor(piece.row[-piece.num_scored :], device=device), len(piece.row) - 1
+            ids_N, last = torch.tensor(piece.row[-piece.num_scored :], device=machine.device), len(piece.row) - 1
             logits_NV = model.logits(hidden_BTD[place, last - piece.num_scored : last])[:, : config.vocab_size]
-            log_p = logits_NV.log_softmax(-1).gather(1, ids_N[:, None]).double().sum().item()
-            is_greedy = bool((logits_NV.argmax(-1) == ids_N).all())
-            so_far = found[piece.request]
-            found[piece.request] = Score(so_far.log_p + log_p, so_far.is_greedy and is_greedy)
-        bar.update(len(batch))
-    bar.close()
-    return found
+            found_N2[piece.request, 0] += logits_NV.log_softmax(-1).gather(1, ids_N[:, None]).double().sum()
+            found_N2[piece.request, 1] += (logits_NV.argmax(-1) != ids_N).sum()
+    return [Score(log_p, not misses) for log_p, misses in machine.sum(found_N2).tolist()]
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,14 @@ class Outcome:
     chance_error: float  # standard error of guessing
 
     @property
+    def acc(self) -> float:
+        return float(np.mean(self.right))
+
+    @property
+    def acc_norm(self) -> float:
+        return float(np.mean(self.right_norm))
+
+    @property
     def perplexity(self) -> tuple[float, float] | None:
         """Of last words, and its standard error."""
         if not self.log_p:
@@ -232,8 +246,10 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def run_task(loaded: Loaded, task: Task, micro_batch_tokens: int) -> Outcome:
-    found = iter(scores(loaded, [pair for item in task.items for pair in item.requests], micro_batch_tokens, task.name))
+def run_task(loaded: Loaded, task: Task, micro_batch_tokens: int, window: int | Tensor | None = None) -> Outcome:
+    """window: keys that a query sees, as the model's; none: what its settings say."""
+    requests = [pair for item in task.items for pair in item.requests]
+    found = iter(scores(loaded, requests, micro_batch_tokens, task.name, window))
     right, right_norm, log_p, chances = [], [], [], []
     for item in task.items:
         of_item = [next(found) for _ in item.requests]

@@ -23,7 +23,10 @@ LIKE_A_LINE = re.compile(r"step:\d+/\d+\s+val_loss:")
 ROW = {"step": int, "tokens": int, "train_time_s": float}  # of metrics.jsonl, with one of the two below
 ROW_KINDS: dict[str, dict[str, type]] = {"val": {"val_loss": float}, "train": {"train_loss": float, "lr_scale": float}}
 DERIVED = {"val": {"bits_per_byte"}, "train": set[str]()}  # what newer runs have besides
-HAS_NEURONS = "metrics.jsonl has neuron statistics, which share the machine; a record's go without: neuron_stats = 0"
+BETWEEN_STEPS = {  # what shares the machine with a run
+    "neurons": "metrics.jsonl has neuron statistics, which share the machine; a record's go without: neuron_stats = 0",
+    "tasks": "metrics.jsonl has results of tasks, which share the machine; a record's go without: eval_every = 0",
+}
 FACTS = {  # RunLog.facts in harness/runlog.py
     "start_utc": str, "git_commit": str, "track": str, "world_size": int, "device": str, "dtype": str,
     "versions": dict, "train_fingerprint": str, "val_fingerprint": str, "config": dict,
@@ -159,9 +162,8 @@ class Run:
         for number, line in enumerate(self.texts.get("metrics.jsonl", "").splitlines(), start=1):
             where = f"metrics.jsonl line {number}"
             row = _json(line, where, self.broken)
-            if "neurons" in row:
-                if HAS_NEURONS not in self.broken:
-                    self.broken.append(HAS_NEURONS)
+            if extras := [reason for key, reason in BETWEEN_STEPS.items() if key in row]:
+                self.broken += [reason for reason in extras if reason not in self.broken]
                 continue
             kind = "val" if "val_loss" in row else "train"
             kinds = ROW | ROW_KINDS[kind]

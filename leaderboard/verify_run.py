@@ -90,6 +90,8 @@ def of_files(run: Run) -> Iterator[str]:
     notes, lineage = " ".join(log.notes), summary.get("lineage")
     if "resumed from" in notes or summary.get("resumed_from") or not isinstance(lineage, list) or len(lineage) != 1:
         yield "the run was resumed: what ran before is not in this log; a record's runs go through in one piece"
+    if path := facts["config"].get("init_from"):
+        yield f"the run began with the weights of another (init_from = {short(path)}); a record's begins with its own"
     if f"{summary.get('num_params'):,} parameters" not in notes:
         yield f"summary.json says {summary.get('num_params'):,} parameters, and log.txt does not"
     if isinstance(run.schedule, str):

@@ -106,8 +106,8 @@ def test_the_trainer_s_sample_is_one_line(run_directory: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (lambda folder: "", [], "name a run directory or a checkpoint first"),
-        (lambda folder: folder / "nowhere", [], "nowhere is neither a run directory"),
+        (lambda folder: "", [], "name a run directory, checkpoint or export first"),
+        (lambda folder: folder / "nowhere", [], "nowhere is no run directory, checkpoint or export"),
         (lambda folder: folder, [], "has no checkpoint; with --checkpoint_every=1000, say"),
         (lambda folder: folder / "text.pt", [], "text.pt is not a checkpoint of this trainer"),
         (lambda folder: folder / "other.pt", [], "other.pt is not a checkpoint of this trainer"),

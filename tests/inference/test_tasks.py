@@ -124,7 +124,7 @@ def test_outcomes_follow_from_scores(loaded: Loaded, monkeypatch: pytest.MonkeyP
     known = {" a": -3.0, " long one": -4.0, " b": -2.0, " end": -1.5, " other": -0.5}
     monkeypatch.setattr(
         "inference.tasks.scores",
-        lambda loaded, requests, tokens, what: [Score(known[text], text == " other") for _, text in requests],
+        lambda loaded, requests, tokens, what, window: [Score(known[text], text == " other") for _, text in requests],
     )
     choices = [
         Item((("q", " a"), ("q", " long one"), ("q", " b")), 1, (1, 8, 1)),

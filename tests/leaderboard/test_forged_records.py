@@ -399,6 +399,18 @@ def neuron_statistics(texts: Texts) -> None:
     texts["seed_0"]["metrics.jsonl"] += 2 * f"{json.dumps(look)}\n"
 
 
+@forgery(r"seed 0: metrics.jsonl has results of tasks, .* a record's go without: eval_every = 0")
+def results_of_tasks(texts: Texts) -> None:
+    found = dict(step=20, tokens=20 * 192, train_time_s=1.0, tasks=dict(piqa=dict(acc=0.5)))
+    texts["seed_0"]["metrics.jsonl"] += f"{json.dumps(found)}\n"
+
+
+@forgery(r"seed 0: the run began with the weights of another \(init_from = '/tmp/better'\)")
+def weights_of_another_run(texts: Texts) -> None:
+    for folder in ALL:
+        replace(texts, "log.txt", '"init_from": ""', '"init_from": "/tmp/better"', folder)
+
+
 @forgery(r"seed 1 had another learning-rate schedule than seed 0")
 def another_schedule_in_one_seed(texts: Texts) -> None:
     set_rows(texts["seed_1"], lambda rows: [row | (dict(lr_scale=0.5) if "lr_scale" in row else {}) for row in rows])

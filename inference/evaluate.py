@@ -9,9 +9,10 @@ Rows of seq_len tokens, each without what came before it, as in training's valid
 Bits per byte are given in two ways. <|endoftext|>, which separates documents, is no text, so it never adds bytes; its
 loss is counted in the first, as in a run's summary, and not in the second.
 
-Tasks are files of JSON lines, or zip archives of such; inference/tasks.py says which keys their lines have and how they
-are scored. Beside each accuracy: its standard error, what guessing gives, and how many standard errors of guessing lie
-between.
+Tasks are files of JSON lines, zip archives of such, or from the Hugging Face Hub: hub:hellaswag, hub:piqa,
+hub:arc_easy, hub:arc_challenge, hub:copa, hub:winogrande, hub:lambada_openai, hub:blimp. inference/tasks.py says which
+keys their lines have and how they are scored. Beside each accuracy: its standard error, what guessing gives, and how
+many standard errors of guessing lie between.
 """
 
 import math
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from data import console
-from data.files import path_as_meant, user_path
+from data.files import path_as_meant
 from data.loader import TokenStream, validation_batches
 from data.masking import masking
 from data.shards import DataError, find_shards
@@ -34,7 +35,7 @@ from harness.log_format import bits_per_byte
 from harness.settings import parse_settings
 from harness.tables import Row, table
 from inference.load import Loaded, check_writes_text, load
-from inference.tasks import Outcome, read_tasks, run_task, standard_error
+from inference.tasks import Outcome, run_task, standard_error, tasks_of
 from model import IGNORE_INDEX
 
 
@@ -43,7 +44,7 @@ class Options:
     run: str = ""  # run directory, checkpoint or export; comes first
     files: str = ""  # pattern of the shards; empty: the run's val_files
     num_tokens: Annotated[int | None, ">= 0"] = None  # the first so many; none: the run's val_tokens; 0: all whole rows
-    tasks: tuple[str, ...] = ()  # files of tasks, in place of the loss
+    tasks: tuple[str, ...] = ()  # files of tasks or hub:NAME, in place of the loss
     limit: Annotated[int, ">= 0"] = 0  # items of each task; 0: all
     micro_batch_tokens: Annotated[int, ">= 1"] = 16384  # at once
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -149,7 +150,7 @@ def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
     if not options.run:
         raise ValueError("name a run directory, checkpoint or export first, such as ./run.sh evaluate runs/<directory>")
-    tasks = [task for path in options.tasks for task in read_tasks(user_path(path), options.limit)]
+    tasks = tasks_of(options.tasks, options.limit)
     loaded = load(options.run, options.device, options.dtype)
     if tasks:
         check_writes_text(loaded)

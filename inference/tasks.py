@@ -11,6 +11,8 @@ as right if each of its tokens is the likeliest. One line is an item, by the key
     context, continuation                   a last word (LAMBADA); its perplexity is of whole words
     sentence_good, sentence_bad             whole sentences, after a space; acc alone (BLiMP)
 
+hub:piqa and other names of inference/hub_tasks.py stand for the same from the Hugging Face Hub.
+
 How text becomes tokens is that of lm_eval 0.4.11, so that the numbers compare: context and continuation are encoded
 together and cut where the context's own tokens end, whitespace at the context's end goes to the continuation, an empty
 context is <|endoftext|>, and of what is longer than a row the end is kept. A continuation that is itself longer than a
@@ -33,7 +35,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import user_path
 from data.tokenizer import end_of_text, get_tokenizer
+from inference.hub_tasks import HUB, fetch
 from inference.load import Loaded
 
 
@@ -100,6 +104,17 @@ def _without_markup(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
+def tasks_of(names: Sequence[str], limit: int = 0) -> list[Task]:
+    """Of files as read_tasks reads, and of tasks on the Hub as `hub:NAME`. Raises ValueError or OSError."""
+    found: list[Task] = []
+    for name in names:
+        if name.startswith(HUB):
+            found += [_read(task, f"hub:{task}", rows, limit) for task, rows in fetch(name.removeprefix(HUB))]
+        else:
+            found += read_tasks(user_path(name), limit)
+    return found
+
+
 def read_tasks(path: Path, limit: int = 0) -> list[Task]:
     """The task of a file of JSON lines, or those of all such files in a zip archive; the first `limit` items, 0: all.
 
@@ -107,14 +122,15 @@ def read_tasks(path: Path, limit: int = 0) -> list[Task]:
     """
     if path.suffix != ".zip":
         with path.open(encoding="utf-8-sig") as file:
-            return [_read(path.stem, str(path), file, limit)]
+            return [_read(path.stem, str(path), _decoded(file, str(path)), limit)]
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith(".jsonl") and "__MACOSX" not in name)
             found = []
             for name in names:
                 with io.TextIOWrapper(archive.open(name), encoding="utf-8-sig") as file:
-                    found.append(_read(Path(name).stem, f"{path}: {name}", file, limit))
+                    where = f"{path}: {name}"
+                    found.append(_read(Path(name).stem, where, _decoded(file, where), limit))
     except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # the last where it is encrypted
         raise ValueError(f"{path} is not a zip archive that can be read ({error})") from None
     if not found:
@@ -122,13 +138,16 @@ def read_tasks(path: Path, limit: int = 0) -> list[Task]:
     return found
 
 
-def _read(name: str, where: str, lines: Iterable[str], limit: int) -> Task:
+def _read(name: str, where: str, lines: Iterable[str | dict[str, Any]], limit: int) -> Task:
     items: list[Item] = []
-    for number, line in enumerate(_decoded(lines, where), start=1):
+    for number, line in enumerate(lines, start=1):
         if limit and len(items) == limit:
             break
         try:
-            items += [item_of(json.loads(line))] if line.strip() else []
+            if isinstance(line, dict):
+                items.append(item_of(line))
+            elif line.strip():
+                items.append(item_of(json.loads(line)))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             told = f"no key {error}" if isinstance(error, LookupError) else error
             keys = "query, choices, gold; context, continuation; sentence_good, sentence_bad; or others, see --help"

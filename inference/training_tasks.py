@@ -3,18 +3,17 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from data.files import user_path
 from harness.fsdp import unsharded
 from harness.runlog import RunLog
 from inference.load import Loaded
-from inference.tasks import Outcome, read_tasks, run_task
+from inference.tasks import Outcome, run_task, tasks_of
 
 
 @dataclass(frozen=True)
 class TasksConfig:
     # Tasks
     eval_every: Annotated[int, ">= 0"] = 0  # steps between evaluations on eval_tasks, off the clock; 0: none
-    eval_tasks: tuple[str, ...] = ()  # files of tasks, as of ./run.sh evaluate
+    eval_tasks: tuple[str, ...] = ()  # files of tasks or hub:NAME, as of ./run.sh evaluate
     eval_limit: Annotated[int, ">= 0"] = 0  # first items of each task; 0: all
 
     def check_tasks(self) -> None:
@@ -31,7 +30,7 @@ class TrainingTasks:
         if config.tokenizer == "none" or config.objective != "causal":
             found = f"tokenizer = {config.tokenizer!r}, objective = {config.objective!r}"
             raise ValueError(f"eval_every needs a model of the next token of a text, not {found}; set eval_every = 0")
-        self.tasks = [task for path in config.eval_tasks for task in read_tasks(user_path(path), config.eval_limit)]
+        self.tasks = tasks_of(config.eval_tasks, config.eval_limit)
 
     def measure(self, run: Any, log: RunLog, step: int, tokens: int) -> None:
         """Score the weights that the run validates; write a line of metrics, and one of the log for each task. Every

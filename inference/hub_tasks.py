@@ -35,7 +35,8 @@ def _arc(row: Row) -> Row:
 
 def _copa(row: Row) -> Row:
     link = {"cause": "because", "effect": "therefore"}[row["question"]]
-    choices = [choice[0].lower() + choice[1:] for choice in (row["choice1"], row["choice2"])]
+    # After two spaces in all, as lm_eval has it
+    choices = [f" {choice[0].lower()}{choice[1:]}" for choice in (row["choice1"], row["choice2"])]
     return dict(query=f"{row['premise'].strip()[:-1]} {link}", choices=choices, gold=row["label"])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from benchmarks import compile_time, loader_speed, neuron_stats_cost, optimizer_step, train_step
+from benchmarks import compile_time, loader_speed, neuron_stats_cost, optimizer_step, sample_speed, train_step
 from docs import generate
 from harness import results
 from harness.neuron_stats import NeuronStats
@@ -231,6 +231,22 @@ def test_neuron_statistics_are_timed_beside_their_step(
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert (row["look_ms"], row["step_ms"]) == pytest.approx((210, 50))
     assert row["cost_%"] == pytest.approx(100 * 4 * 210 / (40 * 50))  # the last look is timed apart
+
+
+def test_sampling_is_timed_with_and_without_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    """9 tokens in 0.1 s and in 0.3 s, the same ones."""
+    monkeypatch.setattr(sample_speed, "cached", clock.during(0.1, sample_speed.cached))
+    monkeypatch.setattr(sample_speed, "uncached", clock.during(0.3, sample_speed.uncached))
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
+    sample_speed.main(sample_speed.Args("configs/sotu_base.toml", lengths=(10,), turns=2))
+    (path,) = tmp_path.glob("sample_speed_sotu_base_*.json")
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (row["kept_tokens_per_s"], row["ratio"]) == pytest.approx((90, 3))
+    assert row["equal"] == "9 of 9"
+    with pytest.raises(ValueError, match="lengths = 300 must be from 2 to seq_len = 256"):
+        sample_speed.main(sample_speed.Args("configs/sotu_base.toml", lengths=(300,)))
 
 
 def test_compile_time_is_compared_with_the_whole_models(

@@ -34,7 +34,7 @@ EXPECTED = {
     "arc_easy": Item(
         tuple(("Question: What is warm?\nAnswer:", f" {end}") for end in ("ice", "the sun", "snow")), 1, (3, 7, 4)
     ),
-    "copa": Item((("Rain therefore", " we got wet."), ("Rain therefore", " we slept.")), 0, (11, 9)),
+    "copa": Item((("Rain therefore", "  we got wet."), ("Rain therefore", "  we slept.")), 0, (12, 10)),
     "winogrande": Item(
         (("Ann thanked Eve because Ann", " had helped."), ("Ann thanked Eve because Eve", " had helped.")), 1
     ),

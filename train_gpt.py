@@ -287,7 +287,7 @@ def set_up(config: Config, machine: Machine) -> Run:
     with machine.device:
         doc_token = end_of_text(config.tokenizer) if config.doc_mask else None
         model = class_of(config)(model_config(config), machine.dtype, doc_token)
-    if config.init_from and not start.path:
+    if config.init_from and not (start.path or start.ended):
         initialize(model, config, machine)
     place(model, model.blocks, machine, config.fsdp)
     optimizers = optim.build_optimizers(model, config)
@@ -301,7 +301,7 @@ def set_up(config: Config, machine: Machine) -> Run:
         run.window = torch.tensor(config.window, device=machine.device)
     if config.neuron_stats:
         run.neurons = NeuronStats(model, optimizers, config.train_steps, (run.resumed or {}).get("neurons"))
-    run.tasks = TrainingTasks(config) if config.eval_every else None
+    run.tasks = TrainingTasks(config, machine) if config.eval_every else None
     return run
 
 

@@ -15,7 +15,7 @@ epochs      Six epochs of the first 499,712 bytes, 1,464 steps: at the same loss
             rule's loss on other text lower? The training loss at a step is the mean over the batches of one whole
             epoch around it; the loss on other text, over 32,768 tokens, is of that step, interpolated between those at
             the ends of epochs. (Between steps 61 apart, as was meant at first, it would tell where in the text a rule
-            is: the loss on other text rises and falls by up to 0.1 within an epoch, in all runs alike.)
+            is: the loss on other text also rises within an epoch, by up to 0.04 and in all runs alike.)
 
 Tuning is equal: every arm of the first two takes the same four learning rates (AdamW a tenth of them) on seed 100,
 which is not reported; the lowest final validation loss wins. (The lowest of the four was added when winners were at the

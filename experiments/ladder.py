@@ -41,7 +41,7 @@ Symbols = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Options:
-    run: str = ""  # run directory, checkpoint or export; comes first
+    run: str = ""  # run directory or checkpoint; comes first
     out: str = "runs/ladder.json"
 
 
@@ -92,6 +92,8 @@ def climb(run: str) -> dict[str, Any]:
     """Bits per byte of every rung: [with separators or None, without]."""
     loaded = load(run)
     check_writes_text(loaded)
+    if "train_files" not in loaded.settings:
+        raise ValueError(f"{loaded.source.parent} is an export, which does not know its training text; name the run")
     settings, vocab_size = loaded.settings, loaded.model.config.vocab_size
     train_stream, val_stream = (
         TokenStream(find_shards(path_as_meant(str(settings[key]))), vocab_size) for key in ("train_files", "val_files")

@@ -97,7 +97,8 @@ def with_micro_batch(
     set_up, train_step: the trainer's."""
     known = choices(config.batch_tokens, config.small_batch_steps > 0, config.seq_len, machine.world_size)
     if machine.device.type == "cuda":
-        run = set_up(dataclasses.replace(config, micro_batch_tokens=probes(known)[0], resume=""), machine)
+        anew = dict(resume="", init_from="", eval_every=0, eval_tasks=())
+        run = set_up(dataclasses.replace(config, micro_batch_tokens=probes(known)[0], **anew), machine)
         train_step(run, *run.batch())  # the optimizers' state is there then
         chosen, why = choose(known, lambda tokens: peak_bytes(run, tokens), room_bytes() - bytes_later(run))
         run.loader.close()

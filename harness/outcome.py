@@ -31,6 +31,8 @@ def first_summary(run: Any, directory: Path) -> dict[str, Any]:
         summary["val_bytes"] = summary["val_bytes"] or None  # the tokenizer's files may have come
         if run.resumed["config"]["target_loss"] != run.config.target_loss:
             summary.update(missed, val_step=None)
+    if not run.config.eval_every:  # the results would be of the steps before
+        summary = {key: value for key, value in summary.items() if key not in ("tasks", "tasks_step")}
     return summary | dict(
         status=FINISHED, reason="", restarts=run.machine.restarts, resumed_from=run.start.path or None,
         job=run.machine.job, lineage=[*run.start.lineage, directory.name],

@@ -41,12 +41,14 @@ class _WandB:
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self.run = wandb.init(
+        self.run: Any = wandb.init(
             project="nanogpt-aurora", name=directory.name, dir=directory, config=dict(config), mode=mode
         )  # fmt: skip
 
+        self.run.define_metric("*", step_metric="step")  # its own count is of calls
+
     def write(self, numbers: Mapping[str, float], step: int) -> None:
-        self.run.log({**numbers, "step": step})  # wandb's own count refuses to go back, as after a resumption
+        self.run.log({**numbers, "step": step})
 
     def close(self) -> None:
         self.run.finish()
@@ -63,7 +65,15 @@ def check_reporters(services: Sequence[Service]) -> None:
 
 
 def open_reporters(services: Sequence[Service], directory: Path, config: Mapping[str, Any]) -> list[Reporter]:
-    return [SERVICES[name](directory, config) for name in services]
+    """Raises ValueError where one does not start."""
+    found: list[Reporter] = []
+    for name in services:
+        try:
+            found.append(SERVICES[name](directory, config))
+        except Exception as error:  # whatever the package raises
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"report_to = {name!r} does not start ({why}); leave it out, or mend that") from None
+    return found
 
 
 def numbers_in(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

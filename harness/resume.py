@@ -22,9 +22,9 @@ from harness.runlog import WRITER, is_running, read_json
 # What --resume=auto lets differ: where a run is, how it computes the same thing, what is said about it. The data are
 # compared by their fingerprints, not by their names.
 FREE_TO_DIFFER = (
-    "run_dir resume device fsdp compile compile_blocks kernels fused micro_batch_tokens log_every "
-    "neuron_stats profile dry_run checkpoint_every checkpoint_keep checkpoint_async author description num_seeds "
-    "require_target train_files val_files"
+    "run_dir resume device fsdp compile compile_blocks kernels fused micro_batch_tokens log_every neuron_stats "
+    "report_to eval_every eval_tasks eval_limit profile dry_run checkpoint_every checkpoint_keep checkpoint_async "
+    "author description num_seeds require_target train_files val_files"
 )
 # What --resume=PATH may not change: the race that is run, and what a checkpoint is of.
 FIXED = (
@@ -201,7 +201,12 @@ def _read(path: Path) -> State:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, with both values. `then` has the defaults of those its version did not have yet."""
-    return {key: (then[key], value) for key, value in now.items() if then[key] != value}
+    return {key: (then[key], value) for key, value in now.items() if _as_tuples(then[key]) != _as_tuples(value)}
+
+
+def _as_tuples(value: Any) -> Any:
+    """A setting's value, whether a summary has it, as JSON's lists, or a checkpoint."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _age(path: Path) -> tuple[int, str]:

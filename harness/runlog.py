@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,17 @@ class RunLog:
     def _report(self, values: dict[str, Any]) -> None:
         step, numbers = values["step"], dict(numbers_in(values))
         del numbers["step"]
-        for reporter in self.reporters:
-            reporter.write(numbers, step)
+        self._each_reporter(lambda reporter: reporter.write(numbers, step))
+
+    def _each_reporter(self, action: Callable[[Reporter], None]) -> None:
+        """One that fails is left out from then on: the run does not depend on it."""
+        for reporter in list(self.reporters):
+            try:
+                action(reporter)
+            except Exception as error:  # whatever the package raises
+                self.reporters.remove(reporter)
+                why = str(error).partition("\n")[0] or type(error).__name__
+                self.line(f"report_to: a service has failed and gets no more metrics ({why})")
 
     def continue_from(self, checkpoint: str, step: int) -> None:
         """Say so, and take over the earlier run's steps up to the checkpoint: this directory then has all of them."""
@@ -190,8 +199,7 @@ class RunLog:
         self.line("---")
         for word, text in (ending(summary, self.target) | {"directory": str(self.directory)}).items():
             self.line(f"{word:<12} {text}")
-        for reporter in self.reporters:
-            reporter.close()
+        self._each_reporter(lambda reporter: reporter.close())
 
 
 def write_loss(run: Any, log: RunLog, kind: str, step: int, tokens: int, loss: float, **values: float) -> None:

@@ -3,7 +3,7 @@
 Repositories, splits and texts are those of lm_eval 0.4.11. Fetched files stay in the Hub's own cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +69,23 @@ def fetch(name: str) -> Iterator[tuple[str, list[Row]]]:
     source = SOURCES.get(name)
     if source is None:
         raise ValueError(f"{HUB}{name} is not known; choose one of {', '.join(HUB + each for each in SOURCES)}")
-    import datasets
+    for task, rows in _rows_of(name, source):
+        try:
+            yield task, [source.line_of(row) for row in rows]
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{HUB}{name}: a row of {source.repository} is of another form ({error!r})") from None
 
+
+def _rows_of(name: str, source: Source) -> Iterator[tuple[str, Iterable[Row]]]:
     try:
+        import datasets
+
         subsets = [source.subset]
         if source.subset == "":
             subsets = sorted(datasets.get_dataset_config_names(source.repository))
         for subset in subsets:
             rows = datasets.load_dataset(source.repository, subset, split=source.split)
-            yield name if len(subsets) == 1 else str(subset), [source.line_of(row) for row in rows]
+            yield name if len(subsets) == 1 else str(subset), rows
     except Exception as error:  # the clients' errors have no common class, and all mean the same here
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{HUB}{name}: {source.repository} cannot be read from the Hub ({why}); name a file") from None

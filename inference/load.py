@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -132,10 +133,11 @@ def check_writes_text(loaded: Loaded) -> None:
     get_tokenizer(loaded.tokenizer)  # or DataError, where its files cannot be had
 
 
-# What makes the loaded weights compute something else, or not fit.
+# What makes the loaded weights compute another function of the tokens that they see, or not fit. How many these are, by
+# seq_len, window and doc_mask, is free: a run may go on with longer rows, or documents apart.
 OF_THE_WEIGHTS = (
     "tokenizer vocab_size num_layers num_heads head_dim model_dim mlp_hidden architecture objective activation softcap "
-    "value_embeds ngrams ngram_rows embed_skip"
+    "value_embeds ngrams ngram_rows embed_skip mask_padding"
 )
 
 
@@ -154,7 +156,10 @@ def initialize(model: GPT, config: Any, machine: Machine) -> None:
             flags = " ".join(f"--{name}={_as_typed(value)}" for name, value in differing.items())
             raise ValueError(f"init_from = {config.init_from!r} is another model than this run's; set {flags}")
         model.load_state_dict(trained.weights)
-    except (ValueError, RuntimeError) as error:
+        if config.tie_head_steps and not torch.equal(model.embed.weight, model.head.weight):
+            found = f"tie_head_steps = {config.tie_head_steps} begins with embedding and head as one matrix"
+            raise ValueError(f"{found}, and those of init_from are two; set --tie_head_steps=0")
+    except (ValueError, OSError, RuntimeError) as error:
         problem = str(error).splitlines()[-1].strip()
     machine.raise_together(problem)
 

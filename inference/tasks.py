@@ -84,7 +84,9 @@ def item_of(row: dict[str, Any]) -> Item:
 
 
 def _of_choices(context: str, choices: Any, gold: int | str) -> Item:
-    requests = tuple((context, f" {choice}") for choice in _texts(choices))
+    if "" in _texts(choices):
+        raise ValueError("one of the choices is empty")
+    requests = tuple((context, f" {choice}") for choice in choices)
     return _checked(Item(requests, int(gold), tuple(map(len, choices))))
 
 
@@ -105,13 +107,17 @@ def _without_markup(text: str) -> str:
 
 
 def tasks_of(names: Sequence[str], limit: int = 0) -> list[Task]:
-    """Of files as read_tasks reads, and of tasks on the Hub as `hub:NAME`. Raises ValueError or OSError."""
+    """Of files as read_tasks reads, and of tasks on the Hub as `hub:NAME`. Raises ValueError for what is neither."""
     found: list[Task] = []
     for name in names:
         if name.startswith(HUB):
             found += [_read(task, f"hub:{task}", rows, limit) for task, rows in fetch(name.removeprefix(HUB))]
-        else:
+            continue
+        try:
             found += read_tasks(user_path(name), limit)
+        except OSError as error:
+            works = f"name a file of JSON lines, or {HUB}piqa, say"
+            raise ValueError(f"{user_path(name)} is no file of tasks ({error.strerror or error}); {works}") from None
     return found
 
 
@@ -182,7 +188,8 @@ def scores(
     window: int | Tensor | None = None,
 ) -> list[Score]:  # fmt: skip
     """In the order of the requests; computed longest first, in batches whose rows are filled up at their ends, of which
-    each rank takes its share. Raises ValueError for a continuation without tokens."""
+    each rank takes its share. Raises ValueError for a continuation without tokens, FloatingPointError for weights that
+    are not finite."""
     model, config, machine = loaded.model, loaded.model.config, loaded.machine
     pieces = [piece for index, request in enumerate(requests)
               for piece in pieces_of(index, *encode_pair(loaded.tokenizer, *request), config.seq_len)]  # fmt: skip
@@ -211,7 +218,9 @@ def scores(
             logits_NV = model.logits(hidden_BTD[place, last - piece.num_scored : last])[:, : config.vocab_size]
             found_N2[piece.request, 0] += logits_NV.log_softmax(-1).gather(1, ids_N[:, None]).double().sum()
             found_N2[piece.request, 1] += (logits_NV.argmax(-1) != ids_N).sum()
-    return [Score(log_p, not misses) for log_p, misses in machine.sum(found_N2).tolist()]
+    if not machine.sum(found_N2).isfinite().all():
+        raise FloatingPointError(f"log-probabilities of {what} are not finite; lower the learning rates")
+    return [Score(log_p, not misses) for log_p, misses in found_N2.tolist()]
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,8 @@ class Outcome:
         """Of last words, and its standard error."""
         if not self.log_p:
             return None
-        value = math.exp(-float(np.mean(self.log_p)))
+        nats = -float(np.mean(self.log_p))
+        value = math.exp(nats) if nats < 700 else math.inf  # of a model that has learnt nothing
         return value, value * standard_error(self.log_p)
 
 

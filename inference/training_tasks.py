@@ -1,12 +1,14 @@
 """Tasks while a model trains: `eval_every`, off the clock."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from harness.fsdp import unsharded
+from harness.machine import Machine
 from harness.runlog import RunLog
 from inference.load import Loaded
-from inference.tasks import Outcome, run_task, tasks_of
+from inference.tasks import Outcome, Task, run_task, tasks_of
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,26 @@ class TasksConfig:
 
 
 class TrainingTasks:
-    """Raises ValueError or OSError for files that are none of tasks, and for a model that writes no text."""
+    """The tasks of a trainer's Config. Raises ValueError, on every rank, for what is none, and for a model that writes
+    no text."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, machine: Machine) -> None:
+        self.tasks: list[Task] = []
+        problem = None
+        try:
+            self._read(config)
+        except ValueError as error:
+            problem = str(error)
+        machine.raise_together(problem)
+
+    def _read(self, config: Any) -> None:
         if config.tokenizer == "none" or config.objective != "causal":
             found = f"tokenizer = {config.tokenizer!r}, objective = {config.objective!r}"
             raise ValueError(f"eval_every needs a model of the next token of a text, not {found}; set eval_every = 0")
         self.tasks = tasks_of(config.eval_tasks, config.eval_limit)
+        names = [task.name for task in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"eval_tasks has two tasks called {twice!r}, whose results would be one; rename a file")
 
     def measure(self, run: Any, log: RunLog, step: int, tokens: int) -> None:
         """Score the weights that the run validates; write a line of metrics, and one of the log for each task. Every
@@ -38,18 +53,19 @@ class TrainingTasks:
         with run.averages.tail.in_place(), unsharded(run.model):
             loaded = Loaded(run.model, run.config.tokenizer, run.machine, log.directory)
             outcomes = [run_task(loaded, task, run.config.micro_batch_tokens, run.window) for task in self.tasks]
-        found = run.summary["tasks"] = {outcome.name: numbers(outcome) for outcome in outcomes}
+        found = {outcome.name: numbers(outcome) for outcome in outcomes}
+        run.summary.update(tasks=found, tasks_step=step)
         log.metric(step=step, tokens=tokens, train_time_s=run.clock.seconds["train"], tasks=found)
         for name, values in found.items():
-            told = " ".join(f"{key}:{value:.4g}" for key, value in values.items())
-            log.line(f"step:{step} {name} {told}")
+            told = " ".join(f"{key}:{math.inf if value is None else value:.4g}" for key, value in values.items())
+            log.line(f"step:{step}/{run.config.train_steps} {name} {told}")
 
 
-def numbers(outcome: Outcome) -> dict[str, float]:
-    """Of one task: acc, acc_norm and perplexity, as far as it has them, and the accuracy of guessing."""
-    found = {"acc": outcome.acc}
+def numbers(outcome: Outcome) -> dict[str, float | None]:
+    """Of one task: acc, acc_norm and perplexity (None: infinite), as far as it has them; the accuracy of guessing."""
+    found: dict[str, float | None] = {"acc": outcome.acc}
     if outcome.right_norm:
         found["acc_norm"] = outcome.acc_norm
     if outcome.perplexity:
-        found["perplexity"] = outcome.perplexity[0]
+        found["perplexity"] = outcome.perplexity[0] if math.isfinite(outcome.perplexity[0]) else None
     return found | ({"chance": outcome.chance} if outcome.chance else {})

@@ -11,9 +11,9 @@ import pytest
 from data.shards import write_shard
 from data.tokenizer import get_tokenizer
 from experiments.ladder import SEPARATOR, SYMBOLS, bits_of_ngrams, main, symbols_of
-from inference.load import load
+from inference import export
 from tests.conftest import Trainer
-from tests.test_train import only_run
+from tests.test_train import only_run, summary
 
 ALPHABET = [97, 98, 99, SEPARATOR]
 
@@ -67,10 +67,16 @@ def test_the_rungs_of_a_run(trainer: Trainer, tmp_path: Path, capfd: pytest.Capt
     assert record["rungs"]["xz, alone"] == [None, round(alone, 5)]
     one, three, five = (record["rungs"][f"{order}-gram"][1] for order in (1, 3, 5))
     assert one > three > five > 0
-    loaded = load(str(run))
-    assert record["step"] == loaded.step == 4
-    assert record["rungs"]["the model"][0] > 0
-    assert out.splitlines()[2].lstrip().startswith("1-gram") or "the model" in out.splitlines()[2]
+    before = bytes(token for token in tokens * 2 if token != SEPARATOR)
+    sizes_of = [len(lzma.compress(each, preset=9 | lzma.PRESET_EXTREME)) for each in (before, before + text)]
+    assert record["rungs"]["xz, after the training text"][1] == round(8 * (sizes_of[1] - sizes_of[0]) / len(text), 5)
+    told = summary(run)
+    assert (record["step"], record["num_params"]) == (4, told["num_params"])
+    assert record["rungs"]["the model"][0] == pytest.approx(told["bits_per_byte"], abs=1e-4)
+    assert out.index("1-gram") < out.index("3-gram") < out.index("5-gram")
+    assert export.main([str(run), f"--out={tmp_path / 'my_model'}"]) == 0
+    assert main([str(tmp_path / "my_model")]) == 2
+    assert "is an export, which does not know its training text; name the run" in capfd.readouterr().err
 
 
 def test_tokens_of_any_tokenizer_are_the_same_bytes(gpt2_vocabulary: Path) -> None:

@@ -44,6 +44,9 @@ def test_wandb_is_offline_in_the_run_directory(
     logged: list[dict[str, float]] = []
 
     class Run:
+        def define_metric(self, name: str, step_metric: str) -> None:
+            assert (name, step_metric) == ("*", "step")
+
         def log(self, numbers: dict[str, float]) -> None:
             logged.append(numbers)
 
@@ -75,6 +78,35 @@ def test_a_missing_package_is_told_before_there_is_a_run(
     assert result.stderr == "error: report_to = 'wandb' needs a package: pip install wandb; or leave report_to out\n"
     assert not (tmp_path / "runs").exists()
     assert "must be" in trainer("--report_to=paper").stderr
+
+
+def test_a_service_that_fails_does_not_end_a_run(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Service:
+        def __init__(self, *_: Any) -> None:
+            if fails_at == "start":
+                raise Exception("no key\nand more")
+
+        def write(self, numbers: dict[str, float], step: int) -> None:
+            if fails_at == "write":
+                raise Exception("socket closed")
+
+        def close(self) -> None:
+            raise Exception("still busy")
+
+    monkeypatch.setitem(reporters.SERVICES, "wandb", Service)
+    monkeypatch.setattr(reporters, "find_spec", lambda name: True)
+    fails_at = "start"
+    result = trainer(*STEPS, "--report_to=wandb")
+    assert result.returncode == 2
+    assert result.stderr == "error: report_to = 'wandb' does not start (no key); leave it out, or mend that\n"
+    assert not [*(tmp_path / "runs").iterdir()]
+    for place, why in (("write", "socket closed"), ("end", "still busy")):
+        fails_at = place
+        result = trainer(*STEPS, "--report_to=wandb")
+        assert result.returncode == 0
+        assert result.stdout.count(f"a service has failed and gets no more metrics ({why})") == 1
 
 
 def test_numbers_inside_others_go_by_the_path_of_their_keys() -> None:

@@ -78,6 +78,17 @@ def test_auto_goes_on_and_the_newest_directory_is_the_whole_run(
     assert "resumed" not in result.stdout
 
 
+def test_what_a_complete_run_went_on_from_is_done_although_its_checkpoints_are_there(
+    trainer: Trainer, tmp_path: Path, interrupted: Path
+) -> None:
+    result = trainer("--resume=auto", "--checkpoint_every=0", "--report_to=")
+    assert f"resumed from {interrupted}/checkpoint_000020.pt at step 20" in result.stdout
+    assert (interrupted / "checkpoint_000020.pt").exists()
+    result = trainer("--resume=auto")
+    assert "resumed" not in result.stdout
+    assert "; anew" in result.stdout
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     trainer: Trainer, tmp_path: Path, interrupted: Path, damage: str

@@ -81,3 +81,6 @@ def test_what_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"hub:piqa: baber/piqa cannot be read from the Hub \(no route\); name a file$"
     ):
         tasks_of(["hub:piqa"])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [dict(goal="x")])
+    with pytest.raises(ValueError, match=r"hub:piqa: a row of baber/piqa is of another form \(KeyError\('sol1'\)\)"):
+        tasks_of(["hub:piqa"])

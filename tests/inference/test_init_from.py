@@ -75,7 +75,14 @@ def test_an_export_reads_back_as_the_run(run: Path, tmp_path: Path) -> None:
     [
         (["--num_layers=3", "--ngrams=2"], "is another model than this run's; set --ngrams=2,3 --num_layers=2"),
         (["--ngram_rows=96"], "is another model than this run's; set --ngram_rows=97"),
-        (["--softcap=30"], "is another model than this run's; set --softcap=15.0"),
+        (
+            ["--softcap=30", "--mask_padding=false"],
+            "is another model than this run's; set --mask_padding=True --softcap=15.0",
+        ),
+        (
+            ["--tie_head_steps=2", "--embed_lr=0.01", "--head_lr=0.01"],
+            "and those of init_from are two; set --tie_head_steps=0",
+        ),
     ],
 )
 def test_another_model_is_refused_with_what_to_set(

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import train_gpt
 from inference.load import load
 from inference.tasks import read_tasks, run_task
 from inference.training_tasks import numbers
@@ -47,7 +49,7 @@ def test_results_are_those_of_evaluate(options: list[str], tasks: list[str], tra
     told = summary(run)
     assert told["tasks"] == found[6]
     assert told["phase_s"]["tasks"] > 0
-    assert f"step:4 choices acc:{found[4]['choices']['acc']:.4g}" in result.stdout
+    assert f"step:4/6 choices acc:{found[4]['choices']['acc']:.4g}" in result.stdout
 
 
 def test_a_resumed_run_has_each_result_once(tasks: list[str], trainer: Trainer, tmp_path: Path) -> None:
@@ -60,6 +62,38 @@ def test_a_resumed_run_has_each_result_once(tasks: list[str], trainer: Trainer, 
     assert measured(later) == measured(whole)
     steps = [json.loads(line)["step"] for line in (later / "metrics.jsonl").read_text().splitlines() if "tasks" in line]
     assert steps == [0, 2, 4, 6]
+    lines = (later / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("step:") and " words acc:" in line] == [
+        f"step:{step}/6" for step in steps
+    ]
+    assert summary(later)["tasks_step"] == 6
+    without = [*TEXT, "--checkpoint_every=4", f"--resume={checkpoint}", "--name=without"]
+    assert trainer(*without).returncode == 0
+    (last,) = (tmp_path / "runs").glob("without-*")
+    assert "tasks" not in summary(last)
+
+
+def test_a_perplexity_beyond_all_numbers_and_weights_that_are_none(
+    tasks: list[str], trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps(dict(context="a", continuation="b " * 300)) + "\n", encoding="utf-8")
+    result = trainer(*TEXT, f"--eval_tasks={words}", "--eval_every=6", "--name=first")
+    assert result.returncode == 0, result.stderr
+    run = only_run(tmp_path)
+    assert measured(run)[0]["words"]["perplexity"] is None
+    assert "step:0/6 words acc:0 perplexity:inf" in result.stdout
+    genuine = train_gpt.Run.follow
+
+    def follow(run: train_gpt.Run, plan: train_gpt.StepPlan) -> None:
+        if run.summary.get("steps") == 4:
+            torch.nn.init.constant_(run.model.head.weight, float("nan"))
+        genuine(run, plan)
+
+    monkeypatch.setattr(train_gpt.Run, "follow", follow)
+    result = trainer(*TEXT, *tasks, "--eval_every=4", "--name=second")
+    assert result.returncode == 1
+    assert "log-probabilities of choices are not finite" in result.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--fsdp=true"]])
@@ -71,8 +105,12 @@ def test_ranks_share_the_items(
     result = python(torchrun(2), tiny_recipe, *words, *options, f"--run_dir={tmp_path / 'two'}")
     assert result.returncode == 0, result.stderr
     (two,) = (tmp_path / "two").iterdir()
-    one = measured(only_run(tmp_path))
-    for step, results in measured(two).items():
+    one, of_two = measured(only_run(tmp_path)), measured(two)
+    assert [(step, [*results]) for step, results in of_two.items()] == [
+        (0, ["choices", "words"]),
+        (6, ["choices", "words"]),
+    ]
+    for step, results in of_two.items():
         for name, values in results.items():
             assert values == pytest.approx(one[step][name], rel=1e-3)
 
@@ -82,7 +120,12 @@ def test_ranks_share_the_items(
     [
         (["--eval_every=2"], "eval_every = 2, eval_tasks = '': set both"),
         (["--eval_tasks=piqa.jsonl"], "eval_every = 0, eval_tasks = 'piqa.jsonl': set both"),
-        (["--eval_every=2", "--eval_tasks=nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--eval_every=2", "--eval_tasks=nowhere.jsonl"],
+            "nowhere.jsonl is no file of tasks (No such file or directory)",
+        ),
+        (["--eval_every=2", "--eval_tasks=tests"], "tests is no file of tasks (Is a directory)"),
+        (["--eval_every=2", "--eval_tasks=words.jsonl,words.jsonl"], "eval_tasks has two tasks called 'words'"),
         (["--eval_every=2", "--eval_tasks=README.md"], "is not an item of a task"),
         (
             ["--eval_every=2", "--eval_tasks=README.md", "--objective=masked"],
@@ -94,7 +137,10 @@ def test_ranks_share_the_items(
         ),
     ],
 )
-def test_what_cannot_be_evaluated(words: list[str], message: str, trainer: Trainer, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated(
+    words: list[str], message: str, tasks: list[str], trainer: Trainer, tmp_path: Path
+) -> None:
+    words = [word.replace("words.jsonl", str(tmp_path / "words.jsonl")) for word in words]
     result = trainer(*TEXT, *words)
     assert result.returncode == 2
     assert message in result.stderr

@@ -20,7 +20,7 @@ from typing import Any
 
 from data import console
 from data.files import whole_file
-from experiments import claims, league, neuron_report, options, rules
+from experiments import claims, ladder, league, neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.results import RESULTS
@@ -233,6 +233,23 @@ HIDDEN = {f"update: {name}" for name in ("% < 0.05", "% < 0.1", "% < 0.25", "eff
 HIDDEN |= {"row norms: % < 0.1", "momentum: % < 0.1"}
 
 
+def ladder_section() -> str:
+    """A model's bits per byte beside those of xz and n-grams."""
+    found = kept("ladder")
+    rows = ladder.rows_of(found)
+    measured = f"{found['num_bytes']:,} bytes of validation text after {found['train_bytes']:,} of training text"
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({measured}; {found['device']})\n"
+
+
+def pilots_section() -> str:
+    """Byte and gpt2 tokens for a model of the sample."""
+    rows = kept("sotu_model_pilots")
+    columns = {"tokenizer": "tokens", "num_params": "parameters", "model_dim": "width", "seq_len": "row",
+               "train_steps": "steps", "batch_tokens": "tokens per step", "val_loss": "nats per token",
+               "bits_per_byte": "bits per byte", "train_time_s": "seconds"}  # fmt: skip
+    return markdown(rows, columns) + f"\n({rows[0]['device']}; {rows[0]['dtype'].removeprefix('torch.')}; one seed)\n"
+
+
 def rules_section(question: str) -> str:
     """An experiment of experiments/rules.py: final losses of its arms, and differences from the first one."""
     result = kept(f"rules_{question}")
@@ -313,6 +330,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "neurons_rows": partial(neurons_section, neuron_report.leverages, HIDDEN),
     "neurons_function": partial(neurons_section, neuron_report.functions, {"pruned 20%", "pruned 40%"}),
     **{f"claims_{part}": partial(claims_section, part) for part in ("masked", "clipping", "epochs")},
+    "ladder": ladder_section,
+    "sotu_model_pilots": pilots_section,
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
     rank.SECTION: leaderboard_section,
 }

@@ -10,7 +10,7 @@ given the run's training text, and measured on the text of its first val_tokens 
                               seen after h, and h' is h without its first byte (Witten and Bell 1991)
     xz, alone                 xz -9e of the validation text alone: the only one that has not seen the training text
     xz, after the training text    what it adds to xz -9e of the training text before it
-    the model                 as ./run.sh evaluate says
+    the run, by its name      as ./run.sh evaluate says
 
 What separates documents is a symbol of its own for n-grams and model; xz sees text alone, one document after another.
 Where it counts, bits are given both ways: with what separators cost and without.
@@ -114,7 +114,7 @@ def climb(run: str) -> dict[str, Any]:
     found = evaluate(loaded, val_stream, num_tokens, 16384)
     if found.num_bytes != num_bytes:
         raise AssertionError(f"the model was measured on {found.num_bytes} bytes, the rest on {num_bytes}")
-    rungs["the model"] = [found.bits_per_byte, found.bits_per_byte_of_text]
+    rungs[str(settings["name"])] = [found.bits_per_byte, found.bits_per_byte_of_text]
     rounded = {name: [None if value is None else round(value, 5) for value in values] for name, values in rungs.items()}
     return dict(
         name=settings["name"], num_bytes=num_bytes, train_bytes=len(before), num_params=loaded.model.num_params(),
@@ -125,7 +125,7 @@ def climb(run: str) -> dict[str, Any]:
 
 def rows_of(record: dict[str, Any]) -> list[Row]:
     return [
-        {"": name, "bits per byte": "-" if both is None else f"{both:.3f}", "without separators": f"{text:.3f}"}
+        {"model": name, "bits per byte": "-" if both is None else f"{both:.3f}", "without separators": f"{text:.3f}"}
         for name, (both, text) in sorted(record["rungs"].items(), key=lambda rung: -rung[1][1])
     ]
 

@@ -165,4 +165,6 @@ def initialize(model: GPT, config: Any, machine: Machine) -> None:
 
 
 def _as_typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

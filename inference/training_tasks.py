@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from data.tokenizer import get_tokenizer
 from harness.fsdp import unsharded
 from harness.machine import Machine
 from harness.runlog import RunLog
@@ -42,6 +43,7 @@ class TrainingTasks:
         if config.tokenizer == "none" or config.objective != "causal":
             found = f"tokenizer = {config.tokenizer!r}, objective = {config.objective!r}"
             raise ValueError(f"eval_every needs a model of the next token of a text, not {found}; set eval_every = 0")
+        get_tokenizer(config.tokenizer)  # or DataError, where its files cannot be had
         self.tasks = tasks_of(config.eval_tasks, config.eval_limit)
         names = [task.name for task in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):

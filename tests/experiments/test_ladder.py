@@ -72,7 +72,7 @@ def test_the_rungs_of_a_run(trainer: Trainer, tmp_path: Path, capfd: pytest.Capt
     assert record["rungs"]["xz, after the training text"][1] == round(8 * (sizes_of[1] - sizes_of[0]) / len(text), 5)
     told = summary(run)
     assert (record["step"], record["num_params"]) == (4, told["num_params"])
-    assert record["rungs"]["the model"][0] == pytest.approx(told["bits_per_byte"], abs=1e-4)
+    assert record["rungs"]["tiny"][0] == pytest.approx(told["bits_per_byte"], abs=1e-4)
     assert out.index("1-gram") < out.index("3-gram") < out.index("5-gram")
     assert export.main([str(run), f"--out={tmp_path / 'my_model'}"]) == 0
     assert main([str(tmp_path / "my_model")]) == 2

@@ -77,7 +77,7 @@ def test_an_export_reads_back_as_the_run(run: Path, tmp_path: Path) -> None:
         (["--ngram_rows=96"], "is another model than this run's; set --ngram_rows=97"),
         (
             ["--softcap=30", "--mask_padding=false"],
-            "is another model than this run's; set --mask_padding=True --softcap=15.0",
+            "is another model than this run's; set --mask_padding=true --softcap=15.0",
         ),
         (
             ["--tie_head_steps=2", "--embed_lr=0.01", "--head_lr=0.01"],

@@ -35,7 +35,7 @@ from harness.log_format import bits_per_byte
 from harness.settings import parse_settings
 from harness.tables import Row, table
 from inference.load import Loaded, check_writes_text, load
-from inference.tasks import Outcome, run_task, standard_error, tasks_of
+from inference.tasks import Outcome, Task, run_task, standard_error, tasks_of
 from model import IGNORE_INDEX
 
 
@@ -152,10 +152,19 @@ def _main(argv: list[str]) -> None:
         raise ValueError("name a run directory, checkpoint or export first, such as ./run.sh evaluate runs/<directory>")
     tasks = tasks_of(options.tasks, options.limit)
     loaded = load(options.run, options.device, options.dtype)
-    if tasks:
-        check_writes_text(loaded)
-        print(table(task_rows([run_task(loaded, task, options.micro_batch_tokens) for task in tasks])))
-        return
+    try:
+        print(table(_scored(loaded, tasks, options)) if tasks else _measured(loaded, options))
+    except torch.OutOfMemoryError:
+        asked = f"micro_batch_tokens = {options.micro_batch_tokens}"
+        raise ValueError(f"out of memory with {asked}; a smaller one changes no result but to rounding") from None
+
+
+def _scored(loaded: Loaded, tasks: Sequence[Task], options: Options) -> list[Row]:
+    check_writes_text(loaded)
+    return task_rows([run_task(loaded, task, options.micro_batch_tokens) for task in tasks])
+
+
+def _measured(loaded: Loaded, options: Options) -> str:
     config, files = loaded.model.config, options.files or str(loaded.settings["val_files"])
     stream = TokenStream(find_shards(path_as_meant(files)), config.vocab_size)
     num_tokens = int(loaded.settings["val_tokens"]) if options.num_tokens is None else options.num_tokens
@@ -167,7 +176,7 @@ def _main(argv: list[str]) -> None:
         raise DataError(f"{stream}: found {stream.num_tokens} tokens, not one whole row of seq_len = {config.seq_len}")
     found = evaluate(loaded, stream, num_tokens, options.micro_batch_tokens)
     masked = ", of which a part is hidden" if config.objective == "masked" else ""
-    print(report(found, f"{stream.num_tokens:,} tokens{masked}"))
+    return report(found, f"{stream.num_tokens:,} tokens{masked}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from data.loader import TokenStream
 from data.shards import write_shard
 from data.tokenizer import end_of_text, get_tokenizer
 from harness.log_format import bits_per_byte
+from inference import evaluate as module
 from inference.evaluate import evaluate, main
 from inference.load import load
 from leaderboard.runs import read_run
@@ -149,6 +150,17 @@ def test_no_loss_or_no_bytes_is_no_number() -> None:
     assert bits_per_byte(1.0, 10, 0) is None
     assert bits_per_byte(1.0, 10, None) is None
     assert bits_per_byte(math.log(2), 12, 10) == pytest.approx(1.2)
+
+
+def test_too_large_a_batch_is_one_line(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
+
+    monkeypatch.setattr(module, "evaluate", full)
+    assert main([str(run)]) == 2
+    assert "error: out of memory with micro_batch_tokens = 16384; a smaller one" in capfd.readouterr().err
 
 
 def test_a_run_of_before_gets_them_when_it_goes_on(run: Path, trainer: Trainer, tmp_path: Path, shards: Path) -> None:

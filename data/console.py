@@ -45,6 +45,12 @@ def run(command: Callable[[], int | None], go_on: str = GOES_ON) -> int:
         return 130
 
 
+def has_reader() -> bool:
+    """Whether somebody still takes what is printed, as far as printing has told: for a command that only prints."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.has_reader if isinstance(raw, _LastingFile) else True
+
+
 def prepare() -> None:
     """Called first in a command's main: stops raise KeyboardInterrupt, printing never fails, no stream is None."""
     accept_stops()
@@ -127,6 +133,7 @@ class _LastingFile(io.FileIO):
     """A file that drops what its other end no longer takes, and remembers if that was a full disk."""
 
     full: OSError | None = None
+    has_reader = True
 
     def raise_if_full(self) -> None:
         if self.full:
@@ -140,4 +147,5 @@ class _LastingFile(io.FileIO):
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.full = error
+            self.has_reader &= error.errno != errno.EPIPE
             return len(data)

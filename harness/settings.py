@@ -55,7 +55,7 @@ def parse_settings(
     """The defaults (`default`, or else those of dataclass `kind`), then the TOML file that is named on the command
     line, then the settings on it: --key=value, --key value, --switch.
 
-    leading: a setting whose name may be left out where its value comes first on the command line.
+    leading: a setting whose name may be left out, usually first on the command line.
     Raises ValueError naming the source, the key and what would work; SystemExit(0) after --help.
     """
     settings, rules = default or kind(), rules_of(kind)
@@ -65,6 +65,10 @@ def parse_settings(
     if leading and argv and not argv[0].startswith("-"):
         argv = [f"--{leading}", *argv]
     files, values = _split(rules, argv)
+    if leading and files and leading not in values:
+        values[leading] = _as_toml(files.pop(0), rules[leading].kind)
+    if leading and (extra := [word for word in files if not word.endswith(".toml")]):
+        raise ValueError(f"command line: {extra[0]!r} is a word too many; all but the {leading} is written --key=value")
     if len(files) > 1:
         raise ValueError(
             f"command line: {files[0]} and {files[1]} are both taken for config files; settings are --key=value"

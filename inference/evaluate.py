@@ -139,7 +139,7 @@ def task_row(name: str, outcomes: Sequence[Outcome]) -> Row:
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    return f"{value:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
 
 
 def main(argv: list[str]) -> int:
@@ -150,6 +150,10 @@ def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
     if not options.run:
         raise ValueError("name a run directory, checkpoint or export first, such as ./run.sh evaluate runs/<directory>")
+    if options.tasks and (options.files or options.num_tokens is not None):
+        raise ValueError("tasks come in place of the loss: leave out either --tasks or --files and --num_tokens")
+    if options.limit and not options.tasks:
+        raise ValueError(f"limit = {options.limit} is of --tasks; of the loss it is --num_tokens")
     tasks = tasks_of(options.tasks, options.limit)
     loaded = load(options.run, options.device, options.dtype)
     try:
@@ -170,7 +174,7 @@ def _measured(loaded: Loaded, options: Options) -> str:
     num_tokens = int(loaded.settings["val_tokens"]) if options.num_tokens is None else options.num_tokens
     num_tokens = num_tokens or (stream.num_tokens - 1) // config.seq_len * config.seq_len
     if num_tokens % config.seq_len:
-        works = max(1, num_tokens // config.seq_len) * config.seq_len
+        works = max(1, min(num_tokens, stream.num_tokens - 1) // config.seq_len) * config.seq_len
         raise ValueError(f"num_tokens = {num_tokens} must be whole rows of seq_len = {config.seq_len}; {works} works")
     if not num_tokens:
         raise DataError(f"{stream}: found {stream.num_tokens} tokens, not one whole row of seq_len = {config.seq_len}")

@@ -6,12 +6,13 @@
 
 It holds model.safetensors (float32, the weights that the run validates), config.json, generation_config.json, the
 tokenizer's files, modeling_nanogpt_aurora.py, which is the model for transformers in one file, and README.md, a card
-made of the run's own facts. The folder appears when it is whole. --push=ORG/NAME hands it over to huggingface_hub,
-which has to be logged in.
+made of the run's own facts. The folder appears when it is whole. ./run.sh export my_model --push=ORG/NAME hands it over
+to huggingface_hub, which has to be logged in.
 """
 
 import dataclasses
 import itertools
+import re
 import shutil
 import sys
 import tempfile
@@ -41,7 +42,9 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 class Options:
     run: str = ""  # run directory, or a checkpoint; comes first
     out: str = ""  # folder to make
-    push: str = ""  # repository on the Hub, as ORG/NAME; empty: none
+    push: str = (
+        ""  # repository on the Hub, as ORG/NAME, that gets the folder, or an export that comes first; empty: none
+    )
 
 
 def model_settings(loaded: Loaded) -> dict[str, Any]:
@@ -120,13 +123,15 @@ def merges(words: list[bytes], letter_of: dict[int, str]) -> list[list[str]]:
 def card(loaded: Loaded, name: str) -> str:
     """README.md, from what the run knows of itself."""
     s, run = loaded.settings, loaded.summary
+    tables = "Adagrad on tables of n-grams, " if s["ngram_sparse"] else ""
     facts = {
         "parameters": f"{loaded.model.num_params():,}",
         "trained on": f"`{s['train_files']}`, {run.get('tokens', 0):,} tokens ({s['tokenizer']})",
         "validation loss": _known(run.get("val_loss"), "{:.4f} nats per token"),
         "bits per byte": _known(run.get("bits_per_byte"), "{:.4f} of validation text"),
         "validated on": f"the first {s['val_tokens']:,} tokens of `{s['val_files']}`",
-        "optimizer": f"{s['matrix_optimizer']} on hidden matrices, AdamW on the rest",
+        "optimizer": f"{s['matrix_optimizer']} on hidden matrices, {tables}AdamW on the rest",
+        "began with": f"the weights of `{s['init_from']}`" if s.get("init_from") else "random weights",
         "steps": f"{loaded.step:,} of {s['train_steps']:,}, {s['batch_tokens']:,} tokens each",
         "training time": _known(run.get("train_time_s"), "{:,.1f} s"),
         "machine": f"{run.get('world_size', 1)} x {run.get('device', 'unknown')}",
@@ -149,7 +154,7 @@ questions and knows only what it was trained on.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("{END_OF_TEXT}Fellow citizens", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
@@ -195,9 +200,14 @@ def push(out: Path, repository: str) -> None:
         from huggingface_hub import HfApi
     except ImportError:
         raise ValueError("--push needs the package huggingface_hub: pip install huggingface_hub") from None
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    print(api.upload_folder(folder_path=out, repo_id=repository))
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        print(api.upload_folder(folder_path=out, repo_id=repository))
+    except Exception as error:  # the client's errors have no common class
+        why = str(error).partition("\n")[0] or type(error).__name__
+        again = f"./run.sh export {out} --push={repository} tries again"
+        raise ValueError(f"{repository} on the Hub did not take {out} ({why}); the folder is whole: {again}") from None
 
 
 def main(argv: list[str]) -> int:
@@ -206,6 +216,11 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="run")
+    if options.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push):
+        raise ValueError(f"push = {options.push!r} must be a repository's name, such as me/my_model")
+    if options.run and options.push and not options.out and (user_path(options.run) / WEIGHTS).is_file():
+        push(user_path(options.run), options.push)
+        return
     if not options.run or not options.out:
         raise ValueError("name a run and a folder: ./run.sh export runs/<directory> --out=my_model")
     out = user_path(options.out)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data.tokenizer import reachable
+
 Row = dict[str, Any]
 HUB = "hub:"  # before a task's name
 
@@ -79,7 +81,12 @@ def fetch(name: str) -> Iterator[tuple[str, list[Row]]]:
 def _rows_of(name: str, source: Source) -> Iterator[tuple[str, Iterable[Row]]]:
     try:
         import datasets
+        from huggingface_hub import constants
 
+        if not constants.HF_HUB_OFFLINE and not reachable(
+            constants.ENDPOINT, timeout_s=10.0
+        ):  # the client takes longer
+            raise ConnectionError("no answer; with HF_HUB_OFFLINE=1 it is what was fetched before")
         subsets = [source.subset]
         if source.subset == "":
             subsets = sorted(datasets.get_dataset_config_names(source.repository))

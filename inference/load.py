@@ -14,8 +14,10 @@ from architectures import class_of
 from data.files import user_path
 from data.tokenizer import check_vocab_size, end_of_text, get_tokenizer
 from harness.checkpoint import checkpoints_in, evaluated_weights, read_checkpoint, verify
+from harness.log_format import bits_per_byte
 from harness.machine import Machine, find_machine
 from harness.runlog import read_json
+from harness.settings import check_settings
 from model import GPT, ModelConfig
 
 WEIGHTS = "model.safetensors"  # of an export
@@ -38,7 +40,9 @@ class Trained:
         names = [setting.name for setting in dataclasses.fields(ModelConfig)]
         known = {name: self.settings[name] for name in names if name in self.settings}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON's
-        return ModelConfig(**known | {"fused": ("auto",)})
+        config = ModelConfig(**known | {"fused": ("auto",)})
+        check_settings(config)
+        return config
 
 
 @dataclass
@@ -76,8 +80,11 @@ def read_trained(path: str) -> Trained:
     source = find_source(user_path(path))
     trained = _read_export(source) if source.name == WEIGHTS else _read_checkpoint(source)
     try:
+        _ = [trained.settings[key] for key in ("val_files", "val_tokens")]
         check_vocab_size(trained.config.vocab_size, trained.settings["tokenizer"])
-    except (LookupError, TypeError, ValueError) as error:
+    except LookupError as error:
+        raise ValueError(f"{source}: its settings lack {error}") from None
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: its settings are none of this trainer ({error})") from None
     return trained
 
@@ -93,6 +100,10 @@ def find_source(path: Path) -> Path:
     if (path / WEIGHTS).exists():
         return path / WEIGHTS
     if not (checkpoints := checkpoints_in(path)):
+        if (path / "config.json").exists():
+            raise ValueError(f"{path} has a config.json and no {WEIGHTS}; export the run once more")
+        if inside := sorted(path.glob("*/checkpoint_*.pt")):
+            raise ValueError(f"{path} holds run directories; name one of them, such as {inside[-1].parent}")
         raise ValueError(f"{path} has no checkpoint; with --checkpoint_every=1000, say, a run writes one at its end")
     return checkpoints[-1]
 
@@ -106,14 +117,32 @@ def _read_checkpoint(source: Path) -> Trained:
             settings["window"] = state["window"]
         weights, step = evaluated_weights(state), state["step"]
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is not a checkpoint of this trainer ({error})") from None
-    found = read_json(source.with_name("summary.json"))
-    at_the_end = found if found.get("steps") == step else {}  # which the checkpoint's own lacks
-    return Trained(source, settings, weights, step, {**state.get("summary", {}), **at_the_end})
+        other = "name the run's directory, or another checkpoint of it"
+        raise ValueError(f"{source} is not a checkpoint of this trainer, or damaged ({error}); {other}") from None
+    return Trained(source, settings, weights, step, _summary_of(state, read_json(source.with_name("summary.json"))))
+
+
+def _summary_of(state: dict[str, Any], at_the_end: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run up to a checkpoint, whose own summary lacks what the run writes at its end."""
+    if at_the_end.get("steps") == state["step"]:
+        return at_the_end
+    summary = {**state.get("summary", {})}
+    summary |= {key: at_the_end[key] for key in ("device", "world_size", "git_commit") if key in at_the_end}
+    config, step, val_loss = state["config"], state["step"], summary.get("val_loss")
+    small = min(step, config.get("small_batch_steps", 0))
+    summary["tokens"] = step * config["batch_tokens"] - small * (config["batch_tokens"] // 2)
+    summary["train_time_s"] = state.get("train_time_s")
+    if summary.get("val_step") != step:
+        summary["val_loss"] = val_loss = None
+    summary["bits_per_byte"] = bits_per_byte(val_loss, config["val_tokens"], summary.get("val_bytes"))
+    return summary
 
 
 def _read_export(source: Path) -> Trained:
-    settings = read_json(source.with_name("config.json")).get("training")
+    found = read_json(source.with_name("config.json"))
+    if not found:
+        raise ValueError(f"{source.with_name('config.json')} is missing or no JSON; export the run once more")
+    settings = found.get("training")
     if not isinstance(settings, dict):
         raise ValueError(
             f"{source.parent}: its config.json has no settings under 'training'; ./run.sh export writes it"
@@ -150,7 +179,7 @@ def initialize(model: GPT, config: Any, machine: Machine) -> None:
     try:
         trained = read_trained(config.init_from)
         theirs = {**dataclasses.asdict(trained.config), "tokenizer": trained.settings["tokenizer"]}
-        names = {*OF_THE_WEIGHTS.split()} - ({"ngram_rows"} if not config.ngrams else set())
+        names = {*OF_THE_WEIGHTS.split()} - ({"ngram_rows"} if not trained.config.ngrams else set())
         names -= {"mlp_hidden"} if trained.config.hidden_dim == config.hidden_dim else set()
         if differing := {name: theirs[name] for name in sorted(names) if theirs[name] != getattr(config, name)}:
             flags = " ".join(f"--{name}={_as_typed(value)}" for name, value in differing.items())

@@ -71,6 +71,8 @@ def stream(loaded: Loaded, prompt: str, options: Options, seed: int) -> None:
     print(_shown(prompt), end="", flush=True)
     for piece in pieces(tokens, loaded.tokenizer):
         print(piece, end="", flush=True)
+        if not console.has_reader():
+            return
     print(flush=True)
     if dropped:
         limit = f"the model knows rows of seq_len = {loaded.model.config.seq_len} tokens"

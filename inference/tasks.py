@@ -74,12 +74,15 @@ def item_of(row: dict[str, Any]) -> Item:
         endings = [_without_markup(end) for end in _texts(row["endings"])]
         return _of_choices(_without_markup(query), endings, row["label"])
     if "context_options" in row:
-        requests = [(context, f" {row['continuation']}") for context in _texts(row["context_options"])]
-        return _checked(Item(tuple(requests), int(row["gold"])))
+        (continuation,) = _texts([row["continuation"]])
+        requests = [(context, f" {continuation}") for context in _texts(row["context_options"])]
+        return _checked(Item(tuple(requests), _gold(row["gold"])))
     if "sentence_good" in row:
         sentences = _texts([row["sentence_good"], row["sentence_bad"]])
         return Item(tuple(("", f" {sentence}") for sentence in sentences))
     context, continuation = _texts([row["context"], row["continuation"]])
+    if not continuation:
+        raise ValueError("the continuation is empty")
     return Item(((context, f" {continuation}"),))
 
 
@@ -87,7 +90,13 @@ def _of_choices(context: str, choices: Any, gold: int | str) -> Item:
     if "" in _texts(choices):
         raise ValueError("one of the choices is empty")
     requests = tuple((context, f" {choice}") for choice in choices)
-    return _checked(Item(requests, int(gold), tuple(map(len, choices))))
+    return _checked(Item(requests, _gold(gold), tuple(map(len, choices))))
+
+
+def _gold(value: Any) -> int:
+    if type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit()):
+        return int(value)
+    raise ValueError(f"the right choice is {value!r}, and has to be its number, from 0")
 
 
 def _texts(values: Any) -> list[str]:
@@ -97,7 +106,9 @@ def _texts(values: Any) -> list[str]:
 
 
 def _checked(item: Item) -> Item:
-    if not 0 <= item.gold < len(item.requests) or len(item.requests) < 2:
+    if len(item.requests) < 2:
+        raise ValueError("there are fewer than two choices")
+    if not 0 <= item.gold < len(item.requests):
         raise ValueError(f"the right one is number {item.gold} of {len(item.requests)} choices")
     return item
 
@@ -154,7 +165,7 @@ def _read(name: str, where: str, lines: Iterable[str | dict[str, Any]], limit: i
                 items.append(item_of(line))
             elif line.strip():
                 items.append(item_of(json.loads(line)))
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             told = f"no key {error}" if isinstance(error, LookupError) else error
             keys = "query, choices, gold; context, continuation; sentence_good, sentence_bad; or others, see --help"
             raise ValueError(f"{where}, line {number} is not an item of a task ({told}); its keys are {keys}") from None

@@ -55,6 +55,20 @@ def test_a_pipe_that_is_closed_ends_nothing(pipe: tuple[int, int]) -> None:
     print("x" * 100_000, file=stream, flush=True)
 
 
+def test_a_command_that_only_prints_can_tell_that_nobody_reads(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = console._lasting(text_file(pipe[1], encoding="utf-8"), pipe[1])
+    monkeypatch.setattr(sys, "stdout", stream)
+    print("x", flush=True)
+    assert console.has_reader()
+    os.close(pipe[0])
+    print("x", flush=True)
+    assert not console.has_reader()
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's
+    assert console.has_reader()
+
+
 def test_what_cannot_be_shown_is_spelled_out(pipe: tuple[int, int]) -> None:
     stream = console._lasting(text_file(pipe[1], encoding="ascii"), pipe[1])
     print("naïve \udce9", file=stream, flush=True)

@@ -152,6 +152,30 @@ def test_no_loss_or_no_bytes_is_no_number() -> None:
     assert bits_per_byte(math.log(2), 12, 10) == pytest.approx(1.2)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "a.jsonl", "--files=x"], "leave out either --tasks or --files and --num_tokens"),
+        (["--tasks", "a.jsonl", "--num_tokens=0"], "leave out either --tasks or --files and --num_tokens"),
+        (["--limit=2"], "limit = 2 is of --tasks; of the loss it is --num_tokens"),
+        (["--num_tokens=99999999999"], "must be whole rows of seq_len = 16; 96 works"),
+        (["another"], "'another' is a word too many; all but the run is written --key=value"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    words: list[str], message: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run), *words]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_run_may_come_last(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dtype=float32", str(run)]) == 0
+    assert "nats per token over the first 96" in capfd.readouterr().out
+
+
 def test_too_large_a_batch_is_one_line(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

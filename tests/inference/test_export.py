@@ -18,7 +18,7 @@ from inference.export import main, merges, tokenizer_files
 from inference.generate import Sampling, generate
 from inference.load import Loaded, load
 from tests.conftest import ROOT, Trainer
-from tests.test_train import only_run, summary
+from tests.test_train import metrics, only_run, summary
 
 PYTHON = ROOT / ".venv-examples/bin/python"
 TEXTS = ["Fellow citizens", "naïve 日本 🙂\n\n  x", " lead", "don't  stop\t12,345", "a"]
@@ -88,10 +88,34 @@ def test_the_card_is_made_of_the_run_s_facts(run: Path, tmp_path: Path) -> None:
         f"| machine | 1 x {told['device']} |", "| seed | 0 |", "by the recipe `tiny`",
     ):  # fmt: skip
         assert fact in text
+    assert "| began with | random weights |" in text
+    assert 'AutoTokenizer.from_pretrained("my_model", trust_remote_code=True)' in text
     names = {path.name for path in (tmp_path / "my_model").iterdir()}
     assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                      "tokenizer_config.json", "modeling_nanogpt_aurora.py"}  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob(".*")) == []  # nothing half-made is left
+
+
+def test_the_card_of_an_earlier_checkpoint_is_of_that_step(trainer: Trainer, tmp_path: Path) -> None:
+    steps = [
+        "--checkpoint_every=2",
+        "--checkpoint_keep=9",
+        "--val_every=4",
+        "--small_batch_steps=1",
+        "--micro_batch_tokens=48",
+    ]
+    tables = ["--ngrams=2", "--ngram_rows=97", "--ngram_sparse=true"]
+    assert trainer(*BYTES, *steps, *tables).returncode == 0
+    run = only_run(tmp_path)
+    told = summary(run)
+    for step, loss in ((2, "unknown"), (4, f"{metrics(run, 'val_loss')[4]:.4f} nats per token")):
+        out = tmp_path / f"at_{step}"
+        assert main([str(run / f"checkpoint_{step:06d}.pt"), f"--out={out}"]) == 0
+        text = (out / "README.md").read_text(encoding="utf-8")
+        assert f", {192 * step - 96:,} tokens (byte) |" in text
+        assert f"| validation loss | {loss} |" in text
+        assert f"| machine | 1 x {told['device']} |" in text
+        assert "on hidden matrices, Adagrad on tables of n-grams, AdamW on the rest" in text
 
 
 def test_gpt2_s_files_give_its_own_ids(gpt2_vocabulary: Path, tmp_path: Path) -> None:
@@ -166,4 +190,22 @@ def test_push_hands_the_folder_over(
     monkeypatch.setitem(sys.modules, "huggingface_hub", type("hub", (), {"HfApi": HfApi}))
     assert main([str(run), f"--out={tmp_path / 'm'}", "--push=me/m"]) == 0
     assert calls == [("me/m", True), (tmp_path / "m", "me/m")]
-    assert capfd.readouterr().out.endswith("where it is\n")
+    calls.clear()
+    (tmp_path / "m/README.md").write_text("mine", encoding="utf-8")
+    assert main([str(tmp_path / "m"), "--push=me/m"]) == 0
+    assert calls == [("me/m", True), (tmp_path / "m", "me/m")]
+    assert (tmp_path / "m/README.md").read_text(encoding="utf-8") == "mine"
+    assert main([str(run), f"--out={tmp_path / 'other'}", "--push=no name"]) == 2
+    assert not (tmp_path / "other").exists()
+    capfd.readouterr()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nat all")
+
+    monkeypatch.setattr(HfApi, "upload_folder", refuse)
+    assert main([str(run), f"--out={tmp_path / 'other'}", "--push=me/m"]) == 2
+    error = capfd.readouterr().err
+    assert "did not take" in error
+    assert f"(no route); the folder is whole: ./run.sh export {tmp_path / 'other'} --push=me/m tries again" in error
+    assert error.count("\n") == 1
+    assert main([str(run), f"--out={tmp_path / 'third'}"]) == 0

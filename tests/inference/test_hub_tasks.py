@@ -54,6 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr("datasets.get_dataset_config_names", lambda repository: ["wh_island", "anaphor"])
+    monkeypatch.setattr("inference.hub_tasks.reachable", lambda url, timeout_s: True)
     return calls
 
 
@@ -72,6 +73,13 @@ def test_rows_of_the_hub_are_items(name: str, asked: list[tuple[str, str | None,
 def test_what_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=re.escape("hub:mmlu is not known; choose one of hub:hellaswag, hub:piqa")):
         tasks_of(["hub:mmlu"])
+
+    is_there = False
+    monkeypatch.setattr("inference.hub_tasks.reachable", lambda url, timeout_s: is_there)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"cannot be read from the Hub \(no answer; with HF_HUB_OFFLINE=1"):
+        tasks_of(["hub:piqa"])
+    is_there = True
 
     def load_dataset(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nat all")

@@ -1,5 +1,6 @@
 """init_from: a run that begins with the weights of another one, from a checkpoint or an export of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_an_export_reads_back_as_the_run(run: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--num_layers=3", "--ngrams=2"], "is another model than this run's; set --ngrams=2,3 --num_layers=2"),
+        (["--ngrams=", "--ngram_rows=9"], "is another model than this run's; set --ngram_rows=97 --ngrams=2,3"),
         (["--ngram_rows=96"], "is another model than this run's; set --ngram_rows=97"),
         (
             ["--softcap=30", "--mask_padding=false"],
@@ -107,9 +109,22 @@ def test_what_is_no_model(run: Path, trainer: Trainer, tmp_path: Path, capfd: py
             read_trained(str(folder))
     assert trainer(*MODEL, f"--init_from={folder}").stderr.count("\n") == 1
     (folder / "model.safetensors").write_bytes(weights)
-    for text, message in (('{"training": {}}', "its settings are none"), ("{}", "has no settings under 'training'")):
+    sound = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    edited = [
+        (dict(seq_len=-5), "seq_len = -5 must be > 0"), (dict(activation="foo"), "its settings are none"),
+        (dict(num_heads=None), "its settings are none"), (dict(window=-3), "window = -3 must be >= 0"),
+        (dict(vocab_size=300), "vocab_size = 300 does not fit tokenizer = 'byte'"),
+    ]  # fmt: skip
+    texts = [(json.dumps(sound | dict(training=sound["training"] | change)), message) for change, message in edited]
+    texts += [('{"training": {}}', "its settings lack 'val_files'"), ('{"a": 1}', "has no settings under 'training'")]
+    for text, message in [*texts, ("{", "config.json is missing or no JSON")]:
         (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             read_trained(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has a config\.json and no model\.safetensors"):
+        read_trained(str(folder))
+    with pytest.raises(ValueError, match=r"runs holds run directories; name one of them, such as /"):
+        read_trained(str(run.parent))
     with pytest.raises(ValueError, match="no run directory, checkpoint or export"):
         read_trained(str(tmp_path / "nowhere"))

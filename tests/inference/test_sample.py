@@ -35,6 +35,12 @@ def sampled(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
+def test_nothing_is_computed_for_nobody(run_directory: Path, sampled: Sampled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample.console, "has_reader", lambda: False)
+    status, out, _ = sampled(run_directory, "--tokens=50", "--temperature=0", "--prompt=A")
+    assert (status, len(out.strip())) == (0, 2)  # the prompt and one byte
+
+
 @pytest.fixture
 def run_directory(trainer: Trainer, tmp_path: Path) -> Path:
     result = trainer(*TEXT, "--checkpoint_every=2", "--ngrams=2,3", "--average_steps=2", "--average_share=0.5")

@@ -102,7 +102,7 @@ def test_the_card_of_an_earlier_checkpoint_is_of_that_step(trainer: Trainer, tmp
         "--checkpoint_keep=9",
         "--val_every=4",
         "--small_batch_steps=1",
-        "--micro_batch_tokens=48",
+        "--micro_batch_tokens=96",
     ]
     tables = ["--ngrams=2", "--ngram_rows=97", "--ngram_sparse=true"]
     assert trainer(*BYTES, *steps, *tables).returncode == 0

@@ -38,7 +38,7 @@ def items(kind: str, number: int) -> dict[str, Any]:
             gold=number % 2,
         ),
         "last_word": dict(context=context, continuation=WORDS[number % len(WORDS)]),
-        "sentences": dict(sentence_good=context, sentence_bad=words(number + 1, 6)),
+        "sentences": dict(sentence_good=words(number, 2 + 2 * (number % 5)), sentence_bad=words(number + 1, 6)),
     }[kind]  # fmt: skip
 
 

@@ -45,6 +45,11 @@ def run(command: Callable[[], int | None], go_on: str = GOES_ON) -> int:
         return 130
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def has_reader() -> bool:
     """Whether somebody still takes what is printed, as far as printing has told: for a command that only prints."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)

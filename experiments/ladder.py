@@ -5,12 +5,12 @@
 A rung that a model does not pass says that something is wrong: with the model, or with how it is measured. All are
 given the run's training text, and measured on the text of its first val_tokens validation tokens:
 
-    1-gram, 3-gram, 5-gram    bytes given those before, counted in the training text; Witten-Bell smoothing, which has
-                              no settings: P(c|h) = (n(hc) + t(h) P(c|h')) / (n(h) + t(h)), where t(h) bytes have been
-                              seen after h, and h' is h without its first byte (Witten and Bell 1991)
-    xz, alone                 xz -9e of the validation text alone: the only one that has not seen the training text
+    1-gram, 3-gram, 5-gram         bytes given those before, counted in the training text; Witten-Bell smoothing, which
+                                   has no settings: P(c|h) = (n(hc) + t(h) P(c|h')) / (n(h) + t(h)), where t(h) kinds of
+                                   bytes have come after h, and h' is h without its first byte (Witten and Bell 1991)
+    xz, alone                      xz -9e of the validation text, the only one that has not seen the training text
     xz, after the training text    what it adds to xz -9e of the training text before it
-    the run, by its name      as ./run.sh evaluate says
+    the run, by its name           as ./run.sh evaluate says
 
 What separates documents is a symbol of its own for n-grams and model; xz sees text alone, one document after another.
 Where it counts, bits are given both ways: with what separators cost and without.
@@ -118,8 +118,7 @@ def climb(run: str) -> dict[str, Any]:
     rounded = {name: [None if value is None else round(value, 5) for value in values] for name, values in rungs.items()}
     return dict(
         name=settings["name"], num_bytes=num_bytes, train_bytes=len(before), num_params=loaded.model.num_params(),
-        step=loaded.step, device=loaded.machine.name, dtype=str(loaded.machine.dtype),
-        rungs=rounded,
+        step=loaded.step, device=loaded.machine.name, dtype=str(loaded.machine.dtype), rungs=rounded,
     )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from data.console import first_line
+
 Service = Literal["tensorboard", "wandb"]
 
 
@@ -71,7 +73,7 @@ def open_reporters(services: Sequence[Service], directory: Path, config: Mapping
         try:
             found.append(SERVICES[name](directory, config))
         except Exception as error:  # whatever the package raises
-            why = str(error).partition("\n")[0] or type(error).__name__
+            why = first_line(error)
             raise ValueError(f"report_to = {name!r} does not start ({why}); leave it out, or mend that") from None
     return found
 

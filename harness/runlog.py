@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data.console import first_line
 from data.files import try_lock, user_path, wait_for_lock, write_json
 from data.processes import is_alive, pid_scope, start_ticks
 from data.shards import DataError
@@ -154,8 +155,7 @@ class RunLog:
                 action(reporter)
             except Exception as error:  # whatever the package raises
                 self.reporters.remove(reporter)
-                why = str(error).partition("\n")[0] or type(error).__name__
-                self.line(f"report_to: a service has failed and gets no more metrics ({why})")
+                self.line(f"report_to: a service has failed and gets no more metrics ({first_line(error)})")
 
     def continue_from(self, checkpoint: str, step: int) -> None:
         """Say so, and take over the earlier run's steps up to the checkpoint: this directory then has all of them."""

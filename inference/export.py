@@ -42,9 +42,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 class Options:
     run: str = ""  # run directory, or a checkpoint; comes first
     out: str = ""  # folder to make
-    push: str = (
-        ""  # repository on the Hub, as ORG/NAME, that gets the folder, or an export that comes first; empty: none
-    )
+    push: str = ""  # repository on the Hub, as ORG/NAME, that gets the folder, or RUN if it is one; empty: none
 
 
 def model_settings(loaded: Loaded) -> dict[str, Any]:
@@ -205,7 +203,7 @@ def push(out: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         print(api.upload_folder(folder_path=out, repo_id=repository))
     except Exception as error:  # the client's errors have no common class
-        why = str(error).partition("\n")[0] or type(error).__name__
+        why = console.first_line(error)
         again = f"./run.sh export {out} --push={repository} tries again"
         raise ValueError(f"{repository} on the Hub did not take {out} ({why}); the folder is whole: {again}") from None
 

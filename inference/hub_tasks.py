@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data.console import first_line
 from data.tokenizer import reachable
 
 Row = dict[str, Any]
@@ -94,5 +95,5 @@ def _rows_of(name: str, source: Source) -> Iterator[tuple[str, Iterable[Row]]]:
             rows = datasets.load_dataset(source.repository, subset, split=source.split)
             yield name if len(subsets) == 1 else str(subset), rows
     except Exception as error:  # the clients' errors have no common class, and all mean the same here
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{HUB}{name}: {source.repository} cannot be read from the Hub ({why}); name a file") from None
+        why = f"cannot be read from the Hub ({first_line(error)})"
+        raise ValueError(f"{HUB}{name}: {source.repository} {why}; name a file") from None

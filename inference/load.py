@@ -79,12 +79,11 @@ def read_trained(path: str) -> Trained:
     """Raises ValueError for what holds no model."""
     source = find_source(user_path(path))
     trained = _read_export(source) if source.name == WEIGHTS else _read_checkpoint(source)
+    if missing := sorted({"tokenizer", "val_files", "val_tokens"} - trained.settings.keys()):
+        raise ValueError(f"{source}: its settings lack {', '.join(missing)}")
     try:
-        _ = [trained.settings[key] for key in ("val_files", "val_tokens")]
         check_vocab_size(trained.config.vocab_size, trained.settings["tokenizer"])
-    except LookupError as error:
-        raise ValueError(f"{source}: its settings lack {error}") from None
-    except (TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: its settings are none of this trainer ({error})") from None
     return trained
 

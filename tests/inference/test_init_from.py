@@ -116,7 +116,10 @@ def test_what_is_no_model(run: Path, trainer: Trainer, tmp_path: Path, capfd: py
         (dict(vocab_size=300), "vocab_size = 300 does not fit tokenizer = 'byte'"),
     ]  # fmt: skip
     texts = [(json.dumps(sound | dict(training=sound["training"] | change)), message) for change, message in edited]
-    texts += [('{"training": {}}', "its settings lack 'val_files'"), ('{"a": 1}', "has no settings under 'training'")]
+    texts += [
+        ('{"training": {}}', "its settings lack tokenizer, val_files, val_tokens"),
+        ('{"a": 1}', "has no settings under 'training'"),
+    ]
     for text, message in [*texts, ("{", "config.json is missing or no JSON")]:
         (folder / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

@@ -38,6 +38,7 @@ usage() {
 ./run.sh options [--jobs 2 ...]         do the model's options pay for equal time? experiments/options.py
 ./run.sh rules [--question=polar ...]   update rules, polar coefficients, Aurora's sides: experiments/rules.py
 ./run.sh league [--arms ...]            every update rule on one schedule: experiments/league.py (hours)
+./run.sh lengths [--ideas ...]          the shortest schedule for a record: experiments/lengths.py
 ./run.sh leaderboard COMMAND            records: add, verify, rank, duel, compare, diff, reproduce, check,
                                        plot, report, publish, fingerprint (--help says how)
 ./run.sh test [pytest arguments]       all tests
@@ -201,7 +202,7 @@ train() {
 # What is named and exists where the user is, is meant, else the checkout's; but not a command or a benchmark's name.
 case ${1:-} in
     leaderboard) words=2 ;;
-    sample | evaluate | export | sweep | grokking | neurons | claims | options | rules | league | gpu_suite) words=1 ;;
+    sample | evaluate | export | sweep | grokking | neurons | claims | options | rules | league | lengths | gpu_suite) words=1 ;;
     test | bench | examples) words=$# ;;
     *) words=0 ;;
 esac
@@ -226,7 +227,7 @@ case "${1:-}" in
         install .venv requirements.txt
         exec "$python" "${code}train_gpt.py" --help
         ;;
-    sweep | grokking | neurons | claims | options | rules | league)
+    sweep | grokking | neurons | claims | options | rules | league | lengths)
         install .venv requirements.txt
         name=$1
         shift

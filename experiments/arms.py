@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from data import console
 from experiments.sweep import Cell, Result, run_sweep
 from harness.machine import find_machine
-from harness.overrides import arguments
+from harness.overrides import OWN, arguments, assignments
 from harness.settings import parse_settings
 from harness.step_timer import median_seconds
 from optim import Option
@@ -49,6 +49,18 @@ def command(work: Callable[[list[str]], None]) -> Callable[[list[str]], int]:
 def names_of(known: Iterable[str]) -> Option:
     """The rule of a setting whose values are some of these names."""
     return Option("", "", choices=tuple(known))
+
+
+def ideas(words: Iterable[str], taken: Container[str] = (), own: Container[str] = OWN) -> dict[str, dict[str, str]]:
+    """Settings by name, of ideas "wide: model_dim=96 num_heads=3". Raises ValueError for another form, a name that is
+    taken, and a key of `own`, which the experiment sets itself."""
+    found: dict[str, dict[str, str]] = {}
+    for idea in words:
+        name, _, sets = idea.partition(":")
+        if not sets.strip() or name in found or name in taken:
+            raise ValueError(f"--ideas: {idea!r} is not a new name and settings; try 'wide: model_dim=96'")
+        found[name] = assignments(sets.split(), "--ideas: ", own)
+    return found
 
 
 def parse_preset(presets: Mapping[str, Options], argv: Sequence[str], description: str | None) -> Options:

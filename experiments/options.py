@@ -33,7 +33,7 @@ from experiments import arms
 from experiments.arms import confirm, duration, names_of
 from experiments.comparisons import LEVEL, against
 from harness.machine import find_machine, versions
-from harness.overrides import OWN, arguments, assignments
+from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
 from train_gpt import load_config, set_up
@@ -74,12 +74,7 @@ class Options:
 def all_arms(options: Options) -> dict[str, Mapping[str, str | float]]:
     """The plain model, the options to try and the user's own ideas. Raises ValueError."""
     found: dict[str, Mapping[str, str | float]] = {arm: ARMS[arm] for arm in ("plain", *options.arms)}
-    for idea in options.ideas:
-        name, _, words = idea.partition(":")
-        if not words.strip() or name in found:
-            raise ValueError(f"--ideas: {idea!r} is not a new name and settings; try 'wide: model_dim=96'")
-        found[name] = assignments(words.split(), "--ideas: ", OWN)
-    return found
+    return {**found, **arms.ideas(options.ideas, found)}
 
 
 def arm_settings(sets: Mapping[str, str | float], train_steps: int) -> dict[str, str]:

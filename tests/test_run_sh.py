@@ -99,7 +99,7 @@ def test_help_names_every_command() -> None:
     script = (ROOT / "run.sh").read_text(encoding="utf-8")
     commands = " ".join(re.findall(r"^    ([a-z_ |]+)\)$", script, flags=re.MULTILINE)).replace("|", " ").split()
     expected = {"test", "check", "lint", "bench", "sweep", "grokking", "neurons", "options", "settings", "leaderboard"}
-    expected |= {"gpu_suite", "rules", "examples", "league", "claims", "sample", "evaluate", "export"}
+    expected |= {"gpu_suite", "rules", "examples", "league", "lengths", "claims", "sample", "evaluate", "export"}
     assert set(commands) == expected
     assert all(f"./run.sh {command}" in text for command in commands)
 

@@ -3,8 +3,8 @@
     python -m docs.generate
 
 A section stands between <!-- name --> and <!-- /name -->, in whichever document: it is found by its name. A test fails
-when a document and the results differ. The leaderboard's section is also written by `./run.sh leaderboard publish`,
-which verifies the records first and draws their figures.
+when a document and the results differ. Those of the records are also written by `./run.sh leaderboard publish`, which
+verifies the records first and draws their figures.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -301,9 +301,14 @@ def example_section(path: Path) -> str:
     return f"```python\n{code}\n```\n"
 
 
-def leaderboard_section() -> str:
+@cache
+def ranked_records() -> list[Row]:
     records = [load_record(path) for path in find_records()]
-    return rank.readme_section(rank.rows(records, [load_duel(path) for path in find_duels()]))
+    return rank.rows(records, [load_duel(path) for path in find_duels()])
+
+
+def records_section(section: Callable[[Sequence[Row]], str]) -> str:
+    return section(ranked_records())
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -333,7 +338,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ladder": ladder_section,
     "sotu_model_pilots": pilots_section,
     **{path.stem: partial(example_section, path) for path in EXAMPLES if path.stem != "toy"},
-    rank.SECTION: leaderboard_section,
+    **{name: partial(records_section, section) for name, (_, section) in rank.SECTIONS.items()},
 }
 
 

@@ -7,7 +7,7 @@
     ./run.sh leaderboard compare sotu-byte/2026-11-22_aurora sotu-byte/2026-11-22_muon
     ./run.sh leaderboard diff sotu-byte/2026-11-22_muon sotu-byte/2026-11-22_aurora      settings and sources
     ./run.sh leaderboard check sotu-byte/2026-11-22_aurora                        a proposal: all of the above
-    ./run.sh leaderboard publish                                                  README's tables, figures, a page
+    ./run.sh leaderboard publish                                                  tables of documents, figures, a page
     ./run.sh leaderboard fingerprint fineweb-3.28 data/fineweb10B/fineweb_val_000000.bin      once, before records
 
 A record is named by its folder or by track/date_name. Exit status: 0 done, 1 a record does not hold, was not reproduced
@@ -289,16 +289,17 @@ def write_report(records: Places = (), /, out: Path = REPORT) -> int:
 
 
 def publish() -> int:
-    """Verify all records, then write the README's tables, the figures and the page of all records."""
+    """Verify all records, then write the tables in README.md and docs/leaderboard.md, the figures and the page."""
     check_writable(rank.README.parent, "publish writes into the checkout; rank, plot and report have --out")
     if verify():
         return 1
     records = _holding()
     table = rank.rows(records, _holding_duels(records))
-    readme = rank.with_leaderboard(rank.README.read_text(encoding="utf-8"), table)
-    with whole_file(rank.README) as file:
-        file.write(readme)
-    for path in [rank.README, *_plot(records, table, rank.PLOTS)]:
+    documents = rank.with_leaderboard(table)
+    for path, document in documents.items():
+        with whole_file(path) as file:
+            file.write(document)
+    for path in [*documents, *_plot(records, table, rank.PLOTS)]:
         print(path)
     return write_report()
 

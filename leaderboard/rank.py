@@ -17,7 +17,7 @@ from leaderboard.standings import standings
 from leaderboard.tracks import find_track
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-SECTION = "leaderboard"  # of the README, between <!-- leaderboard --> and <!-- /leaderboard -->
+ALL_RECORDS = README.parent / "docs/leaderboard.md"
 PLOTS = Path(__file__).with_name("plots")
 COLUMNS = {
     "rank": "#", "name": "record", "description": "what changed", "relative": "time by duels",
@@ -27,7 +27,8 @@ COLUMNS = {
 }  # fmt: skip
 FROM_SUMMARY = ("foreign", "time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author", "description")
 AS_TEXT = ("name", "description", "date", "author")  # columns that begin at one place
-LEFT_OUT = ("median_s", "author")  # of the README's table, to fit a page
+LEFT_OUT = ("median_s", "author")  # of tables in documents, to fit a page
+SHOWN = 6  # records of each of the README's tables
 
 
 def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> list[Row]:
@@ -90,12 +91,14 @@ def classes(table: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def columns_of(group: Sequence[Row], left_out: Sequence[str] = ()) -> dict[str, str]:
-    """COLUMNS without what says nothing in this table."""
+    """COLUMNS without what says nothing in this table: on a track by steps runs may share a machine."""
     unsaid = {*left_out}
     if not any(row["relative"] for row in group):
         unsaid |= {"relative", "gain"}
     if group[0]["machine"].startswith("on "):
         unsaid.add("hardware")
+    if group[0]["machine"] == "by steps":
+        unsaid |= {"time_s", "interval", "median_s"}
     return {key: name for key, name in COLUMNS.items() if key not in unsaid}
 
 
@@ -153,12 +156,17 @@ def predecessors(table: Sequence[Row]) -> dict[str, str]:
 
 
 def readme_section(table: Sequence[Row]) -> str:
-    """The README's part: each class's table, and the track's ideas where it has many records, else the loss curves."""
+    """The README's part: the first records of each class, and the track's ideas where steps rank or it has many
+    records, else the loss curves."""
     parts = []
     for _, group in classes(table):
-        parts.append(markdown(group, "leaderboard/", LEFT_OUT))
-        track = group[0]["track"]
-        if sum(row["track"] == track for row in table) > plots.MANY:
+        part = markdown(group[:SHOWN], "leaderboard/", LEFT_OUT)
+        if len(group) > SHOWN:
+            where = ALL_RECORDS.relative_to(README.parent).as_posix()
+            part += f"\n{len(group) - SHOWN} slower ones: [{where}]({where}#all-records)\n"
+        parts.append(part)
+        track, by_steps = group[0]["track"], group[0]["machine"] == "by steps"
+        if by_steps or sum(row["track"] == track for row in table) > plots.MANY:
             parts.append(_image(f"What each record of {_escaped(track)} gained", f"{slug(track)}_ideas"))
             continue
         for hardware, _ in by_hardware(group):
@@ -171,6 +179,16 @@ def _image(caption: str, stem: str) -> str:
     return f"![{caption}](leaderboard/plots/{stem}.png)\n"
 
 
-def with_leaderboard(document: str, table: Sequence[Row]) -> str:
-    """The README with its leaderboard as the records say."""
-    return with_section(document, SECTION, readme_section(table))
+def all_records(table: Sequence[Row]) -> str:
+    """The whole tables, for docs/leaderboard.md."""
+    return markdown(table, "../leaderboard/", LEFT_OUT)
+
+
+# What stands between <!-- name --> and <!-- /name --> of a document
+SECTIONS = {"leaderboard": (README, readme_section), "records": (ALL_RECORDS, all_records)}
+
+
+def with_leaderboard(table: Sequence[Row]) -> dict[Path, str]:
+    """The documents, by path, with their records as `table` says."""
+    return {path: with_section(path.read_text(encoding="utf-8"), name, section(table))
+            for name, (path, section) in SECTIONS.items()}  # fmt: skip

@@ -154,7 +154,8 @@ def test_on_a_track_by_steps_the_fewest_steps_rank_first(
     ((heading, group),) = rank.classes(table)
     assert heading == "tiny (loss below 3.2) by steps"
     assert "hardware" in rank.columns_of(group)
-    assert "relative" not in rank.columns_of(group)
+    assert not {"relative", "time_s", "interval", "median_s"} & rank.columns_of(group).keys()
+    assert "tiny_ideas.png" in rank.readme_section(table)
 
 
 # Duels that are kept

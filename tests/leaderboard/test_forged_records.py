@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import leaderboard.__main__ as cli
+from harness.tables import with_section
 from leaderboard import rank, tracks
 from leaderboard.page import render
 from leaderboard.records import load_record
@@ -595,8 +596,9 @@ def test_words_in_a_table_stay_words(honest: Path) -> None:
     loaded = load_record(honest)
     assert reasons(loaded) == []
     document = "<!-- leaderboard -->\n<!-- /leaderboard -->\n"
-    once = rank.with_leaderboard(document, rank.rows([loaded]))
-    assert rank.with_leaderboard(once, rank.rows([loaded])) == once
+    section = rank.readme_section(rank.rows([loaded]))
+    once = with_section(document, "leaderboard", section)
+    assert with_section(once, "leaderboard", section) == once
     assert "&lt;!-- /leaderboard --> \\[here\\](x) \\| &lt;b>" in once
     shown = render([loaded])
     assert "&lt;!-- /leaderboard --&gt; [here](x) | &lt;b&gt;" in shown and "<b>" not in shown

@@ -435,12 +435,12 @@ def test_the_committed_records_hold_and_the_readme_has_them() -> None:
     assert len(paths) >= 3
     found = verify_all([load_record(path) for path in paths])
     assert not any(found.values()), found
-    document = (ROOT / "README.md").read_text(encoding="utf-8")
     records = [load_record(path) for path in paths]
     by_name = {record.name: record for record in records}
     assert not any(verify_duel.reasons(path, by_name) for path in verify_duel.find_duels())
     duels = [verify_duel.load_duel(path) for path in verify_duel.find_duels()]
-    assert document == rank.with_leaderboard(document, rank.rows(records, duels))
+    for path, document in rank.with_leaderboard(rank.rows(records, duels)).items():
+        assert document == path.read_text(encoding="utf-8")
 
 
 def test_verifying_takes_a_few_calls_a_line_and_grows_with_the_records_alone() -> None:

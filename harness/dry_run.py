@@ -60,6 +60,9 @@ def print_report(config: Any, model_config: ModelConfig, plans: Sequence[Any], t
     print(f"\n{memory}\n{NOTES + (NOTE_OF_GPU if on_gpu else '.')}")
     if config.resume:
         print(f"resume = {config.resume!r} is not looked at: what holds is of a run from step 0")
+    for key in ("init_from", "eval_tasks"):
+        if value := getattr(config, key):
+            print(f"{key} = {value!r} is not looked at")
     if on_gpu:
         print(f"\n{of_time(flops * total_tokens, counts)}")
     return 0

@@ -149,6 +149,9 @@ def _take_named(
     if path.is_dir():
         found = _newest([path], lambda state: True, start.notes)
         if not found:
+            if (path / "model.safetensors").exists():
+                instead = f"begin with its weights by --init_from={path}, without --resume"
+                raise ValueError(f"{named} is an export, with which no run goes on; {instead}")
             damaged = "; ".join(start.notes)
             raise ValueError(f"{named}: no whole checkpoint there{damaged and f' ({damaged})'}")
         path, state = found
@@ -166,6 +169,9 @@ def _take_named(
             then, now = changed[key]
             word = ",".join(map(str, then)) if isinstance(then, list | tuple) else then
             raise ValueError(f"{named}: {key} is {then!r} there and {now!r} here; set --{key}={word}")
+    if config.get("init_from") and "init_from" in changed:
+        rule = "which goes on with its own weights, not those of init_from; leave out one of the two"
+        raise ValueError(f"{named} names a run, {rule}")
     for name, here in data.items():
         if (there := state["data"][name]) != here:
             then = f"they were {state['config'][name]!r} then"

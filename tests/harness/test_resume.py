@@ -373,6 +373,13 @@ def test_a_path_refuses_another_run_and_names_the_difference(
     refused("seed is 0 there and 1 here", resume=str(tmp_path / "of_seed.pt"), data_start="seed", seed=1)
     refused("nothing.pt", "No such file", resume="nothing.pt")
     refused("no whole checkpoint there", resume=str(tiny_data))
+    refused("names a run, which goes on with its own weights", init_from="runs/another")
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "model.safetensors").touch()
+    refused(
+        f"is an export, with which no run goes on; begin with its weights by --init_from={export}", resume=str(export)
+    )
 
 
 def test_a_checkpoint_without_its_log_is_enough(trainer: Trainer, tmp_path: Path, interrupted: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from data import console
 from data.files import whole_file
-from experiments import claims, ladder, league, neuron_report, options, rules
+from experiments import claims, ladder, league, lengths, neuron_report, options, rules
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.results import RESULTS
@@ -266,6 +266,14 @@ def league_section() -> str:
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({said}; {league.correlation(result)})\n"
 
 
+def lengths_section() -> str:
+    """What the lengths of the steps track's first entries come from."""
+    result = kept("lengths")
+    rows = lengths.summary(result)
+    said = f"{result['device']}, seeds {', '.join(map(str, result['seeds']))}"
+    return markdown(rows, {key: key for key in rows[0]}) + f"\n({said})\n"
+
+
 DEFINITIONS = {  # of the arms of the experiment: what their transcription follows, and its name in rule_accuracy
     "muon": ("Jordan et al. 2024", "muon"), "aurora": ("arXiv 2606.27715", "aurora release"),
     "riemannian_aurora": ("arXiv 2606.27715", "riemannian aurora"), "normuon": ("arXiv 2510.05491", "normuon"),
@@ -325,6 +333,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,
     "league": league_section,
+    "lengths": lengths_section,
     "polar_loss": lambda: rules_section("polar"),
     "sides": lambda: rules_section("sides"),
     "row_norms": lambda: table(row_norms(kept("row_norms")), as_markdown=True),

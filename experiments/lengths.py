@@ -37,7 +37,6 @@ from train_gpt import Config, load_config
 
 SHORTER = 0.85  # of the first length: the second one
 MOST_LENGTHS = 4
-UNIT = 10  # lengths are multiples of it
 FURTHEST = 1.5  # a line is followed to at most this factor beyond what was tried
 SIGNIFICANCE = 0.01  # of a record, leaderboard/tracks.py
 FIRST_SEED = 1000  # of a record, leaderboard/tracks.toml
@@ -76,8 +75,10 @@ def steps_to(loss: float, losses: Losses) -> float:
 
 
 def rounded(steps: float) -> int:
-    """To the next unit above; what lies above one by rounding of floats alone stays."""
-    return UNIT * math.ceil(steps / UNIT - 1e-9)
+    """Up to a whole number, to a multiple of 10 from 316 on, of 100 from 3,162 on; what lies above one by rounding of
+    floats alone stays."""
+    unit = 10 ** max(0, round(math.log10(steps)) - 2)
+    return unit * math.ceil(steps / unit - 1e-9)
 
 
 def next_length(losses: Losses, loss: float) -> int | None:

@@ -15,7 +15,8 @@ from kernels import NAMESPACE, constant
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 89, 90, 100)  # compute capabilities with tiles of their own; a device takes the next lower one's
 
-_library = Library(NAMESPACE, "DEF")
+# Of each operator, by name. When a module is loaded again, as notebooks do, the operator takes its old one's place.
+_libraries: dict[str, Library] = globals().get("_libraries", {})
 
 
 class Tile(NamedTuple):
@@ -80,7 +81,9 @@ def operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
-        _library.define(name + infer_schema(function, mutates_args=mutates))
+        _libraries.pop(name, None)  # which takes the operator back
+        library = _libraries[name] = Library(NAMESPACE, "FRAGMENT")
+        library.define(name + infer_schema(function, mutates_args=mutates))
 
         def on_its_device(X: Tensor, *arguments: Any) -> Any:
             if not can_launch(X.device):
@@ -91,8 +94,8 @@ def operator(
             with torch.cuda.device_of(X):
                 return function(X, *arguments)
 
-        _library.impl(name, on_its_device, "CompositeExplicitAutograd")
-        register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        library.impl(name, on_its_device, "CompositeExplicitAutograd")
+        register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
         return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     return register

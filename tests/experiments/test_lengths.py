@@ -72,7 +72,7 @@ def test_longer_schedules_are_tried_until_the_wanted_loss_is_enclosed(
         *(("muon", steps) for steps in slow),
         *(("aurora", steps) for steps in fast),
     }
-    assert slow[:2] == [260, 300]
+    assert slow[:2] == [255, 300]
     assert 400 < slow[-1] <= 600
     assert fast[-2:] == [340, 400]
     losses = {steps: [loss("muon", steps, seed) for seed in (100, 101, 102, 103)] for steps in slow}
@@ -97,9 +97,13 @@ def test_longer_schedules_are_tried_until_the_wanted_loss_is_enclosed(
 
 def test_what_diverges_has_no_length(fake: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(tmp_path, "lost: matrix_optimizer=sgd train_steps=300")
-    assert list(result["ideas"][0]["val_loss"]) == ["260", "300"]
+    assert list(result["ideas"][0]["val_loss"]) == ["255", "300"]
     assert commands(result) == []
     assert "diverged" in capsys.readouterr().out
+
+
+def test_lengths_are_rounded_up_by_less_than_four_percent() -> None:
+    assert [rounded(steps) for steps in (71.4, 84, 309.5, 442.0, 1751, 4020)] == [72, 84, 310, 450, 1760, 4100]
 
 
 def test_what_never_gets_there_is_given_up() -> None:

@@ -319,6 +319,32 @@ def test_the_trainer_runs_on_either_kernels_and_says_which(trainer: Trainer, mon
     assert losses["torch"][0] - losses["torch"][-1] > 0.05
 
 
+RELOAD = """
+import importlib
+import torch
+import kernels.gram, kernels.triton_common
+X = torch.randn(1, 20, 30, device=DEVICE)
+first = kernels.gram.gram(X)
+for module in (kernels.triton_common, kernels.gram, kernels.gram):
+    importlib.reload(module)
+    assert torch.equal(first, kernels.gram.gram(X))
+"""
+
+
+def test_a_module_can_be_loaded_again() -> None:
+    """As %autoreload of a notebook does: an operator takes its old one's place. In a process of its own, as it would
+    for other tests, too."""
+    code = RELOAD.replace("DEVICE", repr(str(DEVICE)))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_mark_of_a_constant_is_the_one_that_torch_sets() -> None:
+    """kernels.constant sets it by itself, as torch's decorator imports the compiler; it is a private name."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(kernels.constant(lambda: None)) != {}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is packaged for Linux")
 def test_each_kernel_compiles_for_every_architecture_without_spilling(

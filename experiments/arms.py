@@ -57,7 +57,8 @@ def ideas(words: Iterable[str], taken: Container[str] = (), own: Container[str] 
     found: dict[str, dict[str, str]] = {}
     for idea in words:
         name, _, sets = idea.partition(":")
-        if not sets.strip() or name in found or name in taken:
+        name = name.strip()
+        if not name or not sets.strip() or name in found or name in taken:
             raise ValueError(f"--ideas: {idea!r} is not a new name and settings; try 'wide: model_dim=96'")
         found[name] = assignments(sets.split(), "--ideas: ", own)
     return found
@@ -180,7 +181,7 @@ def read_result(path: Path, use: Callable[[dict[str, Any]], object]) -> dict[str
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         use(result)
-    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"{path} is not a result of this experiment, or one of another version ({type(error).__name__}: {error})"
         ) from None

@@ -311,8 +311,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(order)), order, fontsize=8)
     axis.set_xscale("log")
-    ticks = [tick for tick in (0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 3, 4, 6) if tick < 1.2 * max(shares)]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    ticks = [tick for tick in (0.6, 0.8, 1, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick < 1.2 * max(shares)]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel(f"steps to the target, as a share of {REFERENCE}'s", fontsize=8)
     axis.grid(alpha=0.3)

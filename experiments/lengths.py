@@ -5,27 +5,29 @@
     ./run.sh lengths --table experiments/results/lengths.json        run nothing, print that result
 
 Each idea, which is a name and settings on top of the recipe, is trained with schedules of its train_steps and of 0.85
-times as many; then, while the loss that is wanted lies outside of what was reached, with those that a line through the
+times as many; then, while the loss that is wanted lies outside of what was reached, with one that a line through the
 nearest two says, up to four lengths. The loss at the end is taken to be linear in log(train_steps).
 
-A record's mean loss has to be below the target with p < 0.01 (one-sided t-test). The loss that is wanted is lower than
-that asks for by one standard error of the difference between an entry's mean and the one here, with the spread of the
-seeds here, pooled over lengths: an entry of five then passes in two of three attempts. The seeds here are not the
-record's, which begin at 1000. Behind the table comes the command that trains an entry of each idea.
+A record's mean loss has to be below the target with p < 0.01 (one-sided t-test; the optimization track, whose rule is
+another, is not what this is for). The loss that is wanted is lower than that asks for by one standard error of the
+difference between an entry's mean and the one here, with the spread of the seeds here, pooled over lengths: with four
+seeds here, an entry of five then passes in two of three attempts. The seeds here are not the record's, which begin at
+1000. Behind the table comes the command that trains an entry of each idea.
 
-OUT/result.json is written after every round, and the same command goes on from finished runs.
+OUT/result.json is written after every round, of the ideas that are named, and the same command goes on from finished
+runs.
 """
 
 import dataclasses
 import math
 import shlex
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from scipy import stats
 
 from data.files import check_writable, user_path, write_json
@@ -33,14 +35,14 @@ from experiments import arms
 from harness.overrides import OWN, arguments
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd, table
-from train_gpt import Config, load_config
+from train_gpt import load_config
 
 SHORTER = 0.85  # of the first length: the second one
 MOST_LENGTHS = 4
 FURTHEST = 1.5  # a line is followed to at most this factor beyond what was tried
 SIGNIFICANCE = 0.01  # of a record, leaderboard/tracks.py
 FIRST_SEED = 1000  # of a record, leaderboard/tracks.toml
-SET_HERE = tuple(key for key in OWN if key != "train_steps")
+SET_HERE = {*OWN, "val_every", "stop_at_target", "name", "description", "author", "track", "dry_run"} - {"train_steps"}
 
 Losses = Mapping[int, Sequence[float]]  # final losses by length of the schedule, a loss for each seed
 
@@ -50,7 +52,7 @@ class Options:
     recipe: str = "configs/sotu_steps.toml"  # model, data, batch and target
     ideas: tuple[str, ...] = ()  # what to try: a name and what it sets, "mine: matrix_lr=0.03"; empty: the recipe
     seeds: tuple[int, ...] = (100, 101, 102, 103)  # not a record's own
-    jobs: Annotated[int, ">= 1"] = 1  # runs at once, of one thread each on two cores
+    jobs: Annotated[int, ">= 1"] = 1  # runs at once, which share the CPU's threads
     out: str = "runs/lengths"  # folder of the runs and of result.json
     table: str = ""  # run nothing, print this result.json
     yes: bool = False  # do not ask before starting
@@ -58,126 +60,182 @@ class Options:
 
 def wanted_loss(losses: Losses, target: float, num_seeds: int) -> float:
     """The mean loss from which an entry of `num_seeds` runs is likely to pass; see the module's docstring."""
-    spread = math.sqrt(np.mean([np.var(of_length, ddof=1) for of_length in losses.values()]))
+    spread = math.sqrt(statistics.mean(statistics.variance(of_length) for of_length in losses.values()))
     tried = len(next(iter(losses.values())))
     bound = stats.t.ppf(1 - SIGNIFICANCE, num_seeds - 1) / math.sqrt(num_seeds)
     return float(target - spread * (bound + math.sqrt(1 / num_seeds + 1 / tried)))
 
 
 def steps_to(loss: float, losses: Losses) -> float:
-    """The length at whose end the mean loss is `loss`: on the line in log(steps) through the nearest two lengths that
-    were tried, or from them on; infinite where longer schedules do not end lower."""
+    """The length at whose end the mean loss is `loss`: on the line in log(steps) through the nearest two lengths.
+
+    Beyond all lengths by more than FURTHEST, or where the nearest two do not fall: infinite, or 0 if the shortest one
+    has reached `loss`.
+    """
     steps = sorted(losses)
-    means = [float(np.mean(losses[n])) for n in steps]
+    means = [statistics.mean(losses[n]) for n in steps]
     place = next((i for i in range(1, len(steps)) if means[i] <= loss), len(steps) - 1)
+    if means[0] <= loss:
+        place = 1
     slope = (means[place] - means[place - 1]) / math.log(steps[place] / steps[place - 1])
-    return math.inf if slope >= 0 else steps[place] * math.exp((loss - means[place]) / slope)
+    if slope >= 0:
+        return 0.0 if means[0] <= loss else math.inf
+    log_steps = math.log(steps[place]) + (loss - means[place]) / slope
+    if log_steps > math.log(steps[-1] * FURTHEST):
+        return math.inf
+    return math.exp(log_steps) if log_steps >= math.log(steps[0] / FURTHEST) else 0.0
 
 
 def rounded(steps: float) -> int:
-    """Up to a whole number, to a multiple of 10 from 316 on, of 100 from 3,162 on; what lies above one by rounding of
-    floats alone stays."""
+    """The length to try: up to a whole number, or to a multiple of 10 above 316, of 100 above 3,162."""
     unit = 10 ** max(0, round(math.log10(steps)) - 2)
-    return unit * math.ceil(steps / unit - 1e-9)
+    return int(unit * math.ceil(steps / unit - 1e-9))  # what floats alone have put above a unit stays there
 
 
-def next_length(losses: Losses, loss: float) -> int | None:
-    """What to try next; None once the lengths that were tried enclose `loss`, or are as many as may be."""
-    if not losses or len(losses) >= MOST_LENGTHS or min(losses) <= steps_to(loss, losses) <= max(losses):
+def next_length(losses: Losses, loss: float, tried: Collection[int]) -> int | None:
+    """What to try next, beside all that was tried (of `losses` those at which no run diverged); None once these
+    enclose `loss`, or are as many as may be."""
+    if len(losses) < 2 or len(tried) >= MOST_LENGTHS:
         return None
-    needed = min(max(steps_to(loss, losses), min(losses) / FURTHEST), max(losses) * FURTHEST)
-    return rounded(needed) if rounded(needed) not in losses else None
+    least, most, needed = min(losses), max(losses), steps_to(loss, losses)
+    if least <= needed <= most:
+        return None
+    steps = rounded(min(max(needed, least / FURTHEST), most * FURTHEST))
+    return steps if steps not in tried else None
 
 
-def search(options: Options, configs: Mapping[str, Config], ideas: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Train until every idea's lengths enclose its loss; the content of result.json."""
+def search(options: Options, ideas: Mapping[str, Mapping[str, str]], first: Mapping[str, Any]) -> dict[str, Any]:
+    """Train until every idea's lengths enclose its loss; the content of result.json. first: by idea, the Config of its
+    first length."""
     found: dict[str, dict[int, list[float | None]]] = {name: {} for name in ideas}
     out, fixed = Path(options.out), dict(stop_at_target="false", target_loss="0", checkpoint_every="0", resume="")
-    missing = [
-        (name, rounded(share * config.train_steps)) for name, config in configs.items() for share in (1, SHORTER)
-    ]
+    missing = {(name, steps) for name, config in first.items() for steps in first_lengths(config.train_steps)}
     result: dict[str, Any] = {}
     while missing:
-        missing.sort(key=lambda each: -each[1])  # the longest first, so that no core is left alone with it
-        cells = [{**ideas[name], "train_steps": str(steps), "val_every": str(steps)} for name, steps in missing]
+        plan = sorted(missing, key=lambda each: (-each[1], each[0]))  # no core is left alone with the longest
+        cells = [{**ideas[name], "train_steps": str(steps), "val_every": str(steps)} for name, steps in plan]
         runs = arms.sweep(options.recipe, cells, options.seeds, out / "runs", options.jobs, fixed)
         losses = [None if run.diverged else run.summary["val_loss"] for run in runs]  # seeds outermost
-        for place, (name, steps) in enumerate(missing):
+        for place, (name, steps) in enumerate(plan):
             found[name][steps] = losses[place :: len(cells)]
         result = dict(recipe=options.recipe, seeds=options.seeds, **arms.origins(run.summary for run in runs))
         result["ideas"] = [
-            dict(idea=name, sets=ideas[name], target=configs[name].target_loss, num_seeds=configs[name].num_seeds,
+            dict(idea=name, sets=ideas[name], target=first[name].target_loss, num_seeds=first[name].num_seeds,
                  val_loss={str(steps): losses for steps, losses in sorted(found[name].items())})
             for name in ideas
         ]  # fmt: skip
         write_json(out / "result.json", result, indent=1)
-        missing = [(idea["idea"], more) for idea in result["ideas"] if (more := next_length(*_read(idea)))]
+        missing = set()
+        for idea in result["ideas"]:
+            name = idea["idea"]
+            more = next_length(*_read(idea), found[name])
+            if more and (refused := _refusal(options.recipe, name, ideas[name], more)):
+                print(f"{name}: {more} steps are not tried, as {refused}", file=sys.stderr)
+            elif more:
+                missing.add((name, more))
     return result
 
 
+def first_lengths(train_steps: int) -> set[int]:
+    return {train_steps, rounded(SHORTER * train_steps)}
+
+
+def _refusal(recipe: str, name: str, sets: Mapping[str, str], steps: int) -> str:
+    try:
+        load_config([recipe, *arguments(entry(name, sets, steps))])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _read(idea: Mapping[str, Any]) -> tuple[Losses, float]:
-    """Losses of an idea's lengths at which no run diverged, and the loss that is wanted (the target without any)."""
+    """Losses of an idea's lengths at which no run diverged, and the loss that is wanted (the target for fewer than
+    two)."""
     losses = {int(steps): of_length for steps, of_length in idea["val_loss"].items() if None not in of_length}
+    return losses, wanted_loss(losses, idea["target"], idea["num_seeds"]) if len(losses) > 1 else idea["target"]
+
+
+def needed_steps(idea: Mapping[str, Any]) -> tuple[float, float]:
+    """(To the target, for a record), as `steps_to`; infinite for fewer than two lengths at which no run diverged."""
+    losses, wanted = _read(idea)
     if len(losses) < 2:
-        return {}, idea["target"]
-    return losses, wanted_loss(losses, idea["target"], idea["num_seeds"])
+        return math.inf, math.inf
+    return steps_to(idea["target"], losses), steps_to(wanted, losses)
 
 
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each idea, the shortest schedule first."""
     ranked = []
     for idea in result["ideas"]:
-        losses, wanted = _read(idea)
         ends = ", ".join(f"{steps}: {'diverged' if None in of_length else mean_and_sd(of_length, 4)}"
                          for steps, of_length in idea["val_loss"].items())  # fmt: skip
-        at_target, needed = (steps_to(loss, losses) if losses else math.inf for loss in (idea["target"], wanted))
-        told = {key: "-" if math.isinf(steps) else f"{steps:,.0f}"
-                for key, steps in (("steps to the target", at_target), ("for a record", needed))}  # fmt: skip
-        row: Row = {"idea": idea["idea"], "final loss by steps": ends, "wanted": f"{wanted:.4f}", **told}
-        ranked.append((needed, row))
+        told = ["fewer" if not steps else "more" if math.isinf(steps) else f"{math.ceil(steps):,}"
+                for steps in needed_steps(idea)]  # fmt: skip
+        row: Row = {"idea": idea["idea"], "final loss by steps": ends, "wanted": f"{_read(idea)[1]:.4f}"}
+        row |= zip(("steps to the target", "for a record"), told, strict=True)
+        ranked.append((needed_steps(idea)[1], row))
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
+def entry(idea: str, sets: Mapping[str, str], steps: int) -> dict[str, str]:
+    """The settings of a record's runs."""
+    words = dict(name=idea.replace(" ", "_"), author="You", description=idea, stop_at_target="false")
+    return {**sets, "train_steps": str(steps), **words}
+
+
 def commands(result: Mapping[str, Any]) -> list[str]:
-    """Lines for a shell that train an entry of each idea."""
+    """Lines for a shell that train an entry of each idea that has a length."""
     lines = []
     for idea in result["ideas"]:
-        losses, wanted = _read(idea)
-        if losses and not math.isinf(needed := steps_to(wanted, losses)):
-            sets = {**idea["sets"], "train_steps": str(rounded(needed)), "name": idea["idea"].replace(" ", "_")}
-            words = shlex.join([result["recipe"], *arguments(sets)])
+        _, needed = needed_steps(idea)
+        if needed and not math.isinf(needed):
+            sets = entry(idea["idea"], idea["sets"], math.ceil(needed))
             seeds = f"{{{FIRST_SEED}..{FIRST_SEED + idea['num_seeds'] - 1}}}"
+            words = shlex.join([result["recipe"], *arguments(sets)])
             lines.append(f"for seed in {seeds}; do ./run.sh {words} --seed=$seed; done")
     return lines
 
 
 def experiment(options: Options) -> dict[str, Any]:
     """Confirm and search. Raises ValueError for what no search can be made of."""
-    ideas = arms.ideas(options.ideas, own=SET_HERE) or {Path(options.recipe).stem: {}}
-    if len(options.seeds) < 2 or max(options.seeds) >= FIRST_SEED:
+    stem, seeds = Path(options.recipe).stem, options.seeds
+    ideas = arms.ideas(options.ideas, own=SET_HERE) or {stem: {}}
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds) or not all(0 <= seed < FIRST_SEED for seed in seeds):
         raise ValueError(f"seeds: name two or more below {FIRST_SEED}, where a record's begin; 100 101 102 is usual")
     check_writable(Path(options.out), "choose another folder, such as --out=/tmp/lengths")
-    configs = {name: load_config([options.recipe, *arguments(sets)]) for name, sets in ideas.items()}
-    for name, config in configs.items():
-        if config.num_seeds < 2 or config.target_loss <= 0:
-            raise ValueError(f"{name}: an entry has a target_loss and num_seeds of 2 or more; add num_seeds=5")
-    steps = sum((1 + SHORTER) * config.train_steps for config in configs.values())
-    arms.confirm([f"{2 * len(ideas) * len(options.seeds)} runs of {steps * len(options.seeds):,.0f} steps in all, "
-                  f"{options.jobs} at a time, and up to as many again"], options.yes)  # fmt: skip
-    return search(options, configs, ideas)
+    first, distinct = {}, dict[object, str]()
+    for name, sets in ideas.items():
+        first[name] = config = load_config([options.recipe, *arguments(sets)])
+        if config.target_loss <= 0:
+            raise ValueError(f"{options.recipe} has no target_loss; a recipe of a track, such as sotu_steps, has one")
+        if config.num_seeds < 2:
+            raise ValueError(f"{name}: an entry has num_seeds of 2 or more; try --ideas '{name}: num_seeds=5'")
+        for steps in first_lengths(config.train_steps):
+            if refused := _refusal(options.recipe, name, sets, steps):
+                raise ValueError(f"{name}: {refused}")
+        for same in (entry(name, sets, 0)["name"], tuple(sorted({**sets, "train_steps": ""}.items()))):
+            if (other := distinct.setdefault(same, name)) != name:
+                raise ValueError(f"--ideas: {other!r} and {name!r} have one name or the same settings; leave out one")
+    runs = [steps for config in first.values() for steps in first_lengths(config.train_steps)] * len(seeds)
+    arms.confirm([f"{len(runs)} runs of {sum(runs):,} steps in all, {options.jobs} at a time; then up to two further "
+                  f"lengths of each idea"], options.yes)  # fmt: skip
+    return search(options, ideas, first)
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    return "\n".join([table(summary(result)), "", *commands(result)])
 
 
 @arms.command
 def main(argv: list[str]) -> None:
     options = parse_settings(Options, argv, __doc__, leading="recipe")
     if options.table:
-        result = arms.read_result(user_path(options.table), summary)
+        result = arms.read_result(user_path(options.table), as_text)
     else:
         recipe, out = (str(user_path(path)) for path in (options.recipe, options.out))
         result = experiment(dataclasses.replace(options, recipe=recipe, out=out))
         print(f"-> {out}/result.json", file=sys.stderr)
-    print(table(summary(result)))
-    print("\n".join(["", *commands(result)]))
+    print(as_text(result))
 
 
 if __name__ == "__main__":

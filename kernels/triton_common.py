@@ -15,8 +15,8 @@ from kernels import NAMESPACE, constant
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ARCHITECTURES = (80, 89, 90, 100)  # compute capabilities with tiles of their own; a device takes the next lower one's
 
-# Of each operator, by name. When a module is loaded again, as notebooks do, the operator takes its old one's place.
-_libraries: dict[str, Library] = globals().get("_libraries", {})
+# Of each operator, by name, with its module. When that is loaded again, as notebooks do, the new one takes its place.
+_libraries: dict[str, tuple[str, Library]] = globals().get("_libraries", {})
 
 
 class Tile(NamedTuple):
@@ -81,9 +81,13 @@ def operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
+        schema, module = infer_schema(function, mutates_args=mutates), function.__module__
+        if (owner := _libraries.get(name, (module,))[0]) != module:
+            raise ValueError(f"{module} and {owner} both have an operator {name}; choose another name")
         _libraries.pop(name, None)  # which takes the operator back
-        library = _libraries[name] = Library(NAMESPACE, "FRAGMENT")
-        library.define(name + infer_schema(function, mutates_args=mutates))
+        library = Library(NAMESPACE, "FRAGMENT")
+        _libraries[name] = module, library
+        library.define(name + schema)
 
         def on_its_device(X: Tensor, *arguments: Any) -> Any:
             if not can_launch(X.device):

@@ -28,7 +28,8 @@ COLUMNS = {
 FROM_SUMMARY = ("foreign", "time_s", "steps", "tokens", "val_loss", "n", "p", "date", "author", "description")
 AS_TEXT = ("name", "description", "date", "author")  # columns that begin at one place
 LEFT_OUT = ("median_s", "author")  # of tables in documents, to fit a page
-SHOWN = 6  # records of each of the README's tables
+NONE_YET = "No record yet.\n"
+SHOWN = 5  # records of each of the README's tables
 
 
 def rows(records: Sequence[Record], duels: Sequence[dict[str, Any]] = ()) -> list[Row]:
@@ -163,7 +164,7 @@ def readme_section(table: Sequence[Row]) -> str:
         part = markdown(group[:SHOWN], "leaderboard/", LEFT_OUT)
         if len(group) > SHOWN:
             where = ALL_RECORDS.relative_to(README.parent).as_posix()
-            part += f"\n{len(group) - SHOWN} slower ones: [{where}]({where}#all-records)\n"
+            part += f"\n{len(group) - SHOWN} more: [{where}]({where}#all-records)\n"
         parts.append(part)
         track, by_steps = group[0]["track"], group[0]["machine"] == "by steps"
         if by_steps or sum(row["track"] == track for row in table) > plots.MANY:
@@ -172,7 +173,7 @@ def readme_section(table: Sequence[Row]) -> str:
         for hardware, _ in by_hardware(group):
             caption = f"Loss against time, steps and tokens: {_escaped(track)} on {_escaped(hardware)}"
             parts.append(_image(caption, f"{slug(track)}_{slug(hardware)}"))
-    return "\n".join(dict.fromkeys(parts)) or "No record yet.\n"
+    return "\n".join(dict.fromkeys(parts)) or NONE_YET
 
 
 def _image(caption: str, stem: str) -> str:
@@ -181,7 +182,7 @@ def _image(caption: str, stem: str) -> str:
 
 def all_records(table: Sequence[Row]) -> str:
     """The whole tables, for docs/leaderboard.md."""
-    return markdown(table, "../leaderboard/", LEFT_OUT)
+    return markdown(table, "../leaderboard/", LEFT_OUT) or NONE_YET
 
 
 # What stands between <!-- name --> and <!-- /name --> of a document

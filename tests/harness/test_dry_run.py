@@ -135,7 +135,8 @@ def test_parts_of_a_rank(tiny_recipe: Path) -> None:
 
 
 def test_a_report_trains_and_writes_nothing(trainer: Trainer, tmp_path: Path) -> None:
-    result = trainer("--dry_run", "--small_batch_steps=4", "--short_row_steps=2", "--micro_batch_tokens=96")
+    elsewhere = ["--init_from=runs/another", "--resume=auto"]
+    result = trainer("--dry_run", "--small_batch_steps=4", "--short_row_steps=2", "--micro_batch_tokens=96", *elsewhere)
     assert (result.returncode, result.stderr) == (0, "")
     assert not (tmp_path / "runs").exists()
     output = result.stdout
@@ -144,6 +145,9 @@ def test_a_report_trains_and_writes_nothing(trainer: Trainer, tmp_path: Path) ->
     assert "not on 8 ranks: batch_tokens: found 192" in output
     assert "2 of 3x32" in output  # a full step's, not the first ones'
     assert "an assumption" not in output  # of a CPU no peak is known
+    for word in ("init_from = 'runs/another' is not", "resume = 'auto' is not"):
+        assert f"{word} looked at" in output
+    assert "eval_tasks" not in output
 
 
 def test_a_gpu_recipe_without_gpu_and_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -324,10 +324,26 @@ import importlib
 import torch
 import kernels.gram, kernels.triton_common
 X = torch.randn(1, 20, 30, device=DEVICE)
-first = kernels.gram.gram(X)
+first, operator = kernels.gram.gram(X), kernels.triton_common.operator
 for module in (kernels.triton_common, kernels.gram, kernels.gram):
     importlib.reload(module)
     assert torch.equal(first, kernels.gram.gram(X))
+doubled = lambda fake, mutates=(): lambda function: operator(fake, mutates)(twice(function))
+def twice(function):
+    import functools
+    return functools.wraps(function)(lambda *arguments: 2 * function(*arguments))
+kernels.triton_common.operator = doubled
+importlib.reload(kernels.gram)
+assert torch.equal(2 * first, kernels.gram.gram(X))  # what is changed, is changed
+def gram(X: torch.Tensor) -> torch.Tensor:
+    return X
+try:
+    operator(fake=gram)(gram)
+except ValueError as error:
+    assert "__main__ and kernels.gram both have an operator gram" in str(error)
+else:
+    raise AssertionError("another module's operator was replaced")
+assert torch.equal(2 * first, kernels.gram.gram(X))
 """
 
 

@@ -146,10 +146,15 @@ def test_the_readme_shows_the_ideas_of_a_track_with_many_records(record: Record)
     assert "tiny_ideas.png" not in rank.readme_section(rank.rows(records[:5]))
     section = rank.readme_section(rank.rows(records))
     assert section.count("![") == 1 and "](leaderboard/plots/tiny_ideas.png)" in section
-    assert "slower ones" not in section
-    more = rank.readme_section(rank.rows([*records, *(variant(record, f"2026-11-02_m{i}", 5 + i) for i in range(3))]))
-    assert more.count("](leaderboard/records/") == rank.SHOWN
-    assert "3 slower ones: [docs/leaderboard.md](docs/leaderboard.md#all-records)" in more
+
+
+def test_the_readme_shows_the_first_records_of_a_table(record: Record) -> None:
+    records = [variant(record, f"2026-11-01_n{i}", 10 + i) for i in range(rank.SHOWN + 2)]
+    assert " more: [" not in rank.readme_section(rank.rows(records[: rank.SHOWN]))
+    section = rank.readme_section(rank.rows(records))
+    assert section.count("](leaderboard/records/") == rank.SHOWN
+    assert "2 more: [docs/leaderboard.md](docs/leaderboard.md#all-records)" in section
+    assert rank.all_records(rank.rows(records)).count("](../leaderboard/records/") == len(records)
 
 
 # Words, and the whole page

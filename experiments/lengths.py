@@ -10,9 +10,10 @@ nearest two says, up to four lengths. The loss at the end is taken to be linear 
 
 A record's mean loss has to be below the target with p < 0.01 (one-sided t-test; the optimization track, whose rule is
 another, is not what this is for). The loss that is wanted is lower than that asks for by one standard error of the
-difference between an entry's mean and the one here, with the spread of the seeds here, pooled over lengths: with four
-seeds here, an entry of five then passes in two of three attempts. The seeds here are not the record's, which begin at
-1000. Behind the table comes the command that trains an entry of each idea.
+difference between an entry's mean and the one here: with four seeds here, an entry of five then passes in two of three
+attempts, or more where there are several ideas. The spread of seeds is pooled over ideas and lengths, as few seeds say
+little of it and most of it is the text that a seed meets. The seeds here are not the record's, which begin at 1000.
+Behind the table comes the command that trains an entry of each idea.
 
 OUT/result.json is written after every round, of the ideas that are named, and the same command goes on from finished
 runs.
@@ -23,7 +24,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,8 @@ from train_gpt import load_config
 
 SHORTER = 0.85  # of the first length: the second one
 MOST_LENGTHS = 4
-FURTHEST = 1.5  # a line is followed to at most this factor beyond what was tried
+NEAR = 1.03  # beyond what was tried, a line counts as measured as far as this factor
+FURTHEST = 1.5  # and is followed to at most this one
 SIGNIFICANCE = 0.01  # of a record, leaderboard/tracks.py
 FIRST_SEED = 1000  # of a record, leaderboard/tracks.toml
 SET_HERE = {*OWN, "val_every", "stop_at_target", "name", "description", "author", "track", "dry_run"} - {"train_steps"}
@@ -58,12 +60,17 @@ class Options:
     yes: bool = False  # do not ask before starting
 
 
-def wanted_loss(losses: Losses, target: float, num_seeds: int) -> float:
-    """The mean loss from which an entry of `num_seeds` runs is likely to pass; see the module's docstring."""
-    spread = math.sqrt(statistics.mean(statistics.variance(of_length) for of_length in losses.values()))
-    tried = len(next(iter(losses.values())))
+def wanted_loss(spread: float, tried: int, target: float, num_seeds: int) -> float:
+    """The mean loss of `tried` seeds from which an entry of `num_seeds` runs is likely to pass; see the module's
+    docstring. spread: standard deviation over seeds."""
     bound = stats.t.ppf(1 - SIGNIFICANCE, num_seeds - 1) / math.sqrt(num_seeds)
     return float(target - spread * (bound + math.sqrt(1 / num_seeds + 1 / tried)))
+
+
+def pooled_spread(ideas: Iterable[Mapping[str, Any]]) -> float:
+    """Standard deviation over seeds, of all lengths of all ideas at which no run diverged; 0 without any."""
+    variances = [statistics.variance(of_length) for idea in ideas for of_length in losses_of(idea).values()]
+    return math.sqrt(statistics.mean(variances)) if variances else 0.0
 
 
 def steps_to(loss: float, losses: Losses) -> float:
@@ -98,7 +105,7 @@ def next_length(losses: Losses, loss: float, tried: Collection[int]) -> int | No
     if len(losses) < 2 or len(tried) >= MOST_LENGTHS:
         return None
     least, most, needed = min(losses), max(losses), steps_to(loss, losses)
-    if least <= needed <= most:
+    if least / NEAR <= needed <= most * NEAR:
         return None
     steps = rounded(min(max(needed, least / FURTHEST), most * FURTHEST))
     return steps if steps not in tried else None
@@ -126,9 +133,9 @@ def search(options: Options, ideas: Mapping[str, Mapping[str, str]], first: Mapp
         ]  # fmt: skip
         write_json(out / "result.json", result, indent=1)
         missing = set()
-        for idea in result["ideas"]:
+        for idea, wanted in zip(result["ideas"], wanted_losses(result), strict=True):
             name = idea["idea"]
-            more = next_length(*_read(idea), found[name])
+            more = next_length(losses_of(idea), wanted, found[name])
             if more and (refused := _refusal(options.recipe, name, ideas[name], more)):
                 print(f"{name}: {more} steps are not tried, as {refused}", file=sys.stderr)
             elif more:
@@ -148,32 +155,34 @@ def _refusal(recipe: str, name: str, sets: Mapping[str, str], steps: int) -> str
     return ""
 
 
-def _read(idea: Mapping[str, Any]) -> tuple[Losses, float]:
-    """Losses of an idea's lengths at which no run diverged, and the loss that is wanted (the target for fewer than
-    two)."""
-    losses = {int(steps): of_length for steps, of_length in idea["val_loss"].items() if None not in of_length}
-    return losses, wanted_loss(losses, idea["target"], idea["num_seeds"]) if len(losses) > 1 else idea["target"]
+def losses_of(idea: Mapping[str, Any]) -> Losses:
+    """Of the lengths at which no run diverged."""
+    return {int(steps): of_length for steps, of_length in idea["val_loss"].items() if None not in of_length}
 
 
-def needed_steps(idea: Mapping[str, Any]) -> tuple[float, float]:
-    """(To the target, for a record), as `steps_to`; infinite for fewer than two lengths at which no run diverged."""
-    losses, wanted = _read(idea)
-    if len(losses) < 2:
-        return math.inf, math.inf
-    return steps_to(idea["target"], losses), steps_to(wanted, losses)
+def wanted_losses(result: Mapping[str, Any]) -> list[float]:
+    """Of each idea."""
+    spread, tried = pooled_spread(result["ideas"]), len(result["seeds"])
+    return [wanted_loss(spread, tried, idea["target"], idea["num_seeds"]) for idea in result["ideas"]]
+
+
+def needed_steps(idea: Mapping[str, Any], loss: float) -> float:
+    """As `steps_to`; infinite for fewer than two lengths at which no run diverged."""
+    losses = losses_of(idea)
+    return steps_to(loss, losses) if len(losses) > 1 else math.inf
 
 
 def summary(result: Mapping[str, Any]) -> list[Row]:
     """A row for each idea, the shortest schedule first."""
     ranked = []
-    for idea in result["ideas"]:
+    for idea, wanted in zip(result["ideas"], wanted_losses(result), strict=True):
+        needed = needed_steps(idea, idea["target"]), needed_steps(idea, wanted)
         ends = ", ".join(f"{steps}: {'diverged' if None in of_length else mean_and_sd(of_length, 4)}"
                          for steps, of_length in idea["val_loss"].items())  # fmt: skip
-        told = ["fewer" if not steps else "more" if math.isinf(steps) else f"{math.ceil(steps):,}"
-                for steps in needed_steps(idea)]  # fmt: skip
-        row: Row = {"idea": idea["idea"], "final loss by steps": ends, "wanted": f"{_read(idea)[1]:.4f}"}
+        told = ["fewer" if not steps else "more" if math.isinf(steps) else f"{math.ceil(steps):,}" for steps in needed]
+        row: Row = {"idea": idea["idea"], "final loss by steps": ends, "wanted": f"{wanted:.4f}"}
         row |= zip(("steps to the target", "for a record"), told, strict=True)
-        ranked.append((needed_steps(idea)[1], row))
+        ranked.append((needed[1], row))
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -186,8 +195,8 @@ def entry(idea: str, sets: Mapping[str, str], steps: int) -> dict[str, str]:
 def commands(result: Mapping[str, Any]) -> list[str]:
     """Lines for a shell that train an entry of each idea that has a length."""
     lines = []
-    for idea in result["ideas"]:
-        _, needed = needed_steps(idea)
+    for idea, wanted in zip(result["ideas"], wanted_losses(result), strict=True):
+        needed = needed_steps(idea, wanted)
         if needed and not math.isinf(needed):
             sets = entry(idea["idea"], idea["sets"], math.ceil(needed))
             seeds = f"{{{FIRST_SEED}..{FIRST_SEED + idea['num_seeds'] - 1}}}"

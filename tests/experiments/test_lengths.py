@@ -19,6 +19,7 @@ from experiments.lengths import (
     commands,
     main,
     next_length,
+    pooled_spread,
     rounded,
     steps_to,
     wanted_loss,
@@ -83,8 +84,9 @@ def test_longer_schedules_are_tried_until_the_wanted_loss_is_enclosed(
         ("aurora", 400), ("aurora", 340), ("muon", 300), ("muon", 255)
     ]  # fmt: skip
     losses = {steps: [loss("muon", steps, seed) for seed in (100, 101, 102, 103)] for steps in slow}
-    needed = steps_to(wanted_loss(losses, 1.3, 5), losses)
-    assert needed == pytest.approx(400 * math.exp((1.3 - wanted_loss(losses, 1.3, 5)) / 0.2))
+    wanted = wanted_loss(0.01 * np.std(range(4), ddof=1), 4, 1.3, 5)
+    needed = steps_to(wanted, losses)
+    assert needed == pytest.approx(400 * math.exp((1.3 - wanted) / 0.2))
     assert slow[-1] >= needed
     out = capsys.readouterr().out
     assert out.index("fast") < out.index("slow")
@@ -156,7 +158,8 @@ def test_two_of_three_entries_pass() -> None:
     for _ in range(tries):
         spread, text = 0.012, rng.normal(size=4)  # the seeds' text, which every length meets
         tried = {steps: 1.3 - 0.2 * np.log(steps / 400) + spread * text for steps in (400, 480, 560)}
-        steps = steps_to(wanted_loss(tried, 1.3, 5), tried)
+        measured = pooled_spread([dict(val_loss=tried)])
+        steps = steps_to(wanted_loss(measured, 4, 1.3, 5), tried)
         entry = 1.3 - 0.2 * math.log(steps / 400) + spread * rng.normal(size=5)
         assert steps
         passed += stats.p_below(entry.tolist(), 1.3) < SIGNIFICANCE

@@ -270,7 +270,8 @@ def lengths_section() -> str:
     """What the lengths of the steps track's first entries come from."""
     result = kept("lengths")
     rows = lengths.summary(result)
-    said = f"{result['device']}, seeds {', '.join(map(str, result['seeds']))}"
+    dtype = result["dtype"].removeprefix("torch.")
+    said = f"{result['device']}, {dtype}, seeds {', '.join(map(str, result['seeds']))}"
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({said})\n"
 
 

@@ -16,7 +16,8 @@
 Differences from Muon are of runs with the same seed; p is Holm's, over all other rules. Beside each rule stand the
 steps that others have published for it on the GPU optimization track, where the rule stands alone there.
 
-OUT/result.json is written whenever a part is done and holds every run: another machine goes on from a copy of it.
+OUT/result.json is written whenever a part is done and holds every run: another machine goes on from a copy of it. All
+runs are in float32; those of before this rule that were not are run again.
 OUT/result.png is the figure.
 """
 
@@ -46,6 +47,7 @@ FACTORS = (0.5, 1.0, 2.0)  # of the unit: the rates that are tried first
 MOST_RATES = 6
 DECAYS = (0.025, 0.1)
 TUNING_SEED = 100
+DTYPE = "torch.float32"  # of all runs: some CPUs would take bfloat16 and others not
 REFERENCE = "muon"  # of differences, and whose curve turns losses into steps
 LENGTHS = (250, 400, 500)  # of the curve's schedules
 CURVE_SEEDS = 3
@@ -102,7 +104,9 @@ class Runs:
         self.options, self.path = options, Path(options.out) / "result.json"
         check_writable(self.path.parent, "choose another folder, such as --out=/tmp/league")
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"runs": {}}
-        self.found: dict[str, dict[str, Any]] = known["runs"]
+        self.found: dict[str, dict[str, Any]] = {
+            name: told for name, told in known["runs"].items() if told["dtype"] == DTYPE
+        }
 
     def losses(self, cells: Sequence[Cell], seeds: Sequence[int], steps: int) -> dict[tuple[int, int], float | None]:
         """{(index of the cell, seed): final loss, None for a diverged run}; what is not known is run."""
@@ -118,7 +122,9 @@ class Runs:
 
     def run(self, cells: Sequence[Cell], seeds: Sequence[int], steps: int) -> None:
         out = Path(self.options.out) / f"{steps}_steps"
-        fixed = dict(train_steps=str(steps), val_every=str(steps), stop_at_target="false", target_loss="0")
+        fixed = dict(
+            train_steps=str(steps), val_every=str(steps), stop_at_target="false", target_loss="0", dtype="float32"
+        )
         try:
             arms.sweep(self.options.recipe, cells, seeds, out, self.options.jobs, fixed)
         finally:  # a stop keeps what has ended

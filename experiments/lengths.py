@@ -1,4 +1,4 @@
-"""How long does a schedule have to be for a record? The shortest one that recipes are likely to pass with.
+"""How long does a schedule have to be for a record? An estimate of the shortest one that is likely to pass.
 
     ./run.sh lengths --jobs 2                                        of configs/sotu_steps.toml as it stands
     ./run.sh lengths --ideas "muon: matrix_optimizer=muon train_steps=600" "mine: matrix_lr=0.03" --jobs 2
@@ -10,10 +10,10 @@ nearest two says, up to four lengths. The loss at the end is taken to be linear 
 
 A record's mean loss has to be below the target with p < 0.01 (one-sided t-test; the optimization track, whose rule is
 another, is not what this is for). The loss that is wanted is lower than that asks for by one standard error of the
-difference between an entry's mean and the one here: with four seeds here, an entry of five then passes in two of three
-attempts, or more where there are several ideas. The spread of seeds is pooled over ideas and lengths, as few seeds say
-little of it and most of it is the text that a seed meets. The seeds here are not the record's, which begin at 1000.
-Behind the table comes the command that trains an entry of each idea.
+difference between an entry's mean and the one here: an entry of five then passes in two of three cases, if it was four
+seeds here, their texts are independent, and their spread is the same at all lengths. The spread is pooled over ideas
+and lengths, as few seeds say little of it. The seeds here are not the record's, which begin at 1000. Behind the table
+comes the command that trains an entry of each idea.
 
 OUT/result.json is written after every round, of the ideas that are named, and the same command goes on from finished
 runs.
@@ -126,6 +126,7 @@ def search(options: Options, ideas: Mapping[str, Mapping[str, str]], first: Mapp
         for place, (name, steps) in enumerate(plan):
             found[name][steps] = losses[place :: len(cells)]
         result = dict(recipe=options.recipe, seeds=options.seeds, **arms.origins(run.summary for run in runs))
+        result["dtype"] = runs[0].summary["dtype"]
         result["ideas"] = [
             dict(idea=name, sets=ideas[name], target=first[name].target_loss, num_seeds=first[name].num_seeds,
                  val_loss={str(steps): losses for steps, losses in sorted(found[name].items())})

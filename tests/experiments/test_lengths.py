@@ -52,7 +52,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Calls:
                 rule, steps = cell["matrix_optimizer"], int(cell["train_steps"])
                 assert int(cell["val_every"]) == steps
                 calls.append((rule, steps, seed))
-                told = dict(val_loss=loss(rule, steps, seed), device="a machine", git_commit="abc")
+                told = dict(
+                    val_loss=loss(rule, steps, seed), device="a machine", dtype="torch.float32", git_commit="abc"
+                )
                 told["status"] = "finished" if told["val_loss"] else "diverged"
                 results.append(Result(cell, seed, jobs, 1, "", told))
         return results

@@ -138,7 +138,10 @@ class Bank:
             sent.zero_()
         present = [(i, g) for i, g in enumerate(gradients) if g is not None]
         if present:
-            places = [sent[i % self.num_ranks, i // self.num_ranks].view(g.shape) for i, g in present]
+            slots_of = [of_rank.unbind(0) for of_rank in sent.unbind(0)]
+            places = [slots_of[i % self.num_ranks][i // self.num_ranks] for i, _ in present]
+            if self.flatten:
+                places = [place.view(g.shape) for place, (_, g) in zip(places, present, strict=True)]
             torch._foreach_copy_(places, [g for _, g in present])
         work = None
         if self.num_ranks > 1:

@@ -17,7 +17,8 @@ class GradientCheck:
 
     def __init__(self, banks: Sequence[Bank]) -> None:
         self.banks = banks
-        self._deferred: Tensor | None = None  # by kind of fault and matrix: how often there was one
+        # By kind of fault and matrix: how often there was one. In one place, to which a captured step adds, too
+        self._deferred: Tensor | None = None
         self._present: dict[tuple[bool, ...], Tensor] = {}  # kept: a copy from the host would make a GPU wait
 
     def check(self, gradients: list[Tensor], is_deferred: bool) -> Tensor | None:
@@ -39,17 +40,20 @@ class GradientCheck:
                 self._present[pattern] = torch.tensor(pattern, dtype=torch.float32, device=device)
             faults[1] = self._present[pattern]
             dist.all_reduce(faults, group=self.banks[0].process_group)
-        faults[1] = (faults[1] > 0) & (faults[1] < num_ranks)
+            faults[1] = (faults[1] > 0) & (faults[1] < num_ranks)
         if not is_deferred:
             self._raise_for(faults, "nothing was updated")
             return None
-        self._deferred = faults if self._deferred is None else self._deferred + faults
+        if self._deferred is None:
+            self._deferred = torch.zeros_like(faults)
+        self._deferred += faults
         return faults.sum() == 0
 
     def raise_if_any(self) -> None:
         """Deferred: what `check` would have raised since the last call. Waits for the device."""
-        faults, self._deferred = self._deferred, None
-        if faults is not None:
+        if self._deferred is not None:
+            faults = self._deferred.clone()
+            self._deferred.zero_()
             self._raise_for(faults, "the step it came in changed nothing")
 
     def _raise_for(self, faults: Tensor, consequence: str) -> None:

@@ -65,6 +65,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     refuses), and for a state dict that does not fit, which then changes nothing. A gradient that is not finite raises
     FloatingPointError on all ranks before anything is touched. The check makes a GPU wait at every step; with
     `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
+
+    With `defer_check` and a tensor for `lr` a CUDA graph can capture `step`, see docs/optimizers.md.
     """
 
     options: ClassVar[dict[str, Option]] = {

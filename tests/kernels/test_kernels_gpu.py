@@ -50,6 +50,35 @@ def test_a_cuda_graph_replays_the_same_numbers(rule: Callable[..., Tensor], shap
 
 
 @pytest.mark.parametrize("optimizer", [Muon, Aurora])
+def test_a_captured_step_is_an_ordinary_one(optimizer: type[Muon]) -> None:
+    """As tests/optim/test_capture.py has it of all rules, by an imitation; here by the driver."""
+    shapes = [(2048, 768), (768, 768), (768, 2048)]
+    params, twins = ([nn.Parameter(randn(*shape)) for shape in shapes] for _ in range(2))
+    for p in (*params, *twins):
+        p.grad = torch.zeros_like(p)
+    ordinary, captured = (optimizer(each, torch.tensor(0.02).cuda(), defer_check=True) for each in (params, twins))
+    graph = torch.cuda.CUDAGraph()
+    for step, lr in enumerate((0.02, 0.03, 0.01, 0.005, 0.02)):
+        for p, twin in zip(params, twins, strict=True):
+            p.grad.copy_(randn(*p.shape) + step)
+            p.grad += torch.nan if step == 3 else 0.0
+            twin.grad.copy_(p.grad)
+        for each in (ordinary, captured):
+            each.param_groups[0]["lr"].fill_(lr)
+        ordinary.step()
+        if step < 2:
+            captured.step()
+        else:
+            if step == 2:
+                with torch.cuda.graph(graph):
+                    captured.step()
+            graph.replay()
+        assert all(map(torch.equal, params, twins)), step
+    with pytest.raises(FloatingPointError, match="parameter 0"):
+        captured.raise_if_not_finite()
+
+
+@pytest.mark.parametrize("optimizer", [Muon, Aurora])
 def test_steps_after_the_first_neither_allocate_nor_wait(optimizer: type[Muon]) -> None:
     """No new device memory from the driver, and nothing that stops the host until the device is done; with the check of
     the gradients deferred, as in the trainer, since an answer at once has to be waited for."""

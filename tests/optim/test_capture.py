@@ -1,0 +1,139 @@
+"""A step that a CUDA graph could capture: all that it does is operators on tensors that stay where they are."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from optim import Aurora, MatrixOptimizer, Muon, NorMuon, Soap, SoapMuon
+from optim.config import RULES
+
+SHAPES = ((12, 8), (8, 16), (12, 8))
+WARM_UP = 2  # ordinary steps, which make state and banks
+LOOKS = ("aten.promote_types", "profiler.")  # what gives no tensor and still asks none for its values
+WAITS = (
+    "aten.lift_fresh",
+    "aten.nonzero",
+    "aten.linalg_eigh",
+    "aten.linalg_svd",
+    "aten._linalg_eigh",
+    "aten._linalg_svd",
+)
+
+
+class Graph(TorchDispatchMode):
+    """In place of a CUDA graph: what was done under it is done again by `replay`, on the same memory and with the same
+    numbers wherever they were no tensors. Raises RuntimeError, as a capture does, where a tensor's values are asked for
+    or a new one is made from the host's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, result = str(func), func(*args, **(kwargs or {}))
+        if not name.startswith(LOOKS):
+            is_wait = name.startswith(WAITS)
+            if is_wait or not all(map(is_tensor, tree_leaves(result))):
+                raise RuntimeError(f"{name} would make the host wait for the device")
+            self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def __enter__(self) -> "Graph":
+        self.read = mock.patch.object(Tensor, "tolist", refuse_to_read)  # no operator on a CPU
+        self.read.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.read.stop()
+        super().__exit__(*exception)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if old is not None and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+def refuse_to_read(tensor: Tensor) -> None:
+    raise RuntimeError("tolist would make the host wait for the device")
+
+
+def is_tensor(leaf: object) -> bool:
+    return leaf is None or isinstance(leaf, Tensor)
+
+
+def make(
+    rule: type[MatrixOptimizer], dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[list[nn.Parameter], MatrixOptimizer]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    return params, rule(params, torch.tensor(0.02), defer_check=True, **options)
+
+
+def give(params: Iterable[Tensor], optimizer: MatrixOptimizer, step: int, lr: float) -> None:
+    """Gradients and the learning rate of a step, where a graph looks for them; one of NaN before the sixth."""
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        assert p.grad is not None
+        p.grad.copy_(torch.randn(p.shape, generator=generator))
+        p.grad += torch.nan if step == 5 else 0.0
+    optimizer.param_groups[0]["lr"].fill_(lr)
+
+
+SOAPS = (Soap, SoapMuon)  # which ask how many gradients a matrix has had
+CASES: list[tuple[type[MatrixOptimizer], dict[str, Any]]] = [(rule, {}) for rule in RULES.values() if rule not in SOAPS]
+CASES += [(Muon, dict(weight_decay=0.1)), (Muon, dict(weight_decay=0.1, cautious=True)), (Muon, dict(hyperball=True))]
+CASES += [(Muon, dict(update_floor=0.35)), (Muon, dict(radial_brake=0.5)), (Muon, dict(row_blocks=2))]
+CASES += [(Aurora, dict(dtype=torch.bfloat16))]
+CASES += [(rule, dict(kernels="triton", weight_decay=0.1)) for rule in (Muon, Aurora, NorMuon)]
+
+
+def name_of(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else ",".join(f"{k}={v}" for k, v in value.items())  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:PolarGrad")
+@pytest.mark.parametrize(("rule", "options"), CASES, ids=name_of)
+def test_a_captured_step_is_an_ordinary_one(rule: type[MatrixOptimizer], options: dict[str, Any]) -> None:
+    """With other gradients and learning rates than it was captured with, and one step that is skipped."""
+    params, ordinary = make(rule, **options)
+    twins, captured = make(rule, **options)
+    graph = Graph()
+    for step, lr in enumerate((0.02, 0.02, 0.03, 0.01, 0.005, 0.02, 0.04)):
+        give(params, ordinary, step, lr)
+        give(twins, captured, step, lr)
+        ordinary.step()
+        if step < WARM_UP:
+            captured.step()
+        elif step == WARM_UP:
+            with graph:
+                captured.step()
+        else:
+            graph.replay()
+        assert all(map(torch.equal, params, twins)), step
+    state, twin_state = (optimizer.state_dict()["state"] for optimizer in (ordinary, captured))
+    assert all(torch.equal(value, twin_state[i][name]) for i, kept in state.items() for name, value in kept.items())
+    for optimizer in (ordinary, captured):
+        with pytest.raises(FloatingPointError, match="parameter 0"):
+            optimizer.raise_if_not_finite()
+        optimizer.raise_if_not_finite()  # said once
+
+
+@pytest.mark.parametrize(("rule", "defer_check"), [(Muon, False), *((rule, True) for rule in SOAPS)])
+def test_what_waits_for_the_device_cannot_be_captured(rule: type[MatrixOptimizer], defer_check: bool) -> None:
+    _, optimizer = make(rule)
+    optimizer.step()
+    optimizer.defer_check = defer_check
+    with pytest.raises(RuntimeError, match="would make the host wait"), Graph():
+        optimizer.step()

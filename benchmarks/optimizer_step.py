@@ -1,6 +1,7 @@
 """Time of a whole optimizer step: every rule for the hidden matrices, beside AdamW and torch.optim.Muon.
 
     python -m benchmarks.optimizer_step configs/classics_124m_aurora.toml
+    python -m benchmarks.optimizer_step --graphs=true --rules muon "aurora release"     on a GPU, as CUDA graphs, too
 
 Gradients are Gaussian. `matrices_ms` is the step of the hidden matrices alone; embeddings, head and scalars take the
 same AdamW step beside every rule, `step_ms` is both. `share_%` is the step's part of a training step with the recipe's
@@ -17,6 +18,7 @@ from torch import nn
 
 import optim
 from architectures import class_of
+from benchmarks.polar_speed import graphed
 from data.files import user_path
 from harness.machine import find_machine
 from harness.results import command, report
@@ -48,6 +50,7 @@ class Args:
     rules: tuple[str, ...] = DEFAULT_RULES  # to time, of those in RULES; the ratios refer to "adamw" and "muon"
     rounds: int = 5  # turns of each rule; the table has medians over them
     tokens: int = 1024  # tokens of the micro-batch that forward and backward are timed on
+    graphs: bool = False  # also each rule's step of the matrices as a CUDA graph: graph_ms
     device: str = "auto"  # auto, cuda or cpu
 
 
@@ -63,6 +66,8 @@ def torch_muon(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 def main(args: Args) -> None:
     device = find_machine(args.device, "auto").device
+    if args.graphs and not torch.cuda.is_available():
+        raise ValueError("graphs = true needs a GPU; leave it out")
     arguments = [str(user_path(args.recipe)), f"--device={device.type}"]
     arguments += ["--init_out=0.02", "--init_down=0.02", "--matrix_weight_decay=0"]  # for the rules that keep norms
     config = load_config(arguments)
@@ -87,6 +92,8 @@ def main(args: Args) -> None:
         if not all(p.isfinite().all() for p in model.blocks.parameters()):
             raise ValueError(f"{rule}: the update is not finite; there is nothing to time")
         work[rule], work["the rest, by AdamW"] = matrix_optimizer.step, rest.step
+        if args.graphs and isinstance(matrix_optimizer, optim.MatrixOptimizer):
+            work[f"{rule}, graph"] = graphed(matrix_optimizer.step)
     medians = median_seconds(work, args.rounds, warmups=1, device=device)  # state and caches are made in the first turn
     seconds = {name: time.wall for name, time in medians.items()}
     rest_s, pass_s = seconds.pop("the rest, by AdamW"), seconds.pop("forward and backward")
@@ -95,13 +102,15 @@ def main(args: Args) -> None:
     for rule in args.rules:
         step_s = seconds[rule] + rest_s
         row: Row = {"rule": rule, "matrices_ms": 1e3 * seconds[rule], "step_ms": 1e3 * step_s}
+        if args.graphs:
+            row["graph_ms"] = 1e3 * seconds[f"{rule}, graph"] if f"{rule}, graph" in seconds else ""
         for baseline in ("muon", "torch.optim.Muon"):
             row[f"matrices_over_{baseline}"] = seconds[rule] / seconds[baseline] if baseline in seconds else ""
         row["step_over_adamw"] = step_s / (seconds["adamw"] + rest_s) if "adamw" in seconds else ""
         rows.append(row | {"share_%": 100 * step_s / (step_s + batch_s)})
     settings = {key: value for key, value in dataclasses.asdict(args).items() if key != "device"}
     settings |= dict(forward_backward_ms=1e3 * pass_s, pass_tokens=tokens.numel(), batch_tokens=config.batch_tokens)
-    report("optimizer_step", rows, str(device), **settings)
+    report("optimizer_graphs" if args.graphs else "optimizer_step", rows, str(device), **settings)
 
 
 if __name__ == "__main__":

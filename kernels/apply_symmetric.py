@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.triton_common import (
     Tile,
+    cdiv,
     check_batch,
     check_scale,
     describes,
@@ -111,7 +112,7 @@ def _empty(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, m, n = X.shape
     _, columns, *_ = tile or product_tile(X)
-    square = X.new_empty((B, triton.cdiv(n, columns), m) if outputs != "matrix" else (0, 1), dtype=torch.float32)
+    square = X.new_empty((B, cdiv(n, columns), m) if outputs != "matrix" else (0, 1), dtype=torch.float32)
     return (X.new_empty(0, dtype=dtype) if outputs == "row_square" else empty_in_order(X, dtype)), square
 
 
@@ -125,7 +126,7 @@ def _apply_symmetric(
     rows, columns, depth, warps, stages = tile or product_tile(X)
     is_stored, described = outputs != "row_square", describes(X, S)
     descriptors = [(X, rows, depth), (S, depth, columns), (X, rows, columns)]
-    apply_symmetric_kernel[(B * triton.cdiv(m, rows) * triton.cdiv(n, columns),)](
+    apply_symmetric_kernel[(B * cdiv(m, rows) * cdiv(n, columns),)](
         *(descriptor(*each) if described else None for each in descriptors), X, S, row_scale, out, square, m, n, alpha,
         *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
         SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, launch_options, operator
+from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
@@ -115,7 +115,7 @@ def _apply_update(
     rows, columns, _, warps, stages = tile or (FLAT if is_flat else TILED)
     if is_flat:
         m, n = 1, m * n
-    grid = len(weights) * triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    grid = len(weights) * cdiv(m, rows) * cdiv(n, columns)
     apply_update_kernel[(grid,)](
         U, table, rate_tensor, rate, scale, decay, len(weights), m, n, U.stride(0), n if is_flat else U.stride(1),
         U.stride(2), DECAYS=decay != 0, CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.triton_common import (
     Tile,
+    cdiv,
     check_batch,
     check_scale,
     describes,
@@ -113,7 +114,7 @@ def _gram(
     B, m, n = X.shape
     out = X.new_empty((B, n, n), dtype=dtype)
     size, _, depth, warps, stages = tile or product_tile(X)
-    tiles = triton.cdiv(n, size)
+    tiles = cdiv(n, size)
     lift = 2.0 ** (14 - math.ceil(math.log2(m) / 2))
     described = row_scale is None and describes(X)
     gram_kernel[(B * tiles * (tiles + 1) // 2,)](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, launch_options, operator
+from kernels.triton_common import Tile, cdiv, launch_options, operator
 
 FLAT = Tile(1, 2048, 0, 4, 1)  # elements at a time: four loads of 16 bytes per thread from each. Not yet timed.
 
@@ -75,7 +75,7 @@ def _momentum(
 ) -> None:
     size = gradient.size(1) * gradient.size(2)
     _, columns, _, warps, stages = tile or FLAT
-    momentum_kernel[(gradient.size(0) * triton.cdiv(size, columns),)](
+    momentum_kernel[(gradient.size(0) * cdiv(size, columns),)](
         gradient, buffer, active, size, None if active is None else active.stride(0), share, 1 - share,
         NESTEROV=nesterov, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, check_batch, empty_in_order, launch_options, operator
+from kernels.triton_common import DTYPES, Tile, cdiv, check_batch, empty_in_order, launch_options, operator
 
 # rows x columns at a time, by whether columns or rows are next to each other in memory. 2.1 TB/s on an H100.
 CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 3), Tile(64, 32, 0, 4, 3)
@@ -70,7 +70,7 @@ def _normalize_rows(X: Tensor, dtype: torch.dtype, tile: list[int] | None) -> tu
     out, norm = _empty(X, dtype, tile)
     B, m, n = X.shape
     rows, columns, _, warps, stages = tile or (TRANSPOSED if X.stride(1) < X.stride(2) else CONTIGUOUS)
-    normalize_rows_kernel[(B * triton.cdiv(m, rows),)](
+    normalize_rows_kernel[(B * cdiv(m, rows),)](
         X, out, norm, m, n, *X.stride(), *out.stride(),
         ROWS=rows, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.triton_common import (
     Tile,
+    cdiv,
     check_batch,
     check_scale,
     describes,
@@ -122,12 +123,14 @@ def _symmetric_product(
     out = torch.empty_like(A)
     n = A.size(-1)
     size, _, depth, warps, stages = tile or product_tile(A)
-    tiles = triton.cdiv(n, size)
+    tiles = cdiv(n, size)
     described = describes(A, B, added)
-    descriptors = [(A, size, depth), (B, depth, size), (added, size, size), (B, size, size)]
+    # Each takes the host some microseconds
+    descriptors = [(A, size, depth), (B, depth, size), (added, size, size) if beta else None,
+                   (B, size, size) if gamma else None]  # fmt: skip
     symmetric_product_kernel[(A.size(0) * tiles * (tiles + 1) // 2,)](
-        *(descriptor(*each) if described else None for each in descriptors), A, B, added, out, n, alpha, beta, gamma,
-        BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth, PRECISION=precision(A.dtype), DESCRIBED=described,
-        **launch_options(warps, stages),
+        *(descriptor(*each) if described and each else None for each in descriptors),
+        A, B, added, out, n, alpha, beta, gamma, BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth,
+        PRECISION=precision(A.dtype), DESCRIBED=described, **launch_options(warps, stages),
     )  # fmt: skip
     return out

@@ -57,9 +57,9 @@ def describes(*matrices: Tensor) -> bool:
     if first.itemsize != 2 or architecture(first.device) < 90 or first.numel() == 0:
         return False
     for X in matrices:
-        batch, row, column = (stride * X.itemsize for stride in X.stride())
-        near, far = sorted((row, column))
-        if near != X.itemsize or far % 16 or batch % 16 or not batch or X.data_ptr() % 16:
+        batch, row, column = X.stride()
+        near, far = (row, column) if row < column else (column, row)
+        if near != 1 or not batch or far * X.itemsize % 16 or batch * X.itemsize % 16 or X.data_ptr() % 16:
             return False
     return True
 
@@ -140,6 +140,11 @@ def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tens
             f"{what} is {scale.dtype} {tuple(scale.shape)} on {scale.device}; it must be float32 {shape} on {X.device}"
         )
     return scale.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv, which is for kernels too, takes the host several times as long."""
+    return -(-a // b)
 
 
 def launch_options(warps: int, stages: int) -> dict[str, Any]:

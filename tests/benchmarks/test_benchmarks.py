@@ -218,6 +218,21 @@ def test_optimizer_steps_are_compared_with_adamw_and_muon(
         assert row["matrices_over_torch.optim.Muon"] == row["matrices_ms"] / rows["torch.optim.Muon"]["matrices_ms"]
 
 
+def test_steps_are_timed_as_cuda_graphs_too(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    args = optimizer_step.Args(str(tiny_recipe), ("adamw", "muon"), 2, tokens=64, graphs=True, device="cpu")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        optimizer_step.main(args)
+    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(optimizer_step, "graphed", lambda step: clock.during(0.25, lambda: None))
+    with Operations(clock):
+        optimizer_step.main(args)
+    (path,) = tmp_path.glob("optimizer_graphs_*.json")
+    assert [row["graph_ms"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]] == ["", 250.0]
+
+
 def test_neuron_statistics_are_timed_beside_their_step(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:

@@ -8,9 +8,10 @@ factors of a 124 M model take about half a millisecond of each.
 Everything from `step` to the launch of a kernel is as with a GPU: torch's operators, this repository's, Triton's search
 for the compiled kernel (for sm_90; a second or so each, the first time), its making of arguments and descriptors. The
 driver at the end of it does nothing. Matrices are as many as the 124 M model's, but tiny, so that what torch computes
-here takes no time to speak of. Left out are the driver itself, a few microseconds for each launch, and collectives.
+here takes a tenth of the time. Left out are the driver itself, some microseconds for each launch, and collectives.
 
 launches     of Triton kernels
+descriptors  that they are given: each is made anew
 operators    of torch's own that would launch something: all but views and empty tensors
 calls        of functions, Python's and C's: what a change does to the host, without the noise of a clock
 ms           the median step, CPU time of its thread
@@ -23,14 +24,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
 
 from harness.results import command, report
 from harness.tables import Row
@@ -43,13 +43,15 @@ FREE = ("view", "select", "unbind", "split", "slice", "t.", "transpose", "unsque
 @dataclass(frozen=True)
 class Args:
     rules: tuple[str, ...] = ("muon", "aurora", "normuon")
-    steps: int = 50  # that are timed, of each rule in turn
+    steps: Annotated[int, ">= 1"] = 50  # that are timed, of each rule in turn
 
 
 class Launcher:
     """Of one kernel: makes its descriptors, as Triton's own does, and leaves out what that has compiled C for."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
+        from triton.backends.nvidia.driver import wrap_handle_tensordesc
+
         utils = triton.runtime.driver.active.utils
         self.launch = wrap_handle_tensordesc(utils.launch, source.signature, metadata.tensordesc_meta)
 
@@ -58,12 +60,12 @@ class Launcher:
 
 
 class Driver:
-    """Of an H100, as far as Triton asks; `launches` counts what would have been launched."""
+    """Of an H100, as far as Triton asks; counts what would have been launched, and the descriptors for it."""
 
     launcher_cls = Launcher
 
     def __init__(self) -> None:
-        self.launches = 0
+        self.launches = self.descriptors = 0
         self.utils = self
 
     def get_current_device(self) -> int:
@@ -85,6 +87,7 @@ class Driver:
         pass
 
     def fill_tma_descriptor_tiled(self, *arguments: Any) -> int:
+        self.descriptors += 1
         return 0
 
     def launch(self, *arguments: Any) -> None:
@@ -106,6 +109,8 @@ class Operators(TorchDispatchMode):
 @contextmanager
 def no_gpu() -> Iterator[Driver]:
     """Kernels are compiled for a GPU and launched nowhere; tensors are on the CPU and pass for being on it."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # whose launchers take their arguments otherwise
+        raise ValueError(f"Triton is {triton.__version__} here, and this needs 3.7 or later")
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set, and nothing would be compiled; unset it")
     driver = Driver()
@@ -141,17 +146,19 @@ def make_step(rule: str) -> Callable[[], Any]:
 
 
 def main(args: Args) -> None:
+    if unknown := [rule for rule in args.rules if rule not in RULES]:
+        raise ValueError(f"rules: {unknown[0]!r} is unknown; choose from {', '.join(RULES)}")
     torch.set_num_threads(1)
     rows: list[Row] = []
     with no_gpu() as driver:
         work = {rule: make_step(rule) for rule in args.rules}
         for rule, step in work.items():
             step()  # makes the banks, compiles the kernels
-            before = driver.launches
+            driver.launches = driver.descriptors = 0
             with Operators() as operators:
                 step()
-            launches = driver.launches - before
-            rows.append(dict(rule=rule, launches=launches, operators=operators.count, calls=calls_of(step)))
+            row: Row = dict(rule=rule, launches=driver.launches, descriptors=driver.descriptors)
+            rows.append(row | dict(operators=operators.count, calls=calls_of(step)))
         seconds: dict[str, list[float]] = {rule: [] for rule in args.rules}
         for _ in range(args.steps):
             for rule, step in work.items():

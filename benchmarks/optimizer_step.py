@@ -93,6 +93,8 @@ def main(args: Args) -> None:
             raise ValueError(f"{rule}: the update is not finite; there is nothing to time")
         work[rule], work["the rest, by AdamW"] = matrix_optimizer.step, rest.step
         if args.graphs and isinstance(matrix_optimizer, optim.MatrixOptimizer):
+            for group in matrix_optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=device)
             work[f"{rule}, graph"] = graphed(matrix_optimizer.step)
     medians = median_seconds(work, args.rounds, warmups=1, device=device)  # state and caches are made in the first turn
     seconds = {name: time.wall for name, time in medians.items()}

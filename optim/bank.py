@@ -124,6 +124,7 @@ class Bank:
 
     # Gradients in
 
+    @torch.no_grad()  # a hook of backward calls it, and gradients may have gradients
     def start_reduction(self, slots: range) -> None:
         """Send the gradients of some slots to their owners; a missing gradient is sent as zeros."""
         self.refuse_unusable()

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from kernels import backend
 from optim.apply_update import check_weight_options
-from optim.bank import layout, matrices
+from optim.bank import Bank, layout, matrices
 from optim.options import check_options
 from optim.shards import cut_of, flat_ranges, is_dtensor, local, shard_group
 
@@ -42,6 +42,35 @@ def check_group(optimizer: "MatrixOptimizer", index: int) -> None:
     check_placement(optimizer)
     for device in {p.device for p in group["params"]}:
         backend(optimizer.kernels, device)
+
+
+def is_capturing(p: Tensor | None) -> bool:
+    """Whether a CUDA graph is capturing what happens to parameters such as this one."""
+    return p is not None and p.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_capture(optimizer: "MatrixOptimizer") -> None:
+    """RuntimeError if a CUDA graph that is capturing this step would replay anything else than further steps."""
+    banks, who = [bank for bank, _ in optimizer._banks], type(optimizer).__name__
+    rates = [(group["lr"], p.device) for group in optimizer.param_groups for p in group["params"]]
+    problem = ""
+    if not optimizer.defer_check:
+        problem = "checks the gradients at once, which waits for the device; make it with defer_check=True"
+    elif any(not isinstance(lr, Tensor) or lr.device != device for lr, device in rates):
+        problem = "has a learning rate that would stay as it is; let lr be a tensor on the parameters' device"
+    elif optimizer._reduced is not None:
+        problem = "would read gradients of before the capture; let finish_reduction or clipping be captured, too"
+    elif any(bank.num_ranks > 1 for bank in banks):
+        problem = "shares its matrices among ranks, whose exchange cannot be captured"
+    elif not optimizer._gradient_check.has_counted or any(_is_new(bank) for bank in banks):
+        problem = "would make its state anew in every replay; take an ordinary step before, with a rate above 0"
+    if problem:
+        raise RuntimeError(f"{who}: a CUDA graph cannot capture this step: the optimizer {problem}")
+
+
+def _is_new(bank: Bank) -> bool:
+    is_used = bool(bank.active_slots())
+    return is_used and ("momentum_buffer" not in bank.state or (bank.needs_master and not bank.has_moved))
 
 
 def _has_zero_matrix(p: Any, group: Mapping[str, Any]) -> bool:

@@ -21,6 +21,11 @@ class GradientCheck:
         self._deferred: Tensor | None = None
         self._present: dict[tuple[bool, ...], Tensor] = {}  # kept: a copy from the host would make a GPU wait
 
+    @property
+    def has_counted(self) -> bool:
+        """Whether a deferred check has been made."""
+        return self._deferred is not None
+
     def check(self, gradients: list[Tensor], is_deferred: bool) -> Tensor | None:
         """From the gradients [P, m, n] of this rank's matrices, one for each bank: None, or if deferred whether all
         is well on all ranks, a bool scalar. Raises FloatingPointError for NaN or infinity, ValueError for a parameter

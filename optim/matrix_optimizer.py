@@ -35,7 +35,7 @@ from torch import Tensor
 from optim.apply_update import SCALES, WEIGHT_OPTIONS, apply_in_one_pass, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
 from optim.batch import MatrixBatch
-from optim.checks import OWN_STATE, check_group, fitted_state_dict, warn_of_stacks
+from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dict, is_capturing, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
@@ -66,7 +66,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     FloatingPointError on all ranks before anything is touched. The check makes a GPU wait at every step; with
     `defer_check` such a step changes nothing here all the same, and `raise_if_not_finite()` reports it when asked.
 
-    With `defer_check` and a tensor for `lr` a CUDA graph can capture `step`, see docs/optimizers.md.
+    With `defer_check` and a tensor for `lr` a CUDA graph can capture `step`, see docs/optimizers.md; RuntimeError for
+    what would be replayed wrongly.
     """
 
     options: ClassVar[dict[str, Option]] = {
@@ -339,6 +340,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 self._reduced = None
                 loss = closure()
+        if is_capturing(self._any_param()):
+            check_capture(self)
         gradients, self._reduced = self.finish_reduction(), None
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check)

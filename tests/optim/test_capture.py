@@ -1,6 +1,7 @@
 """A step that a CUDA graph could capture: all that it does is operators on tensors that stay where they are."""
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -14,16 +15,12 @@ from optim import Aurora, MatrixOptimizer, Muon, NorMuon, Soap, SoapMuon
 from optim.config import RULES
 
 SHAPES = ((12, 8), (8, 16), (12, 8))
-WARM_UP = 2  # ordinary steps, which make state and banks
+WARM_UP = 1  # ordinary steps, which make state and banks
 LOOKS = ("aten.promote_types", "profiler.")  # what gives no tensor and still asks none for its values
-WAITS = (
-    "aten.lift_fresh",
-    "aten.nonzero",
-    "aten.linalg_eigh",
-    "aten.linalg_svd",
-    "aten._linalg_eigh",
-    "aten._linalg_svd",
-)
+WAITED_FOR = ("lift_fresh", "nonzero", "masked_select", "unique", "_unique", "repeat_interleave", "linalg_eig",
+              "linalg_inv", "linalg_solve", "linalg_chol", "linalg_svd", "_linalg_eig", "_linalg_svd", "_linalg_solve",
+              "_linalg_check")  # fmt: skip
+WAITS = tuple(f"aten.{name}" for name in WAITED_FOR)
 
 
 class Graph(TorchDispatchMode):
@@ -38,20 +35,22 @@ class Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, result = str(func), func(*args, **(kwargs or {}))
         if not name.startswith(LOOKS):
-            is_wait = name.startswith(WAITS)
-            if is_wait or not all(map(is_tensor, tree_leaves(result))):
+            is_mask = name.startswith("aten.index") and any(is_bool(leaf) for leaf in tree_leaves(args[1:]))
+            if is_mask or name.startswith(WAITS) or not all(map(is_tensor, tree_leaves(result))):
                 raise RuntimeError(f"{name} would make the host wait for the device")
             self.calls.append((func, args, kwargs or {}, result))
         return result
 
     def __enter__(self) -> "Graph":
-        self.read = mock.patch.object(Tensor, "tolist", refuse_to_read)  # no operator on a CPU
-        self.read.start()
+        self.patches = ExitStack()
+        for reading in ("tolist", "numpy", "cpu"):  # no operators on a CPU
+            self.patches.enter_context(mock.patch.object(Tensor, reading, refuse_to_read))
+        self.patches.enter_context(mock.patch("optim.matrix_optimizer.is_capturing", return_value=True))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.read.stop()
+        self.patches.close()
         super().__exit__(*exception)
 
     @torch.no_grad()
@@ -64,7 +63,11 @@ class Graph(TorchDispatchMode):
 
 
 def refuse_to_read(tensor: Tensor) -> None:
-    raise RuntimeError("tolist would make the host wait for the device")
+    raise RuntimeError("this would make the host wait for the device")
+
+
+def is_bool(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype == torch.bool
 
 
 def is_tensor(leaf: object) -> bool:
@@ -105,8 +108,13 @@ def name_of(value: object) -> str:
 
 @pytest.mark.filterwarnings("ignore:PolarGrad")
 @pytest.mark.parametrize(("rule", "options"), CASES, ids=name_of)
-def test_a_captured_step_is_an_ordinary_one(rule: type[MatrixOptimizer], options: dict[str, Any]) -> None:
+def test_a_captured_step_is_an_ordinary_one(
+    rule: type[MatrixOptimizer], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With other gradients and learning rates than it was captured with, and one step that is skipped."""
+    if "kernels" in options:
+        pytest.importorskip("triton")
+        monkeypatch.setattr("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float16)
     params, ordinary = make(rule, **options)
     twins, captured = make(rule, **options)
     graph = Graph()
@@ -130,10 +138,44 @@ def test_a_captured_step_is_an_ordinary_one(rule: type[MatrixOptimizer], options
         optimizer.raise_if_not_finite()  # said once
 
 
-@pytest.mark.parametrize(("rule", "defer_check"), [(Muon, False), *((rule, True) for rule in SOAPS)])
-def test_what_waits_for_the_device_cannot_be_captured(rule: type[MatrixOptimizer], defer_check: bool) -> None:
+@pytest.mark.parametrize("rule", SOAPS)
+def test_what_waits_for_the_device_cannot_be_captured(rule: type[MatrixOptimizer]) -> None:
     _, optimizer = make(rule)
     optimizer.step()
-    optimizer.defer_check = defer_check
     with pytest.raises(RuntimeError, match="would make the host wait"), Graph():
+        optimizer.step()
+
+
+def ends_the_state(optimizer: MatrixOptimizer) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+WRONG = {
+    "wait": ("defer_check=True", lambda optimizer: setattr(optimizer, "defer_check", False)),
+    "number": ("let lr be a tensor", lambda optimizer: optimizer.param_groups[0].update(lr=0.02)),
+    "gradients": ("of before the capture", lambda optimizer: optimizer.finish_reduction()),
+    "new state": ("take an ordinary step", ends_the_state),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_would_be_replayed_wrongly_is_refused(what: str) -> None:
+    words, spoil = WRONG[what]
+    params, optimizer = make(Muon)
+    optimizer.step()
+    spoil(optimizer)
+    before = [p.clone() for p in params]
+    with pytest.raises(RuntimeError, match=words), Graph():
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_the_first_step_is_refused_and_of_16_bits_one_at_rate_zero() -> None:
+    _, optimizer = make(Aurora)
+    with pytest.raises(RuntimeError, match="take an ordinary step"), Graph():
+        optimizer.step()
+    _, optimizer = make(Aurora, torch.bfloat16)
+    optimizer.param_groups[0]["lr"].fill_(0.0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="with a rate above 0"), Graph():
         optimizer.step()

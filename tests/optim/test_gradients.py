@@ -193,6 +193,18 @@ def test_gradients_that_were_replaced_since_are_reduced_anew() -> None:
     assert clip_gradients(optimizers, 1e9).item() == pytest.approx(randn(8, 4, seed=1).norm().item())
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_gradients_that_have_gradients_are_reduced_too() -> None:
+    """As a hook of backward does it, in grad mode, after backward(create_graph=True)."""
+    p = nn.Parameter(randn(4, 3))
+    (p**3).sum().backward(create_graph=True)
+    assert p.grad is not None and p.grad.requires_grad and torch.is_grad_enabled()
+    optimizer = Muon([p])
+    ((bank, _),) = optimizer._make_banks()
+    bank.start_reduction(range(1))
+    assert torch.equal(bank.own_gradient()[0], p.grad.detach())
+
+
 def test_a_step_that_is_skipped_keeps_no_gradient_alive() -> None:
     weight = nn.Parameter(torch.zeros(8, 4))
     optimizers = [Muon([weight])]

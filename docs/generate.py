@@ -21,6 +21,7 @@ from typing import Any
 from data import console
 from data.files import whole_file
 from experiments import claims, ladder, league, lengths, neuron_report, options, rules
+from experiments.comparisons import paired
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.results import RESULTS
@@ -266,6 +267,26 @@ def league_section() -> str:
     return markdown(rows, {key: key for key in rows[0]}) + f"\n({said}; {league.correlation(result)})\n"
 
 
+def crossings_section() -> str:
+    """Where the losses of the league's best rules, Muon's and AdamW's cross the target."""
+    rows = league.crossings(kept("league"))
+    return markdown(rows, {key: key for key in rows[0]})
+
+
+def dtypes_section() -> str:
+    """The league's runs that were made in bfloat16 as well: how their losses differ from those in float32."""
+    result, runs = kept("league"), kept("league_bfloat16")["runs"]
+    rows: list[Row] = []
+    for entry in result["entries"]:
+        cell = league.cell(entry["arm"], entry["rate"], entry["decay"])
+        names = [league.run_name(cell, result["steps"], seed) for seed in result["seeds"]]
+        if runs.keys() >= set(names):
+            found = paired([runs[name]["val_loss"] for name in names], entry["val_loss"])
+            interval = f"{found.low:+.4f} to {found.high:+.4f}"
+            rows.append({"rule": entry["arm"], "bfloat16 less float32": f"{found.mean:+.4f}", "95% interval": interval})
+    return markdown(rows, {key: key for key in rows[0]})
+
+
 def lengths_section() -> str:
     """What the lengths of the steps track's first entries come from."""
     result = kept("lengths")
@@ -334,6 +355,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,
     "league": league_section,
+    "league_crossings": crossings_section,
+    "league_dtypes": dtypes_section,
     "lengths": lengths_section,
     "polar_loss": lambda: rules_section("polar"),
     "sides": lambda: rules_section("sides"),

@@ -12,6 +12,8 @@
    that Muon has after T steps is T / STEPS times as fast; it would reach the target in STEPS / T of Muon's steps. This
    takes for granted that the factor is the same at every length. A loss is first taken relative to Muon's with the same
    seed, which meets the same text; the interval of a rule's steps is of that, with Muon's own steps as given.
+4. Some rules (LENGTHS) with schedules between which their own losses cross the target, at the same seeds, and with the
+   rates of STEPS: a second table, which takes for granted that log(steps) is linear in the loss between two lengths.
 
 Differences from Muon are of runs with the same seed; p is Holm's, over all other rules. Beside each rule stand the
 steps that others have published for it on the GPU optimization track, where the rule stands alone there.
@@ -22,6 +24,7 @@ OUT/result.png is the figure.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -49,8 +52,9 @@ DECAYS = (0.025, 0.1)
 TUNING_SEED = 100
 DTYPE = "torch.float32"  # of all runs: some CPUs would take bfloat16 and others not
 REFERENCE = "muon"  # of differences, and whose curve turns losses into steps
-LENGTHS = (250, 400, 500)  # of the curve's schedules
-CURVE_SEEDS = 3
+LENGTHS = {  # of schedules beside STEPS: of the curve, and of rules whose losses are to cross the target
+    REFERENCE: (250, 500, 600), "aurora": (520,), "soap_muon": (520,), "adamw": (1050,),
+}  # fmt: skip
 H = {"hyperball": "true", **FROM_NOISE}
 ARMS: dict[str, dict[str, str]] = {
     **{rule: {"matrix_optimizer": rule, **OWN_SETTINGS.get(rule, {})} for rule in (*RULES, *TORCH_OPTIMIZERS)},
@@ -82,6 +86,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 Tried = tuple[float, float, float | None]  # learning rate, weight decay, loss; None if the run diverged
+Curve = Sequence[tuple[int, Sequence[float]]]  # steps of a schedule, and the loss of every seed at its end
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Runs:
     def __init__(self, options: Options) -> None:
         self.options, self.path = options, Path(options.out) / "result.json"
         check_writable(self.path.parent, "choose another folder, such as --out=/tmp/league")
+        self.more: dict[str, Any] = {}  # what the runs amount to, as far as they go
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"runs": {}}
         self.found: dict[str, dict[str, Any]] = {
             name: told for name, told in known["runs"].items() if told["dtype"] == DTYPE
@@ -139,9 +145,10 @@ class Runs:
         self.save()
 
     def save(self, **more: Any) -> None:
+        self.more |= more
         self.path.parent.mkdir(parents=True, exist_ok=True)
         options = {key: getattr(self.options, key) for key in ("recipe", "seeds", "steps", "target")}
-        write_json(self.path, dict(options, **more, runs=dict(sorted(self.found.items()))), indent=1)
+        write_json(self.path, dict(options, **self.more, runs=dict(sorted(self.found.items()))), indent=1)
 
 
 def run_name(cell: Cell, steps: int, seed: int) -> str:
@@ -212,27 +219,28 @@ def experiment(options: Options) -> dict[str, Any]:
     """Confirm, tune, run, measure the curve; the content of result.json."""
     searched = sum(arm not in SAME_AS for arm in options.arms)
     most = searched * (MOST_RATES + len(DECAYS)) + len(options.arms) * len(options.seeds)
-    most += len(LENGTHS) * CURVE_SEEDS
+    most += sum(len(LENGTHS.get(arm, ())) for arm in options.arms) * len(options.seeds)
     runs = Runs(options)
     arms.confirm([f"up to {most} runs of about {options.steps} steps, {options.jobs} at a time; "
                   f"{len(runs.found)} are known"], options.yes)  # fmt: skip
     chosen = tune(runs)
     cells = [cell(arm, chosen[arm]["rate"], chosen[arm]["decay"]) for arm in options.arms]
     losses = runs.losses(cells, options.seeds, options.steps)
-    reference, curve_seeds = cells[options.arms.index(REFERENCE)], options.seeds[:CURVE_SEEDS]
-    curve = []
-    for steps in LENGTHS:
-        found = runs.losses([reference], curve_seeds, steps)
-        curve.append((steps, [found[0, seed] for seed in curve_seeds]))
     entries = [dict(arm=arm, sets=ARMS[arm], **chosen[arm],
                     val_loss=[losses[i, seed] for seed in options.seeds])
                for i, arm in enumerate(options.arms)]  # fmt: skip
-    runs.save(curve=curve, entries=entries)
+    curves = {entry["arm"]: {options.steps: entry["val_loss"]} for entry in entries if entry["arm"] in LENGTHS}
+    for steps in sorted({steps for arm in curves for steps in LENGTHS[arm]}):
+        having = [arm for arm in curves if steps in LENGTHS[arm]]
+        found = runs.losses([cells[options.arms.index(arm)] for arm in having], options.seeds, steps)
+        for i, arm in enumerate(having):
+            curves[arm][steps] = [found[i, seed] for seed in options.seeds]
+        runs.save(curves={arm: sorted(of_steps.items()) for arm, of_steps in curves.items()}, entries=entries)
     return json.loads(runs.path.read_text(encoding="utf-8"))
 
 
-def steps_at(loss: float, curve: Sequence[tuple[int, Sequence[float]]]) -> float:
-    """The length of the schedule at whose end the reference has this loss: between measured lengths log(steps) is
+def steps_at(loss: float, curve: Curve) -> float:
+    """The length of the schedule at whose end the mean is this loss: between measured lengths log(steps) is
     linear in the loss, beyond them the nearest two go on."""
     points = sorted((float(np.mean(losses)), math.log(steps)) for steps, losses in curve)
     x, y = np.array(points).T
@@ -241,15 +249,15 @@ def steps_at(loss: float, curve: Sequence[tuple[int, Sequence[float]]]) -> float
     return math.exp(y[place - 1] + slope * (loss - x[place - 1]))
 
 
-def loss_at(steps: int, curve: Sequence[tuple[int, Sequence[float]]]) -> float:
-    """The reference's loss at the end of a schedule of that length; the inverse of `steps_at` within the curve."""
+def loss_at(steps: int, curve: Curve) -> float:
+    """The mean loss at the end of a schedule of that length; the inverse of `steps_at` within the curve."""
     return float(np.interp(math.log(steps), [math.log(n) for n, _ in curve], [np.mean(losses) for _, losses in curve]))
 
 
 def steps_needed(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Steps to the target of each rule and half of their 95% interval, which for the reference itself is zero; both
     infinite for a rule with a run that diverged."""
-    curve, steps = result["curve"], result["steps"]
+    curve, steps = result["curves"][REFERENCE], result["steps"]
     known = {entry["arm"]: entry["val_loss"] for entry in result["entries"]}
     at_steps, to_target = loss_at(steps, curve), steps_at(result["target"], curve)
     found = {}
@@ -288,6 +296,46 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
     order = ("rule", "tried", "rate", "decay", "final loss", f"from {REFERENCE}", "95% interval", "p (Holm)", "steps",
              "published")  # fmt: skip
     return [{key: row.get(key, "") for key in order} for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def crossings(result: Mapping[str, Any]) -> list[Row]:
+    """After how many steps the rules with several lengths cross the target by their own losses, and the ratio to the
+    reference's and to Aurora's, seed by seed; with the interval of each comparison alone, and p by Holm for all of a
+    column. The fewest steps first; without a rule one of whose losses does not fall from length to length."""
+    target, curves = result["target"], {arm: curve for arm, curve in result["curves"].items() if falls(curve)}
+    crossed = {
+        arm: [steps_at(target, [(steps, [loss]) for steps, loss in zip(lengths(curve), losses, strict=True)])
+              for losses in zip(*(losses for _, losses in curve), strict=True)]
+        for arm, curve in curves.items()
+    }  # fmt: skip
+    rows = {}
+    for arm, steps in crossed.items():
+        least, most = min(lengths(curves[arm])), max(lengths(curves[arm]))
+        beyond = sum(not least <= each <= most for each in steps)
+        by_steps = ", ".join(f"{n}: {mean_and_sd(losses, 4)}" for n, losses in curves[arm])
+        told = mean_and_sd(steps, 0) + (f" ({beyond} of {len(steps)} seeds beyond)" if beyond else "")
+        rows[arm] = {"rule": arm, "final loss by steps": by_steps, "steps to the target": told}
+    for other in (REFERENCE, "aurora"):
+        differences, adjusted = against({arm: np.log(steps).tolist() for arm, steps in crossed.items()}, other)
+        for arm, row in rows.items():
+            found = differences.get(arm)
+            row[f"of {other}'s"] = f"{math.exp(found.mean):.3f}" if found else "-"
+            interval = f"{math.exp(found.low):.3f} to {math.exp(found.high):.3f}" if found else "-"
+            row[f"95% interval of {other}'s"] = interval
+            row[f"p (Holm) of {other}'s"] = f"{adjusted[arm]:.2g}" if found else "-"
+    return sorted(rows.values(), key=lambda row: float(np.mean(crossed[str(row["rule"])])))
+
+
+def lengths(curve: Curve) -> list[int]:
+    return [steps for steps, _ in curve]
+
+
+def falls(curve: Curve) -> bool:
+    """Whether there are two lengths or more, and the loss of every seed is lower at each than at the one before."""
+    by_seed = zip(*(losses for _, losses in curve), strict=True)
+    return len(curve) > 1 and all(
+        None not in losses and all(a > b for a, b in itertools.pairwise(losses)) for losses in by_seed
+    )
 
 
 def correlation(result: Mapping[str, Any]) -> str:
@@ -340,6 +388,8 @@ def main(argv: list[str]) -> None:
     print(f"{path} -> {path.with_suffix('.png')}", file=sys.stderr)
     print(table(summary(result)))
     print(correlation(result))
+    if rows := crossings(result):
+        print(f"\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import arms, league
@@ -22,6 +24,7 @@ from experiments.league import (
     best_of,
     completed,
     correlation,
+    crossings,
     decays_of,
     main,
     rate_beyond,
@@ -90,7 +93,7 @@ def test_tuning_then_seeds_then_the_curve(fake: Calls, tmp_path: Path) -> None:
     assert [rate for rate, decay, _ in entries["aurora"]["tried"] if not decay] == [0.04, 0.08, 0.16, 0.32, 0.64]
     assert len(entries["muon"]["tried"]) == len(FACTORS) + len(DECAYS)
     assert {seed for _, steps, seed in fake if steps != 400} == {1000, 1001, 1002}
-    assert {steps for _, steps, _ in fake} == set(LENGTHS)
+    assert {steps for _, steps, _ in fake} == {400, *LENGTHS["muon"], *LENGTHS["aurora"]}
     assert sum(seed == TUNING_SEED for _, _, seed in fake) == 2 * (len(FACTORS) + len(DECAYS)) + 2
     assert len({(str(sets), steps, seed) for sets, steps, seed in fake}) == len(fake)  # none twice
 
@@ -102,6 +105,10 @@ def test_tuning_then_seeds_then_the_curve(fake: Calls, tmp_path: Path) -> None:
     assert rows["aurora"]["published"] == ""
     assert rows["muon"]["published"] == "3,250"
     assert rows["riemannian_aurora"]["tried"] == 0
+    assert {arm: [steps for steps, _ in curve] for arm, curve in result["curves"].items()} == {
+        "muon": [250, 400, 500, 600], "aurora": [400, 520]}  # fmt: skip
+    assert [len(losses) for curve in result["curves"].values() for _, losses in curve] == [3] * 6
+    assert result["curves"]["muon"][1][1] == entries["muon"]["val_loss"]
 
 
 def test_another_machine_goes_on_from_the_results(fake: Calls, tmp_path: Path) -> None:
@@ -144,15 +151,40 @@ def test_steps_come_from_the_curve_within_and_beyond_it() -> None:
         assert steps_at(3 - 0.3 * math.log(steps), curve) == pytest.approx(steps)
 
 
+def curve_of(speed: float, shifts: Sequence[float], lengths: Sequence[int]) -> list[tuple[int, list[float]]]:
+    return [(steps, [3 - 0.3 * math.log(speed * steps) + shift for shift in shifts]) for steps in lengths]
+
+
 def test_steps_are_relative_to_muon_s_at_the_same_seed() -> None:
-    """What a seed's text does to both, and that the curve has fewer seeds, makes no difference."""
-    curve = [(steps, [3 - 0.3 * math.log(steps) + shift for shift in (0.0, 0.1)]) for steps in (250, 400, 600)]
-    muon = [curve[1][1][0], curve[1][1][1], curve[1][1][0] - 0.2]
+    """What a seed's text does to both makes no difference."""
+    curve = curve_of(1, (0.0, 0.1), (250, 400, 600))
+    muon = curve[1][1]
     faster = [loss - 0.3 * math.log(2) for loss in muon]
     entries = [dict(arm=arm, val_loss=losses, tried=[], rate=0.1, decay=0.0)
                for arm, losses in (("muon", muon), ("aurora", faster))]  # fmt: skip
-    rows = summary(dict(curve=curve, steps=400, target=3.05 - 0.3 * math.log(500), entries=entries))
+    rows = summary(dict(curves=dict(muon=curve), steps=400, target=3.05 - 0.3 * math.log(500), entries=entries))
     assert {row["rule"]: row["steps"] for row in rows} == {"aurora": "250 ± 0", "muon": "500"}
+
+
+def test_crossings_are_by_a_rule_s_own_losses_seed_by_seed() -> None:
+    shifts = (0.0, 0.1, -0.1)
+    curves = dict(
+        muon=curve_of(1, shifts, (250, 400, 600)),
+        aurora=curve_of(1.25, shifts, (300, 500)),
+        adamw=[(400, [2.0, None, 2.0])],
+        soap=[(400, [1.2] * 3)],
+        muown=[(400, [1.2] * 3), (500, [1.1, 1.1, 1.2])],
+    )
+    fast, slow = crossings(dict(curves=curves, target=3 - 0.3 * math.log(500), seeds=(1000, 1001, 1002)))
+    assert (fast["rule"], slow["rule"]) == ("aurora", "muon")  # of the others one cannot say when they cross
+    each = [500 * math.exp(shift / 0.3) for shift in shifts]
+    told = f"{np.mean(each):.0f} ± {np.std(each, ddof=1):.0f}"
+    assert slow["steps to the target"] == f"{told} (1 of 3 seeds beyond)"
+    assert fast["steps to the target"].endswith(" (2 of 3 seeds beyond)")  # 287 and 558
+    assert fast["of muon's"] == "0.800"
+    assert fast["95% interval of muon's"] == "0.800 to 0.800"
+    assert (slow["of muon's"], slow["of aurora's"], fast["of aurora's"]) == ("-", "1.250", "-")
+    assert fast["final loss by steps"] == "300: 1.2219 ± 0.1000, 500: 1.0687 ± 0.1000"
 
 
 def test_the_correlation_says_how_wide_it_is() -> None:

@@ -268,7 +268,7 @@ def league_section() -> str:
 
 
 def crossings_section() -> str:
-    """Where the losses of the league's best rules, Muon's and AdamW's cross the target."""
+    """Where the losses of some of the league's rules cross the target."""
     rows = league.crossings(kept("league"))
     return markdown(rows, {key: key for key in rows[0]})
 

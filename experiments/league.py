@@ -6,12 +6,13 @@
 
 1. For each rule the best of `./run.sh rules` with 150 steps, twice and half that learning rate, on a seed that is not
    reported; while the best is at an end, a factor of two beyond it, up to six rates. Then two weight decays beside none
-   at the best rate. What is put around a rule (SAME_AS), or costs several times as much, takes that rule's.
+   at the best rate, but for what keeps norms or has a floor. Variants and most of what is put around a rule (SAME_AS)
+   take that rule's.
 2. Five seeds at the best of these.
 3. One curve: Muon's loss at the end of schedules of several lengths. A rule that ends a schedule of STEPS with a loss
-   that Muon has after T steps is T / STEPS times as fast; it would reach the target in STEPS / T of Muon's steps. This
-   takes for granted that the factor is the same at every length. A loss is first taken relative to Muon's with the same
-   seed, which meets the same text; the interval of a rule's steps is of that, with Muon's own steps as given.
+   that Muon has after T steps would reach the target in STEPS / T of Muon's steps. This takes for granted that the factor
+   is the same at every length. A loss is first taken relative to Muon's with the same seed, which meets the same text;
+   the interval of a rule's steps is of that, with Muon's own steps as given.
 4. Some rules (LENGTHS) with schedules between which their own losses cross the target, at the same seeds, and with the
    rates of STEPS: a second table, which takes for granted that log(steps) is linear in the loss between two lengths.
 

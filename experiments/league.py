@@ -10,8 +10,8 @@
    take that rule's.
 2. Five seeds at the best of these.
 3. One curve: Muon's loss at the end of schedules of several lengths. A rule that ends a schedule of STEPS with a loss
-   that Muon has after T steps would reach the target in STEPS / T of Muon's steps. This takes for granted that the factor
-   is the same at every length. A loss is first taken relative to Muon's with the same seed, which meets the same text;
+   that Muon has after T steps would reach the target in STEPS / T of Muon's steps, if the factor is the same at every
+   length. A loss is first taken relative to Muon's with the same seed, which meets the same text;
    the interval of a rule's steps is of that, with Muon's own steps as given.
 4. Some rules (LENGTHS) with schedules between which their own losses cross the target, at the same seeds, and with the
    rates of STEPS: a second table, which takes for granted that log(steps) is linear in the loss between two lengths.

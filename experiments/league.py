@@ -109,7 +109,7 @@ class Runs:
     def __init__(self, options: Options) -> None:
         self.options, self.path = options, Path(options.out) / "result.json"
         check_writable(self.path.parent, "choose another folder, such as --out=/tmp/league")
-        self.more: dict[str, Any] = {}  # what the runs amount to, as far as they go
+        self.outcome: dict[str, Any] = {}  # what the runs amount to, as far as they go
         known = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"runs": {}}
         self.found: dict[str, dict[str, Any]] = {
             name: told for name, told in known["runs"].items() if told["dtype"] == DTYPE
@@ -145,11 +145,11 @@ class Runs:
                 self.found[run_name(result.overrides, steps, result.seed)] = dict(val_loss=loss_of(result), **told)
         self.save()
 
-    def save(self, **more: Any) -> None:
-        self.more |= more
+    def save(self, **outcome: Any) -> None:
+        self.outcome |= outcome
         self.path.parent.mkdir(parents=True, exist_ok=True)
         options = {key: getattr(self.options, key) for key in ("recipe", "seeds", "steps", "target")}
-        write_json(self.path, dict(options, **self.more, runs=dict(sorted(self.found.items()))), indent=1)
+        write_json(self.path, dict(options, **self.outcome, runs=dict(sorted(self.found.items()))), indent=1)
 
 
 def run_name(cell: Cell, steps: int, seed: int) -> str:

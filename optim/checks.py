@@ -50,7 +50,9 @@ def is_capturing(p: Tensor | None) -> bool:
 
 
 def check_capture(optimizer: "MatrixOptimizer") -> None:
-    """RuntimeError if a CUDA graph that is capturing this step would replay anything else than further steps."""
+    """RuntimeError if a CUDA graph is capturing this step and would replay anything else than further steps."""
+    if not is_capturing(optimizer._any_param()):
+        return
     banks, who = [bank for bank, _ in optimizer._banks], type(optimizer).__name__
     rates = [(group["lr"], p.device) for group in optimizer.param_groups for p in group["params"]]
     problem = ""

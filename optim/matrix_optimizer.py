@@ -35,7 +35,7 @@ from torch import Tensor
 from optim.apply_update import SCALES, WEIGHT_OPTIONS, apply_in_one_pass, apply_update, scaled
 from optim.bank import Bank, State, by_matrix, layout
 from optim.batch import MatrixBatch
-from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dict, is_capturing, warn_of_stacks
+from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
 from optim.options import Option, check_names, signature_with
 from optim.polar import METHODS, fast_half_dtype, polar
@@ -340,8 +340,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 self._reduced = None
                 loss = closure()
-        if is_capturing(self._any_param()):
-            check_capture(self)
+        check_capture(self)
         gradients, self._reduced = self.finish_reduction(), None
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check)

@@ -45,7 +45,7 @@ class Graph(TorchDispatchMode):
         self.patches = ExitStack()
         for reading in ("tolist", "numpy", "cpu"):  # no operators on a CPU
             self.patches.enter_context(mock.patch.object(Tensor, reading, refuse_to_read))
-        self.patches.enter_context(mock.patch("optim.matrix_optimizer.is_capturing", return_value=True))
+        self.patches.enter_context(mock.patch("optim.checks.is_capturing", return_value=True))
         super().__enter__()
         return self
 

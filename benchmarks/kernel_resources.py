@@ -5,8 +5,8 @@
         training step, a tenth of all of them
 
 Faults: registers spilled, too much shared memory, products in half precision without tensor cores, two bytes written at
-a time; and of products that load by descriptor, on Hopper, fewer than two blocks on a multiprocessor, a loop longer
-than LONGEST_LOOP, or one that loads or stores besides its bulk copies.
+a time, denormal numbers seen to in the loss; and of products that load by descriptor, on Hopper, fewer than two blocks
+on a multiprocessor, a loop longer than LONGEST_LOOP, or one that loads or stores besides its bulk copies.
 
 The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
 caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
@@ -49,6 +49,7 @@ TYPES |= {torch.int64: "*i64", torch.bool: "*i1"}
 # Of a Hopper multiprocessor (CUDA C programming guide): 32-bit registers, threads, and bytes of shared memory, of which
 # each block takes 1 KiB more than it asks for.
 REGISTERS, THREADS, SHARED = 65536, 2048, 228 * 1024
+ROW_COMPARISONS = 8  # of a row's logarithm and division; the handling of denormal numbers has three for each element
 LONGEST_LOOP = 110  # instructions for 128 x 128 x 64 multiplications and additions
 WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "apply_update", "cross_entropy")  # no use for tensor cores
 
@@ -73,6 +74,7 @@ class Resources(NamedTuple):
     shared: int  # bytes of a block
     loop: tuple[str, ...]  # instructions of the loop with the products; empty where there is none
     stores: tuple[str, ...]  # instructions that write to memory
+    comparisons: int  # instructions that compare floating-point numbers
 
     @property
     def tensor_cores(self) -> bool:
@@ -93,6 +95,8 @@ class Resources(NamedTuple):
         faults += ["shared memory"] if self.shared > limit else []
         faults += ["no tensor cores"] if is_half_product and not self.tensor_cores else []
         faults += ["narrow stores"] if any(".U16" in store for store in self.stores) else []
+        if what.startswith("cross_entropy") and self.comparisons > ROW_COMPARISONS:
+            faults.append(f"{self.comparisons} comparisons around approximate functions")
         if "described=true" in what and self.launch.architecture == 90:
             moves = [op for op in self.loop if op.startswith(("LDG", "LDS", "STS", "STG"))]
             if (
@@ -217,7 +221,8 @@ def compile_launch(launch: Launch) -> Resources:
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     shared = found["SHARED"] + compiled.metadata.shared
     loop, stores = read_code(code)
-    return Resources(launch, found["REG"], found["STACK"] + found["LOCAL"], shared, loop, stores)
+    spilled = found["STACK"] + found["LOCAL"]
+    return Resources(launch, found["REG"], spilled, shared, loop, stores, code.count("FSETP"))
 
 
 def read_code(code: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

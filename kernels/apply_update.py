@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, operator
+from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
@@ -25,7 +25,7 @@ PLAIN = (Tensor, torch.nn.Parameter)  # tensors of a subclass may have no memory
 
 @triton.jit
 def apply_update_kernel(
-    u, table, rate_tensor, rate, scale, decay, num_weights, m, n, stride_b, stride_m, stride_n,
+    u, table, rate_tensor, rate, scale, decay_tensor, decay, num_weights, m, n, stride_b, stride_m, stride_n,
     DECAYS: tl.constexpr, CAUTIOUS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row_blocks, column_blocks = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
@@ -44,6 +44,8 @@ def apply_update_kernel(
     if rate_tensor is not None:
         rate = tl.load(rate_tensor)
     step = rate * scale * U
+    if decay_tensor is not None:
+        decay = tl.load(decay_tensor)
     if DECAYS:
         step += rate * decay * (tl.where(W * U > 0, W, 0.0) if CAUTIOUS else W)
     step = tl.where(rate == 0, 0.0, step)  # 0 times infinity would be NaN
@@ -56,7 +58,7 @@ def apply_update(
     places: list[int],
     rate: float | Tensor,
     scale: float,
-    decay: float = 0.0,
+    decay: float | Tensor = 0.0,
     cautious: bool = False,
     tile: Tile | None = None,
 ) -> bool:
@@ -64,8 +66,9 @@ def apply_update(
     nothing done, if there is one that the kernel cannot change.
 
     U [B, m, n] has to be float16, bfloat16 or float32, with any strides; weights plain tensors in float32, contiguous,
-    of m n numbers on U's device, without memory in common. `rate` is a number, or a tensor of one element, which is
-    read on the device if it is there. Raises ValueError for other places than one for each weight, from 0 to below B.
+    of m n numbers on U's device, without memory in common. `rate` and `decay` are numbers, or tensors of one element,
+    which are read on the device if they are there. Raises ValueError for other places than one for each weight, from 0
+    to below B.
     """
     size, device = U[:1].numel(), U.device
     if (
@@ -88,14 +91,10 @@ def apply_update(
         )
     if not weights:
         return True
-    number, on_device = 0.0, None
-    if isinstance(rate, Tensor) and rate.device == U.device:
-        on_device = rate.float()
-    else:
-        number = float(rate)
+    rates, decays = number(rate, device), number(decay, device)
     addresses = tuple([W.data_ptr() for W in weights])
     table, is_aligned = _table(addresses, tuple(places), U.device), not any(a % 16 for a in addresses)
-    _apply_update(U, weights, table, on_device, number, scale, decay, cautious, is_aligned, tile and list(tile))
+    _apply_update(U, weights, table, *rates, scale, *decays, cautious, is_aligned, tile and list(tile))
     torch.autograd.graph.increment_version(weights)
     return True
 
@@ -107,8 +106,8 @@ def _table(addresses: tuple[int, ...], places: tuple[int, ...], device: torch.de
 
 @operator(fake=lambda *_: None, mutates=("weights",))
 def _apply_update(
-    U: Tensor, weights: list[Tensor], table: Tensor, rate_tensor: Tensor | None, rate: float, scale: float,
-    decay: float, cautious: bool, is_aligned: bool, tile: list[int] | None,
+    U: Tensor, weights: list[Tensor], table: Tensor, rate: float, rate_tensor: Tensor | None, scale: float,
+    decay: float, decay_tensor: Tensor | None, cautious: bool, is_aligned: bool, tile: list[int] | None,
 ) -> None:  # fmt: skip
     m, n = U.shape[1:]
     is_flat = U.stride(2) == 1 and U.stride(1) == n
@@ -117,7 +116,7 @@ def _apply_update(
         m, n = 1, m * n
     grid = len(weights) * cdiv(m, rows) * cdiv(n, columns)
     apply_update_kernel[(grid,)](
-        U, table, rate_tensor, rate, scale, decay, len(weights), m, n, U.stride(0), n if is_flat else U.stride(1),
-        U.stride(2), DECAYS=decay != 0, CAUTIOUS=cautious, ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns,
-        **launch_options(warps, stages),
+        U, table, rate_tensor, rate, scale, decay_tensor, decay, len(weights), m, n, U.stride(0),
+        n if is_flat else U.stride(1), U.stride(2), DECAYS=decay_tensor is not None or decay != 0, CAUTIOUS=cautious,
+        ALIGNED=is_aligned, ROWS=rows, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip

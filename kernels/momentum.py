@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, cdiv, launch_options, operator
+from kernels.triton_common import Tile, cdiv, launch_options, number, operator
 
 FLAT = Tile(1, 2048, 0, 4, 1)  # elements at a time: four loads of 16 bytes per thread from each. Not yet timed.
 
 
 @triton.jit
 def momentum_kernel(
-    gradient, buffer, active, size, stride_active, share, weight,
+    gradient, buffer, active, size, stride_active, share_tensor, share, weight,
     NESTEROV: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     runs = tl.cdiv(size, COLUMNS)
@@ -28,6 +28,9 @@ def momentum_kernel(
     inside = elements < size
     gradient += b * size + elements
     buffer += b * size + elements
+    if share_tensor is not None:
+        share = tl.load(share_tensor)
+        weight = 1.0 - share
     old = tl.load(buffer, mask=inside)
     new, G = old, tl.zeros_like(old)
     moves = active is None or tl.load(active + b * stride_active) != 0
@@ -41,7 +44,7 @@ def momentum_kernel(
 def momentum(
     gradient: Tensor,
     buffer: Tensor,
-    share: float,
+    share: float | Tensor,
     nesterov: bool,
     active: Tensor | None = None,
     tile: Tile | None = None,
@@ -49,8 +52,9 @@ def momentum(
     """`gradient` [B, m, n], overwritten with the momentum after it, or with `nesterov` one more step ahead of that;
     `buffer`, of the same shape, is the momentum and changes, too.
 
-    Both are float32 and contiguous. `share` is what a step keeps, from 0 to below 1; `active` is bool [B], None for all
-    matrices. Raises ValueError for other arguments.
+    Both are float32 and contiguous. `share` is what a step keeps, from 0 to below 1, a number or a tensor of one
+    element, which is read on the device if it is there; `active` is bool [B], None for all matrices. Raises ValueError
+    for other arguments.
     """
     for name, X in (("gradient", gradient), ("buffer", buffer)):
         is_alike = X.shape == gradient.shape and X.device == gradient.device
@@ -65,17 +69,18 @@ def momentum(
             f"momentum: active is {active.dtype} {tuple(active.shape)} on {active.device}; it must be bool [{B}] on "
             f"{device}"
         )
-    _momentum(gradient, buffer, float(share), nesterov, active, tile and list(tile))
+    _momentum(gradient, buffer, *number(share, device), nesterov, active, tile and list(tile))
     return gradient
 
 
 @operator(fake=lambda *_: None, mutates=("gradient", "buffer"))
 def _momentum(
-    gradient: Tensor, buffer: Tensor, share: float, nesterov: bool, active: Tensor | None, tile: list[int] | None
-) -> None:
+    gradient: Tensor, buffer: Tensor, share: float, share_tensor: Tensor | None, nesterov: bool, active: Tensor | None,
+    tile: list[int] | None,
+) -> None:  # fmt: skip
     size = gradient.size(1) * gradient.size(2)
     _, columns, _, warps, stages = tile or FLAT
     momentum_kernel[(gradient.size(0) * cdiv(size, columns),)](
-        gradient, buffer, active, size, None if active is None else active.stride(0), share, 1 - share,
-        NESTEROV=nesterov, COLUMNS=columns, **launch_options(warps, stages),
+        gradient, buffer, active, size, None if active is None else active.stride(0), share_tensor, share,
+        1 - share, NESTEROV=nesterov, COLUMNS=columns, **launch_options(warps, stages),
     )  # fmt: skip

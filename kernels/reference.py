@@ -20,7 +20,9 @@ def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit.div_(norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
 
 
-def momentum(gradient: Tensor, buffer: Tensor, share: float, nesterov: bool, active: Tensor | None = None) -> Tensor:
+def momentum(
+    gradient: Tensor, buffer: Tensor, share: float | Tensor, nesterov: bool, active: Tensor | None = None
+) -> Tensor:
     """`gradient` [B, m, n], overwritten with the momentum after it, or with `nesterov` one more step ahead; `buffer`,
     the momentum, changes, too, but for matrices that are not `active`, whose gradient counts as zero."""
     weight: float | Tensor = 1 - share
@@ -37,7 +39,7 @@ def apply_update(
     places: list[int],
     rate: float | Tensor,
     scale: float,
-    decay: float = 0.0,
+    decay: float | Tensor = 0.0,
     cautious: bool = False,
 ) -> bool:
     """weight <- weight - rate (decay weight + scale U[place]) for each weight and its place; `cautious`: decay only

@@ -142,6 +142,14 @@ def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tens
     return scale.contiguous()
 
 
+def number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """What a kernel takes a number as: itself, or where it is a tensor of one element on the kernel's device, the place
+    to read it from, so that nobody waits for it."""
+    if isinstance(value, Tensor) and value.device == device:
+        return 0.0, value.float()
+    return float(value), None
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up; triton.cdiv, which is for kernels too, takes the host several times as long."""
     return -(-a // b)

@@ -59,6 +59,11 @@ def constrains(group: dict[str, Any]) -> bool:
     return group["hyperball"] or group["update_floor"] > 0 or group["radial_brake"] < 1
 
 
+def decays(group: dict[str, Any]) -> bool:
+    """Whether weights decay, as far as one can say without waiting for the device."""
+    return isinstance(group["weight_decay"], Tensor) or group["weight_decay"] != 0
+
+
 def rate(group: dict[str, Any], is_finite: Tensor | None) -> Any:
     """The learning rate, or zero after a bad gradient, decided on the device."""
     return group["lr"] if is_finite is None else group["lr"] * is_finite.float()
@@ -81,15 +86,15 @@ def apply_update(weights: list[Tensor], updates: list[Tensor], group: dict[str, 
         moved = moved if is_finite is None else torch.where(is_finite, moved, W)  # to the bit, however short W is
         torch._foreach_copy_(weights, [w.view(weights[0].shape) for w in moved.unbind(0)])
         return
-    if group["weight_decay"]:
+    if decays(group):
         decay = rate(group, is_finite) * group["weight_decay"]
         if group["cautious"]:
-            decays = torch._foreach_mul(weights, updates)
-            torch._foreach_sign_(decays)
-            torch._foreach_clamp_min_(decays, 0)  # 1 where decay and update both shrink the weight, else 0
-            torch._foreach_mul_(decays, weights)
-            torch._foreach_mul_(decays, decay)
-            torch._foreach_sub_(weights, decays)
+            lost = torch._foreach_mul(weights, updates)
+            torch._foreach_sign_(lost)
+            torch._foreach_clamp_min_(lost, 0)  # 1 where decay and update both shrink the weight, else 0
+            torch._foreach_mul_(lost, weights)
+            torch._foreach_mul_(lost, decay)
+            torch._foreach_sub_(weights, lost)
         else:
             torch._foreach_mul_(weights, 1 - decay)
     torch._foreach_sub_(weights, updates)
@@ -105,8 +110,8 @@ def apply_in_one_pass(
     from kernels.apply_update import apply_update
 
     places, weights = bank.active_weights()
-    lr, scale, decay = rate(group, is_finite), SCALES[group["scale"]](bank.m, bank.n), float(group["weight_decay"])
-    return apply_update(weights, directions, places, lr, scale, decay, group["cautious"])
+    lr, scale = rate(group, is_finite), SCALES[group["scale"]](bank.m, bank.n)
+    return apply_update(weights, directions, places, lr, scale, group["weight_decay"], group["cautious"])
 
 
 def constrained_step(W: Tensor, U: Tensor, group: dict[str, Any], lr: Any) -> Tensor:
@@ -127,7 +132,7 @@ def constrained_step(W: Tensor, U: Tensor, group: dict[str, Any], lr: Any) -> Te
     if group["radial_brake"] < 1:
         along = (U * W).sum(dim=(-2, -1), keepdim=True) / norm.clamp_min(SMALLEST)
         moved = with_norm(moved, (norm - lr * along).clamp_min(SMALLEST))
-    if group["weight_decay"]:  # after the norm was set, which would undo it
+    if decays(group):  # after the norm was set, which would undo it
         decaying = moved.where(U * W > 0, 0) if group["cautious"] else moved
         moved = moved - lr * group["weight_decay"] * decaying
     return moved

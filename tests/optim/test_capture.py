@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from optim import Aurora, MatrixOptimizer, Muon, NorMuon, Soap, SoapMuon
+from optim import AdamH, AdaMuon, Aurora, MatrixOptimizer, Muon, NorMuon, Soap, SoapMuon
 from optim.config import RULES
 
 SHAPES = ((12, 8), (8, 16), (12, 8))
@@ -81,25 +81,32 @@ def make(
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
     for p in params:
         p.grad = torch.zeros_like(p)
+    options = {name: torch.tensor(value) if name in CHANGING else value for name, value in options.items()}
     return params, rule(params, torch.tensor(0.02), defer_check=True, **options)
 
 
 def give(params: Iterable[Tensor], optimizer: MatrixOptimizer, step: int, lr: float) -> None:
-    """Gradients and the learning rate of a step, where a graph looks for them; one of NaN before the sixth."""
+    """Gradients and the rates of a step, where a graph looks for them; one of NaN before the sixth."""
     generator = torch.Generator().manual_seed(step)
     for p in params:
         assert p.grad is not None
         p.grad.copy_(torch.randn(p.shape, generator=generator))
         p.grad += torch.nan if step == 5 else 0.0
-    optimizer.param_groups[0]["lr"].fill_(lr)
+    (group,) = optimizer.param_groups
+    group["lr"].fill_(lr)
+    for name in CHANGING:
+        if isinstance(group[name], Tensor):
+            group[name].mul_(0.9)
 
 
+CHANGING = ("momentum", "weight_decay")  # options that may be tensors, like lr
 SOAPS = (Soap, SoapMuon)  # which ask how many gradients a matrix has had
 CASES: list[tuple[type[MatrixOptimizer], dict[str, Any]]] = [(rule, {}) for rule in RULES.values() if rule not in SOAPS]
 CASES += [(Muon, dict(weight_decay=0.1)), (Muon, dict(weight_decay=0.1, cautious=True)), (Muon, dict(hyperball=True))]
 CASES += [(Muon, dict(update_floor=0.35)), (Muon, dict(radial_brake=0.5)), (Muon, dict(row_blocks=2))]
 CASES += [(Aurora, dict(dtype=torch.bfloat16))]
-CASES += [(rule, dict(kernels="triton", weight_decay=0.1)) for rule in (Muon, Aurora, NorMuon)]
+CASES += [(rule, dict(kernels="triton", momentum=0.95, weight_decay=0.1)) for rule in (Muon, Aurora, NorMuon)]
+CASES += [(rule, dict(momentum=0.95, cautious=True)) for rule in (AdamH, AdaMuon)]
 
 
 def name_of(value: object) -> str:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Attend, attention
 from kernels.fused import rms_norm, rotate
+from kernels.linear import check_float8, float8_linear, linear
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
 FusedPart = Literal["auto", "none", "norm", "mlp", "head", "blocks"]
@@ -64,6 +65,7 @@ class ModelConfig:
     # How it is computed: the same numbers to rounding
     fused: tuple[FusedPart, ...] = ("auto",)  # see docs/speed.md; auto: norm,head,blocks on a CPU, none on a GPU
     # Options of the model
+    float8: tuple[Literal["head", "mlp"], ...] = ()  # products from operands of 8 bits in training (docs/speed.md)
     doc_mask: bool = False  # attention stays within documents
     window: Annotated[int, ">= 0"] = 0  # tokens that a query sees, its own included; 0: all
     value_embeds: Annotated[int, ">= 0"] = 0  # n tables of values looked up by token, for the first and last n blocks
@@ -84,6 +86,8 @@ class ModelConfig:
         if "head" in self.fused and not self.can_fuse_head:
             found = f"architecture = 'gpt', not {self.softcap} and {self.architecture!r}; auto works"
             raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and {found}")
+        if self.float8 and self.architecture != "gpt":
+            raise ValueError(f"float8 needs architecture = 'gpt', not {self.architecture!r}; leave float8 out")
         if 2 * (n := self.value_embeds) > self.num_layers:
             raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")
         if len({*self.ngrams}) < len(self.ngrams):
@@ -125,11 +129,6 @@ class ModelConfig:
 def empty(*shape: int) -> Tensor:
     """Room for a parameter: float32, whatever torch's default is."""
     return torch.empty(*shape, dtype=torch.float32)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., D] times one matrix [M, D], or several stacked [N, M, D] as one product [..., N M], in x's dtype."""
-    return F.linear(x, weight.flatten(0, -2).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Rotary(nn.Module):
@@ -176,6 +175,7 @@ class MLP(nn.Module):
         super().__init__()
         self.is_fused = "mlp" in parts
         self.activation, self.num_gates = ACTIVATIONS[config.activation]
+        self.linear = float8_linear if "mlp" in config.float8 else linear
         self.gate_up = nn.Parameter(empty(self.num_gates, config.hidden_dim, config.model_dim))  # or up alone
         self.down = nn.Parameter(empty(config.model_dim, config.hidden_dim))
 
@@ -184,13 +184,13 @@ class MLP(nn.Module):
         return self.activate(self.begin(x_BTD))
 
     def begin(self, x_BTD: Tensor) -> Tensor:
-        return linear(x_BTD, self.gate_up)
+        return self.linear(x_BTD, self.gate_up)
 
     def activate(self, product_BTF: Tensor) -> Tensor:
         return self.activation(*product_BTF.chunk(self.num_gates, dim=-1))
 
     def finish(self, product_BTF: Tensor) -> Tensor:
-        return linear(self.activate(product_BTF), self.down)
+        return self.linear(self.activate(product_BTF), self.down)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         product_BTF = self.begin(x_BTD)
@@ -223,11 +223,8 @@ def hashed_ngrams(tokens_BT: Tensor, n: int, rows: int) -> Tensor:
     return hash_BT
 
 
-def normal_or_zero(weight: Tensor, std: float) -> None:
-    if std:
-        weight.normal_(std=std)
-    else:
-        weight.zero_()
+def normal_or_zero(weight: Tensor, std: float) -> Tensor:
+    return weight.normal_(std=std) if std else weight.zero_()
 
 
 class GPT(nn.Module):
@@ -241,6 +238,8 @@ class GPT(nn.Module):
         lookup = partial(nn.Embedding, dtype=torch.float32)
         self.embed = lookup(config.padded_vocab_size, config.model_dim)
         self.parts = config.fused_parts(self.embed.weight.device.type)
+        sizes = dict(model_dim=config.model_dim, mlp_hidden=config.mlp_hidden, seq_len=config.seq_len)
+        check_float8(config.float8, self.embed.weight.device, **sizes)
         self.norm = partial(rms_norm, is_fused="norm" in self.parts)
         self.blocks = nn.ModuleList([self.block_type(config, self.parts) for _ in range(config.num_layers)])
         self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)
@@ -312,7 +311,8 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden state [..., D] to float32 logits in (-softcap, softcap), [..., V]."""
-        logits = linear(x, self.head.weight).float()
+        product = float8_linear if "head" in self.config.float8 else linear
+        logits = product(x, self.head.weight).float()
         return self.config.softcap * torch.tanh(logits / self.config.softcap)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, window: int | Tensor | None = None) -> Tensor:
@@ -328,7 +328,7 @@ class GPT(nn.Module):
         if "head" in self.parts:
             return linear_cross_entropy(
                 x_ND, self.head.weight, targets_N, softcap=c.softcap, vocab_size=vocab_size, z_loss=z_loss,
-                ignore_index=IGNORE_INDEX,
+                ignore_index=IGNORE_INDEX, float8="head" in c.float8,
             )  # fmt: skip
         logits_NV = self.logits(x_ND)[:, :vocab_size]
         loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")

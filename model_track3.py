@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from kernels.attention import Attend
 from kernels.fused import rotate
-from model import GPT, MLP, Attention, Block, ModelConfig, Rotary, empty, linear
+from kernels.linear import linear
+from model import GPT, MLP, Attention, Block, ModelConfig, Rotary, empty
 
 SCORE_SCALE = 0.12
 INIT_VARIANCE = 0.33  # times the fan-in

@@ -3,8 +3,9 @@
     python -m benchmarks.loss_head --shapes 16384x50304x64 2048x320x128
 
 A shape is tokens x vocabulary x width. `plain` is what one writes down: logits by F.linear in `dtype`, float32 from
-there on, tanh, F.cross_entropy. Loss and gradients of each are compared with float64 first; what is further off than
-the plain way's own rounding is not timed. Memory is the most that one forward and backward pass takes beyond the
+there on, tanh, F.cross_entropy; `float8` is the fused operator with logits from operands in 8 bits. Loss and gradients
+of each are compared with float64 first; what is further off than the plain way's own rounding, or with 8 bits than
+COARSE, is not timed. Memory is the most that one forward and backward pass takes beyond the
 inputs and what the libraries hold after a small pass: on a GPU what torch allocated, on a CPU the process's resident
 memory, each variant in a process of its own.
 """
@@ -24,6 +25,7 @@ from harness.machine import find_machine
 from harness.results import command, report
 from harness.step_timer import median_seconds
 from harness.tables import Row
+from kernels.linear import has_float8
 from kernels.linear_cross_entropy import linear_cross_entropy
 
 SOFTCAP = 15.0
@@ -49,7 +51,12 @@ def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(x, weight, targets, softcap=SOFTCAP)
 
 
-VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "fused": fused}
+def float8(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy(x, weight, targets, softcap=SOFTCAP, float8=True)
+
+
+VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "fused": fused, "float8": float8}
+COARSE = 0.2  # error that 8 bits may have, of loss and gradients
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,20 +124,22 @@ def peak_resident_bytes() -> int:
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device, passes: int) -> Iterator[Row]:
-    peaks = {variant: peak_bytes(variant, shape, dtype, device) for variant in VARIANTS}
+    variants = [variant for variant in VARIANTS if variant != "float8" or has_float8(device)]
+    peaks = {variant: peak_bytes(variant, shape, dtype, device) for variant in variants}
     inputs = make_inputs(shape, dtype, device)
     expected = exact(*inputs)
-    found = {variant: errors(forward_backward(variant, *inputs), expected) for variant in VARIANTS}
+    found = {variant: errors(forward_backward(variant, *inputs), expected) for variant in variants}
     del expected
-    allowed = [1.05 * error + 1e-6 for error in found["plain"]]
+    rounding = [min(1.05 * error + 1e-6, 0.02) for error in found["plain"]]
+    allowed = {variant: [COARSE] * 3 if variant == "float8" else rounding for variant in variants}
     wrong = {
         variant: ", ".join(f"{name} {e:.2g}" for name, e in zip(("loss", "dx", "dW"), found[variant], strict=True))
-        for variant in VARIANTS
-        if not all(e <= a for e, a in zip(found[variant], allowed, strict=True)) or max(found[variant]) > 0.02
+        for variant in variants
+        if not all(e <= a for e, a in zip(found[variant], allowed[variant], strict=True))
     }
-    timed = {v: (lambda v=v: forward_backward(v, *inputs)) for v in VARIANTS if v not in wrong}
+    timed = {v: (lambda v=v: forward_backward(v, *inputs)) for v in variants if v not in wrong}
     seconds = {variant: time.wall for variant, time in median_seconds(timed, passes, device=device).items()}
-    for variant in VARIANTS:
+    for variant in variants:
         row: Row = {"tokens": shape[0], "vocabulary": shape[1], "width": shape[2], "variant": variant}
         row |= dict(check=f"errors {wrong[variant]}" if variant in wrong else "right", ms="", of_plain="", tflops="")
         if time_s := seconds.get(variant):

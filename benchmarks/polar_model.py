@@ -23,7 +23,7 @@ from benchmarks.polar_speed import CASES
 from data import console
 from harness.tables import align, cell
 from kernels import Backend
-from kernels.triton_common import LARGE
+from kernels.triton_common import LARGE, cdiv
 from optim.aurora import aurora_polar
 from optim.polar import polar
 
@@ -50,6 +50,27 @@ class Call(NamedTuple):
 
 def not_asked(*arguments: object) -> None:
     raise AssertionError("polar factors need no other kernels")
+
+
+class Idea(NamedTuple):
+    """What could be done otherwise."""
+
+    at_a_time: int = sys.maxsize  # matrices of a shape
+    is_cached: bool = False  # nothing comes from memory or goes there, as if L2 held it all
+    is_wide: bool = False  # apply_symmetric's tiles are of 128 x 256, for one block on a multiprocessor
+    operands: float = 1.0  # share of the loads by descriptor that L2 sees
+
+
+AS_IT_IS = Idea()
+IDEAS = {
+    "polar factors": AS_IT_IS,
+    "12 matrices at a time": Idea(12),
+    "the same, all from L2": Idea(12, is_cached=True),
+    "apply_symmetric in tiles of 128 x 256": Idea(is_wide=True),
+    "an operand copied for two blocks at once": Idea(operands=0.75),
+    "operands for nothing": Idea(operands=0.0),
+}
+SHOWN = ("124m", "1b")
 
 
 class Estimate(NamedTuple):
@@ -95,33 +116,37 @@ def recorder(calls: list[Call]) -> Backend:
     return Backend("model", True, not_asked, normalize_rows, *products, cross_entropy=not_asked)
 
 
-def estimate(call: Call) -> Estimate:
-    tile = LARGE[90]
+def estimate(call: Call, idea: Idea = AS_IT_IS) -> Estimate:
+    tile, blocks = LARGE[90], 2
+    if idea.is_wide and call.what == "apply_symmetric":
+        tile, blocks = tile._replace(columns=256), 1
     if call.what == "normalize_rows":
         return Estimate(LAUNCH + call.memory / NORMALIZE, "memory")
-    rows, columns = (-(-size // tile.rows) for size in (call.m, call.n))
+    rows, columns = cdiv(call.m, tile.rows), cdiv(call.n, tile.columns)
     tiles = call.B * (rows * columns if call.what == "apply_symmetric" else columns * (columns + 1) // 2)
-    steps = -(-(call.m if call.what.startswith("gram") else call.n) // tile.depth)
+    steps = cdiv(call.m if call.what.startswith("gram") else call.n, tile.depth)
     is_scaled = call.what == "gram, rows scaled"
-    at_once = PROCESSORS * (1 if is_scaled else 2)
-    rounds = -(-tiles // at_once) * at_once / tiles
+    operands = 1.0 if is_scaled else idea.operands
+    at_once = PROCESSORS * (1 if is_scaled else blocks)
+    rounds = cdiv(tiles, at_once) * at_once / tiles
     flops = 2 * tiles * steps * tile.rows * tile.columns * tile.depth
-    through_l2 = 2 * tiles * steps * (tile.rows + tile.columns) * tile.depth + call.memory
+    through_l2 = 2 * tiles * steps * (tile.rows + tile.columns) * tile.depth * operands + call.memory
     times = {
         "tensor cores": flops / TENSOR * rounds,
         "L2": through_l2 / L2 * rounds,
-        "memory": call.memory / DRAM,
+        "memory": 0.0 if idea.is_cached else call.memory / DRAM,
     }
     bound = max(times, key=lambda name: times[name])
     return Estimate(LAUNCH + times[bound] * (SCALED if is_scaled else 1), bound)
 
 
-def calls_of(case: str, iterations: int) -> list[Call]:
-    """The launches for the matrices of a case: Muon's polar factors, or with `iterations` Aurora's."""
+def calls_of(case: str, iterations: int, at_a_time: int = sys.maxsize) -> list[Call]:
+    """The launches for the matrices of a case: Muon's polar factors, or with `iterations` Aurora's; so many matrices of
+    a shape `at_a_time`."""
     calls: list[Call] = []
     with mock.patch("optim.polar.backend", return_value=recorder(calls)):
-        for shape in CASES[case]:
-            X = torch.empty(shape, device="meta")
+        parts = [part for shape in CASES[case] for part in torch.empty(shape, device="meta").split(at_a_time)]
+        for X in parts:
             if iterations:
                 aurora_polar(X, iterations=iterations, dtype=torch.float16)
             else:
@@ -132,17 +157,21 @@ def calls_of(case: str, iterations: int) -> list[Call]:
 def main(argv: list[str]) -> int:
     if argv:
         raise ValueError(f"there are no arguments, and not {' '.join(argv)}")
-    totals = [["case", "polar factors, ms", "Aurora's, ms"]]
-    for case in ("124m", "1b"):
+    for case in SHOWN:
         lines = [[case, "shape", "launches", "us each", "us", "bound by"]]
         for call, count in Counter(calls_of(case, 0)).items():
             seconds, bound = estimate(call)
             shape = f"{call.B}x{call.m}x{call.n}"
             lines.append([call.what, shape, str(count), cell(1e6 * seconds), cell(1e6 * count * seconds), bound])
         print(align(lines) + "\n")
-        sums = [sum(estimate(call).seconds for call in calls_of(case, iterations)) for iterations in (0, 2)]
-        totals.append([case, *(cell(1e3 * seconds) for seconds in sums)])
-    print(align(totals))
+    rows = [["ms", *SHOWN]]
+    for what, iterations, idea in (
+        ("Aurora's, two iterations", 2, AS_IT_IS),
+        *((name, 0, IDEAS[name]) for name in IDEAS),
+    ):
+        calls = [calls_of(case, iterations, idea.at_a_time) for case in SHOWN]
+        rows.append([what, *(cell(1e3 * sum(estimate(call, idea).seconds for call in each)) for each in calls)])
+    print(align(rows))
     return 0
 
 

@@ -31,7 +31,8 @@ from train_gpt import Run, load_config, set_up, train_step, warm_up
 
 LARGE = 2048  # rows and columns of the large product
 FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", FUSED_ATTENTION, f"{FUSED_ATTENTION}_backward"}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")}
+PRODUCTS |= {FUSED_ATTENTION, f"{FUSED_ATTENTION}_backward"}
 LOOKUPS = {
     "aten::index_select",
     "aten::index_add_",

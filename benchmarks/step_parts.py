@@ -20,7 +20,7 @@ from harness.machine import find_machine
 from harness.results import command, report
 from harness.step_timer import median_seconds
 from harness.tables import Row
-from model import linear
+from kernels.linear import linear
 from train_gpt import Run, load_config, set_up, train_step, warm_up
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from data import console
 from data.files import whole_file
 from experiments import claims, ladder, league, lengths, neuron_report, options, rules
-from experiments.comparisons import paired
+from experiments.comparisons import against, paired
 from experiments.grokking import findings as grokking
 from harness.machine import ROOT
 from harness.results import RESULTS
@@ -195,6 +195,28 @@ def ideas_section() -> str:
     return markdown(rows, {key: key.replace("option", "idea") for key in rows[0]}) + f"\n({said})\n"
 
 
+def float8_section() -> str:
+    """Final losses of a sweep with products in 8 bits, and how they differ from plain ones with the same seeds."""
+    sweep, losses = kept("float8"), defaultdict[str, list[float]](list)
+    runs = sorted(sweep["runs"], key=lambda run: (sweep["cells"].index(run["overrides"]), run["seed"]))
+    for run in runs:
+        settings = (f"`{key}={value.replace(':', ',')}`" for key, value in run["overrides"].items())
+        losses[" ".join(settings)].append(run["summary"]["val_loss"])
+    plain = next(name for name in losses if "float8" not in name)
+    differences, adjusted = against(losses, plain)
+    rows: list[Row] = []
+    for name, of_cell in losses.items():
+        row: Row = {"settings": name, "final loss": mean_and_sd(of_cell, 4)}
+        if name in differences:
+            mean, low, high, _ = differences[name]
+            row |= {"difference": f"{mean:+.4f}", "95% interval": f"{low:+.4f} to {high:+.4f}"}
+            row |= {"p (Holm)": f"{adjusted[name]:.2g}"}
+        rows.append(row)
+    summary, seeds = runs[0]["summary"], ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    said = f"{summary['device']}; {summary['dtype'].removeprefix('torch.')}; {summary['steps']} steps, seeds {seeds}"
+    return markdown(rows, {key: key for key in rows[-1]}) + f"\n({said})\n"
+
+
 def grokking_section() -> str:
     """Steps to generalisation by task and optimizer, and Muon's as a share of AdamW's."""
     names = "grokking", "grokking_variants", "grokking_width_depth"
@@ -351,6 +373,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "step_bound": lambda: by_device("step_bound_*", "turns", STEP_BOUND),
     "step_parts": lambda: by_device("step_parts_*", "turns", STEP_PARTS),
     "options": options_section,
+    "float8": float8_section,
     "record_ideas": ideas_section,
     "optimizer_step": lambda: by_device("optimizer_step_*", "rounds", OPTIMIZER_STEP),
     "rules": family_section,
@@ -383,7 +406,9 @@ def with_sections(document: str) -> str:
     return document
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    if argv:
+        raise ValueError(f"there are no arguments, and not {' '.join(argv)}")
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")
         after = with_sections(before)
@@ -394,4 +419,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run(main, "some documents may be written; the same command starts again"))
+    sys.exit(console.run(lambda: main(sys.argv[1:]), "some documents may be written; the same command starts again"))

@@ -33,7 +33,7 @@ from optim.shards import flat_ranges
 
 aten = torch.ops.aten
 FUSED_PARTS: tuple[FusedPart, ...] = get_args(FusedPart)
-PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)  # torch.compile keeps what they read and make
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._scaled_mm)  # torch.compile keeps what they read and make
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
@@ -209,6 +209,8 @@ def activations(
         chunk = default_chunk_tokens(config.padded_vocab_size, dtype, torch.device(device_type))
         rows = min(inputs.numel(), chunk) + (config.model_dim if dtype.itemsize < 4 else 0)
         operator = rows * config.padded_vocab_size * dtype.itemsize
+        if "head" in config.float8:  # hidden states and weight, one byte each
+            operator += (inputs.numel() + config.padded_vocab_size) * config.model_dim
     with Tally() as tally, _FusedAttention(tally, device_type == "cpu"):
         hidden = model.hidden(inputs)
         blocks, blocks_compiled = tally.alive, tally.of_products

@@ -40,7 +40,7 @@ class Trained:
         names = [setting.name for setting in dataclasses.fields(ModelConfig)]
         known = {name: self.settings[name] for name in names if name in self.settings}
         known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON's
-        config = ModelConfig(**known | {"fused": ("auto",)})
+        config = ModelConfig(**known | {"fused": ("auto",), "float8": ()})
         check_settings(config)
         return config
 

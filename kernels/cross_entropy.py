@@ -12,13 +12,13 @@ A program takes a row: over its columns once for the sum, and again for the grad
 read, the second 2 V from L2 where the rows under way fit (396 of 50,304 columns, three on each multiprocessor of an
 H100, are 40 MB of its 50), 2 V written. Without gradients 2 V read.
 
-What an H100 should take for a row of 50,304, by the slowest of three: memory, 4 V to 6 V bytes at 3 TB/s, 0.07 to
-0.10 us; special functions, 6 an element at 16 a cycle, 0.08 us; instructions, 33 an element at 128 a cycle (Triton 3.9,
-sm_90), 0.06 us. It was bound by the last, with 68, as long as exp and division came with the handling of denormal
-numbers: exp2 and rsqrt have flushing forms, so the reciprocal is made of those. The three matrix products around the
-kernel take 6 V D / 700 TFLOP/s = 0.33 us a row at D = 768. Measured, all together: 0.48 us (docs/speed.md), by the
-kernel of before, which also loaded two bytes at a time. Plain torch moves some 90 V bytes a row between the same
-products, nearly all in float32.
+What an H100 should take for a row of 50,304, by the slowest of three: memory, 4 V to 6 V bytes at 3 TB/s, 0.07 to 0.10
+us; special functions, 6 for each of the 53,248 lanes of 13 blocks at 16 a cycle, 0.09 us; instructions, 33 at 128 a
+cycle (Triton 3.9, sm_90), 0.06 us. It was bound by the last, with 68, as long as exp and division came with the
+handling of denormal numbers: exp2 and rsqrt have flushing forms, so the reciprocal is made of those. The three matrix
+products around the kernel take 6 V D / 700 TFLOP/s = 0.33 us a row at D = 768. Measured, all together: 0.48 us
+(docs/speed.md), by the kernel of before, which also loaded two bytes at a time. Plain torch moves some 90 V bytes a row
+between the same products, nearly all in float32.
 """
 
 import math

@@ -7,8 +7,8 @@ backend's `cross_entropy` turns them in place into their gradients G and gives e
 dW += G^T x_chunk in float32. So both gradients are ready when the loss is, and the backward pass multiplies them by the
 gradient that arrives. 6 N V D FLOPs like the plain way, of which 2 N V D where no gradient is asked for.
 
-Memory: C V logits, a copy of W in x's dtype, dx and float32 dW, against 16 N V bytes of the plain way, four arrays of
-float32 logits (python -m benchmarks.loss_head measures both).
+Memory: C V logits, a copy of W in x's dtype (with float8 one in 8 bits, too), dx and float32 dW, against 16 N V bytes
+of the plain way, four arrays of float32 logits (python -m benchmarks.loss_head measures both).
 
 Chunking the head and its gradients: Hsu et al., "Liger Kernel", arXiv 2410.10989, and Wijmans et al., "Cut your losses
 in large-vocabulary language models", arXiv 2411.09009.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.linear import E4M3, MULTIPLE, float8_product, quantize
 
 # Bytes of a chunk's logits by default. On a CPU more of them only miss the cache. A GPU wants enough rows to fill it
 # with tiles of G W, whose output is C x D alone: 8192 x 768 is 384 tiles of 128 x 128, near 3 a multiprocessor of
@@ -41,6 +42,7 @@ def linear_cross_entropy(
     ignore_index: int = -1,
     chunk_tokens: int | None = None,
     kernels: str = "auto",
+    float8: bool = False,
 ) -> Tensor:
     """Summed cross-entropy in nats of softcap * tanh(x weight^T / softcap), float32 scalar (float64 for float64 x).
 
@@ -48,7 +50,9 @@ def linear_cross_entropy(
     x's for the products; targets int64 [N]. Rows whose target is `ignore_index` add nothing. Columns from
     `vocab_size` on (default: none) are no part of the softmax and get a gradient of exactly 0. `z_loss` times the
     squared logsumexp is added for each row. `chunk_tokens` rows go through at a time, by default as many as
-    CHUNK_BYTES holds; the result depends on it by rounding alone. `kernels` is auto, triton or torch.
+    CHUNK_BYTES holds; the result depends on it by rounding alone. `kernels` is auto, triton or torch. With `float8`,
+    but not under no_grad, the logits are a product of x and weight in 8 bits (kernels/linear.py), and the gradients'
+    products stay in x's dtype; x is then not float64, and on a GPU D and V are multiples of 16.
 
     Differentiable once, in x and weight; gradients are made along with the loss where autograd will want them, and
     not at all under no_grad. The same arguments give the same bits. torch.compile takes it as one node.
@@ -78,9 +82,15 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: vocab_size = {vocab_size} must be 1 to weight's {weight.size(0)} rows")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"linear_cross_entropy: chunk_tokens = {chunk_tokens} must be at least 1, or None")
+    if float8 and (x.dtype == torch.float64 or (x.is_cuda and (x.size(1) % MULTIPLE or weight.size(0) % MULTIPLE))):
+        raise ValueError(
+            f"linear_cross_entropy: x is {x.dtype} {tuple(x.shape)} and weight {tuple(weight.shape)}; with float8 x "
+            f"must not be float64, and D and V must be multiples of {MULTIPLE}"
+        )
     needs_gradient = torch.is_grad_enabled()
     loss, _, _ = _linear_cross_entropy(
         x, weight, targets, softcap, vocab_size, z_loss, ignore_index, chunk_tokens, kernels,
+        float8 and needs_gradient,
         needs_gradient and x.requires_grad, needs_gradient and weight.requires_grad,
     )  # fmt: skip
     return loss
@@ -95,7 +105,8 @@ def default_chunk_tokens(vocab_size: int, dtype: torch.dtype, device: torch.devi
 @torch.library.custom_op(f"{kernels.NAMESPACE}::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float, vocab_size: int | None, z_loss: float,
-    ignore_index: int, chunk_tokens: int | None, backend: str, x_gradient: bool, weight_gradient: bool,
+    ignore_index: int, chunk_tokens: int | None, backend: str, float8: bool, x_gradient: bool,
+    weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss and the gradients asked for; those not asked for are empty."""
     vocab_size = vocab_size or weight.size(0)
@@ -114,12 +125,18 @@ def _linear_cross_entropy(
     loss = x.new_empty(x.size(0), dtype=wide)
     dx = x.new_empty(x.shape if x_gradient else 0)
     dweight = x.new_zeros(weight.shape if weight_gradient else 0, dtype=wide)
-    head = weight.to(x.dtype)
+    head = weight.to(x.dtype) if x_gradient or not float8 else weight
     memory = x.new_empty(min(chunk_tokens, x.size(0)), weight.size(0))  # one allocation for the logits of every chunk
+    if float8:
+        (x8, x_scale), weight8 = quantize(x, E4M3), quantize(weight, E4M3)
     for start in range(0, x.size(0), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         x_chunk = x[rows]
-        logits = torch.mm(x_chunk, head.mT, out=memory[: x_chunk.size(0)])
+        logits = memory[: x_chunk.size(0)]
+        if float8:
+            float8_product((x8[rows], x_scale), weight8, x.dtype, is_fast=True, out=logits)
+        else:
+            torch.mm(x_chunk, head.mT, out=logits)
         loss[rows] = cross_entropy(
             logits, targets[rows], softcap, vocab_size, z_loss, ignore_index, x_gradient or weight_gradient
         )
@@ -165,7 +182,7 @@ def _backward(
         (saved * grad.reshape(1)).to(saved.dtype) if wants and grad is not None else None  # [1]: not rounded to half
         for saved, wants in zip(ctx.saved_tensors, ctx.wants, strict=True)
     ]
-    return gradients[0], gradients[1], *[None] * 9
+    return gradients[0], gradients[1], *[None] * 10
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
-from benchmarks.polar_model import Call, calls_of, estimate
+from benchmarks.polar_model import IDEAS, Call, Idea, calls_of, estimate
 
 
 def test_every_launch_of_a_polar_factor_is_seen() -> None:
@@ -28,3 +28,20 @@ def test_the_model_says_what_it_was_fitted_to_and_grows_with_the_work() -> None:
     assert estimate(Call("gram, rows scaled", 24, 2048, 768, memory)).seconds > 1.9 * estimate(
         Call("gram", 24, 2048, 768, memory)
     ).seconds  # fmt: skip
+
+
+def test_what_else_could_be_done() -> None:
+    """Fewer loads help, by no more than what is bound by them; pieces of a batch do as much work in more launches."""
+
+    def seconds(idea: Idea) -> float:
+        return sum(estimate(call, idea).seconds for call in calls_of("124m", 0, idea.at_a_time))
+
+    of = {name: seconds(idea) for name, idea in IDEAS.items()}
+    whole, pieces = (calls_of("124m", 0, n) for n in (48, 12))
+    assert sum(call.B * call.m for call in pieces) == sum(call.B * call.m for call in whole)
+    assert len(pieces) > 2 * len(whole)
+    assert of["polar factors"] < of["the same, all from L2"] <= of["12 matrices at a time"]
+    assert of["operands for nothing"] < of["an operand copied for two blocks at once"] < of["polar factors"]
+    wide = Call("apply_symmetric", 24, 2048, 768, 0)
+    narrow_s, wide_s = (estimate(wide, idea).seconds for idea in (Idea(), Idea(is_wide=True)))
+    assert 0.75 * narrow_s < wide_s < 0.8 * narrow_s  # three loads in place of four; then tensor cores are the bound

@@ -25,6 +25,8 @@ OPTIONS: list[dict[str, Any]] = [
     dict(doc_mask=True, window=64, fused=("blocks",)),
     dict(value_embeds=1, ngrams=(2, 3), embed_skip=True, mask_padding=True, z_loss=1e-4),
     dict(activation="squared_relu", mlp_hidden=100),
+    dict(float8=("head", "mlp")),
+    dict(float8=("head", "mlp"), fused=("mlp", "head")),
 ]
 SMALL: dict[str, Any] = dict(num_layers=2, num_heads=2, head_dim=32, model_dim=64, seq_len=192)
 
@@ -69,6 +71,16 @@ def test_compiled_blocks_keep_what_products_and_attention_read_and_make() -> Non
     D, A, F, G = config.model_dim, config.num_heads * config.head_dim, config.hidden_dim, config.num_gates
     weights = 4 * D * A + (G + 1) * D * F  # their copies in bfloat16
     assert many.blocks - few.blocks == 2 * (SHAPE[0] * SHAPE[1] * (4 * D + 6 * A + (G + 1) * F) + weights)
+    _, in_8_bits = memory_plan.activations(dataclasses.replace(config, float8=("mlp",)), torch.bfloat16, "cuda", SHAPE)
+    assert 0.7 * few.blocks < in_8_bits.blocks < 1.2 * few.blocks
+
+
+def test_the_fused_head_in_8_bits_holds_its_operands() -> None:
+    """Of a byte each, beside what it holds without."""
+    config = ModelConfig(**SMALL | dict(num_layers=1, vocab_size=5000, fused=("head",)))
+    plans = (dataclasses.replace(config, float8=parts) for parts in ((), ("head",)))
+    plain, in_8_bits = (memory_plan.activations(each, torch.bfloat16, "cpu", SHAPE)[0].most for each in plans)
+    assert in_8_bits - plain == (SHAPE[0] * SHAPE[1] + config.padded_vocab_size) * config.model_dim
 
 
 @pytest.mark.filterwarnings("ignore:PolarGrad")

@@ -280,6 +280,33 @@ def test_rows_far_apart_are_overwritten_and_nothing_beside_them(
 
 
 @with_kernels
+@pytest.mark.parametrize("vocab_size", [1, 16, 17, 33, 47, 48, 64])
+def test_blocks_within_across_and_beyond_the_vocabulary(kernels: str, vocab_size: int) -> None:
+    """Of 16 columns, four in a row of 64; targets at both ends of blocks. Numbers in the padding count for nothing."""
+    u = 20 * torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets = torch.tensor([0, 15, 16, 17, 31, 32, 46, 47, 63], device=DEVICE).clamp_max(vocab_size - 1)
+    exact = u[:, :vocab_size].double().requires_grad_()
+    expected = dense_rows(exact, targets, 0.1)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    u[:, vocab_size:] = torch.nan
+    loss = rows(kernels, u, targets, SOFTCAP, vocab_size, 0.1, -1, True, tile=(1, 16, 0, 4, 1))
+    assert error(loss, expected.detach()) < 1e-6
+    assert error(u[:, :vocab_size], slope) < 1e-5
+    assert (u[:, vocab_size:] == 0).all()
+
+
+@with_kernels
+@pytest.mark.parametrize("place", [0, 20, 39])
+def test_a_logit_that_is_no_number_shows_in_its_row(kernels: str, place: int) -> None:
+    u = torch.randn(3, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    u[1, place] = torch.nan
+    loss = rows(kernels, u, torch.tensor([1, 2, 3], device=DEVICE), SOFTCAP, 40, 0.0, -1, True, tile=(1, 16, 0, 4, 1))
+    assert loss.isnan().tolist() == [False, True, False]
+    assert u[1, :40].isnan().all()
+    assert u[::2].isfinite().all()
+
+
+@with_kernels
 @pytest.mark.parametrize("u", [1e-4, 60.0, 1e4, 3e38])
 def test_both_ends_of_tanh(kernels: str, u: float) -> None:
     """Saturated logits are +-15 and get gradient 0 (or 2^-124), tiny ones are themselves. Between them torch's slope is

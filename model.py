@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import Attend, attention
 from kernels.fused import rms_norm, rotate
-from kernels.linear import check_float8, float8_linear, linear
+from kernels.linear import check_float8, check_float8_sizes, float8_linear, linear
 from kernels.linear_cross_entropy import LARGEST_SOFTCAP, linear_cross_entropy
 
 FusedPart = Literal["auto", "none", "norm", "mlp", "head", "blocks"]
@@ -88,6 +88,7 @@ class ModelConfig:
             raise ValueError(f"fused = 'head' needs softcap <= {LARGEST_SOFTCAP:g} and {found}")
         if self.float8 and self.architecture != "gpt":
             raise ValueError(f"float8 needs architecture = 'gpt', not {self.architecture!r}; leave float8 out")
+        check_float8_sizes(self.float8, model_dim=self.model_dim, mlp_hidden=self.mlp_hidden, seq_len=self.seq_len)
         if 2 * (n := self.value_embeds) > self.num_layers:
             raise ValueError(f"value_embeds = {n} must be at most half of num_layers = {self.num_layers}; 1 is usual")
         if len({*self.ngrams}) < len(self.ngrams):
@@ -238,8 +239,7 @@ class GPT(nn.Module):
         lookup = partial(nn.Embedding, dtype=torch.float32)
         self.embed = lookup(config.padded_vocab_size, config.model_dim)
         self.parts = config.fused_parts(self.embed.weight.device.type)
-        sizes = dict(model_dim=config.model_dim, mlp_hidden=config.mlp_hidden, seq_len=config.seq_len)
-        check_float8(config.float8, self.embed.weight.device, **sizes)
+        check_float8(config.float8, self.embed.weight.device)
         self.norm = partial(rms_norm, is_fused="norm" in self.parts)
         self.blocks = nn.ModuleList([self.block_type(config, self.parts) for _ in range(config.num_layers)])
         self.head = nn.Linear(config.model_dim, config.padded_vocab_size, bias=False, dtype=torch.float32)

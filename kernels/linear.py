@@ -82,13 +82,16 @@ def has_float8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def check_float8(parts: Sequence[str], device: torch.device, **sizes: int) -> None:
-    """Raises ValueError where `parts` are to be in 8 bits and there are no such products, on this device or of these
-    sizes."""
+def check_float8_sizes(parts: Sequence[str], **sizes: int) -> None:
+    """Raises ValueError where `parts` are to be in 8 bits and a size is none that a GPU takes."""
     for name, size in sizes.items() if parts else ():
         if size % MULTIPLE:
             works = MULTIPLE * -(-size // MULTIPLE)
             raise ValueError(f"{name} = {size} must be a multiple of {MULTIPLE} with float8; {works} works")
+
+
+def check_float8(parts: Sequence[str], device: torch.device) -> None:
+    """Raises ValueError where `parts` are to be in 8 bits and the device has no such products."""
     if parts and not has_float8(device):
         major, minor = torch.cuda.get_device_capability(device)
         raise ValueError(

@@ -38,12 +38,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def float8_linear(x: Tensor, weight: Tensor) -> Tensor:
     """The same with operands of 8 bits, in all three products of a training step; the result has x's dtype. Just
-    `linear` under no_grad.
+    `linear` under no_grad and for no rows.
 
     On a GPU, of compute capability 8.9 or later, D, N M and, for gradients, the rows of x must be multiples of 16.
     Differentiable once. What is not finite comes out as NaN.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not x.numel():
         return linear(x, weight)
     W = weight.flatten(0, -2)
     return _Float8Linear.apply(x.reshape(-1, x.size(-1)), W).view(*x.shape[:-1], W.size(0))

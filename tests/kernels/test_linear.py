@@ -59,11 +59,11 @@ def test_the_three_products_are_those_of_the_quantized_operands(dtype: torch.dty
     assert (y.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, torch.float32)
     x8, W8 = dequantized(x, E4M3).flatten(0, 1), dequantized(weight, E4M3).flatten(0, 1)
     g8 = dequantized(gradient, E5M2).flatten(0, 1)
-    rounding = 1e-6 if dtype == torch.float32 else 4e-3
+    rounding = 1e-5 if dtype == torch.float32 else 4e-3
     tolerance = 2e-3 if HAS_GPU else rounding  # Hopper's fast sums
     assert error(y.flatten(0, 1), x8 @ W8.T) < max(tolerance, rounding)
     assert error(dx.flatten(0, 1), g8 @ W8) < rounding + (1e-4 if HAS_GPU else 0)
-    assert error(dweight.flatten(0, 1), g8.T @ x8) < (1e-4 if HAS_GPU else 1e-6)
+    assert error(dweight.flatten(0, 1), g8.T @ x8) < (1e-4 if HAS_GPU else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -153,14 +153,14 @@ def test_the_loss_of_logits_in_8_bits() -> None:
     z = 15 * torch.tanh(x8 @ W8.T / 15)
     expected = torch.nn.functional.cross_entropy(z, targets, reduction="sum")
     losses = [linear_cross_entropy(x, weight, targets, float8=True, chunk_tokens=rows) for rows in (None, 16, 1)]
-    assert losses == pytest.approx([float(expected)] * 3, rel=1e-3 if HAS_GPU else 1e-6)
+    assert losses == pytest.approx([float(expected)] * 3, rel=1e-3 if HAS_GPU else 1e-5)
     assert float(linear_cross_entropy(x, weight, targets)) != pytest.approx(float(expected), rel=1e-4)
     x.requires_grad_(), weight.requires_grad_()
     dx, dweight = torch.autograd.grad(linear_cross_entropy(x, weight, targets, float8=True), (x, weight))
     slope = torch.softmax(z, 1) - torch.nn.functional.one_hot(targets, 80)
     slope *= 1 - (z / 15).square()
-    assert error(dx, slope @ weight.double()) < (1e-3 if HAS_GPU else 1e-6)  # of operands as they are
-    assert error(dweight, slope.T @ x.double()) < (1e-3 if HAS_GPU else 1e-6)
+    assert error(dx, slope @ weight.double()) < (1e-3 if HAS_GPU else 1e-5)  # of operands as they are
+    assert error(dweight, slope.T @ x.double()) < (1e-3 if HAS_GPU else 1e-5)
 
 
 def model_and_batch(num_layers: int = 2, **settings: Any) -> tuple[GPT, Tensor, Tensor]:

@@ -168,9 +168,11 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             for U in (X, X.new_empty(2, 768, 2048).mT):
                 apply_update([torch.empty(2048, 768)], U, [0], torch.empty(()), 2.0, 0.1)
                 apply_update([torch.empty(2048, 768)], U, [0], 0.02, 2.0, 0.1, cautious=True)
+                apply_update([torch.empty(2048, 768)], U, [0], torch.empty(()), 2.0, torch.empty(()))
         what, G = "float32 768", torch.empty(2, 2048, 768)
         for nesterov in (True, False):
             momentum(G, G.clone(), 0.95, nesterov)
+            momentum(G, G.clone(), torch.empty(()), nesterov)
             momentum(G, G.clone(), 0.95, nesterov, torch.ones(2, dtype=torch.bool))
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{dtype} 50304".replace("torch.", "")

@@ -208,9 +208,8 @@ def float8_section() -> str:
     for name, of_cell in losses.items():
         row: Row = {"settings": name, "final loss": mean_and_sd(of_cell, 4)}
         if name in differences:
-            mean, low, high, _ = differences[name]
-            row |= {"difference": f"{mean:+.4f}", "95% interval": f"{low:+.4f} to {high:+.4f}"}
-            row |= {"p (Holm)": f"{adjusted[name]:.2g}"}
+            row |= zip(("difference", "95% interval"), differences[name].told, strict=True)
+            row["p (Holm)"] = f"{adjusted[name]:.2g}"
         rows.append(row)
     summary, seeds = runs[0]["summary"], ", ".join(map(str, sorted({run["seed"] for run in runs})))
     said = f"{summary['device']}; {summary['dtype'].removeprefix('torch.')}; {summary['steps']} steps, seeds {seeds}"
@@ -304,8 +303,8 @@ def dtypes_section() -> str:
         names = [league.run_name(cell, result["steps"], seed) for seed in result["seeds"]]
         if runs.keys() >= set(names):
             found = paired([runs[name]["val_loss"] for name in names], entry["val_loss"])
-            interval = f"{found.low:+.4f} to {found.high:+.4f}"
-            rows.append({"rule": entry["arm"], "bfloat16 less float32": f"{found.mean:+.4f}", "95% interval": interval})
+            difference, interval = found.told
+            rows.append({"rule": entry["arm"], "bfloat16 less float32": difference, "95% interval": interval})
     return markdown(rows, {key: key for key in rows[0]})
 
 

@@ -20,6 +20,11 @@ class Paired(NamedTuple):
     high: float
     p: float  # two-sided
 
+    @property
+    def told(self) -> tuple[str, str]:
+        """The mean and its interval, as tables have them."""
+        return f"{self.mean:+.4f}", f"{self.low:+.4f} to {self.high:+.4f}"
+
 
 def paired(losses: Sequence[float], baseline: Sequence[float]) -> Paired:
     """Of a single seed the interval is unbounded and p is 1; p is 1 as well where no seed differs, 0 where all differ

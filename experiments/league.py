@@ -291,7 +291,7 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
         told = f"{needed:.0f}" + (f" ± {half:.0f}" if arm != REFERENCE else "")
         row |= {"final loss": mean_and_sd(losses, 4), "steps": told}
         if found := differences.get(arm):
-            row |= {f"from {REFERENCE}": f"{found.mean:+.4f}", "95% interval": f"{found.low:+.4f} to {found.high:+.4f}"}
+            row |= zip((f"from {REFERENCE}", "95% interval"), found.told, strict=True)
             row["p (Holm)"] = f"{adjusted[arm]:.2g}"
         ranked.append((needed, row))
     order = ("rule", "tried", "rate", "decay", "final loss", f"from {REFERENCE}", "95% interval", "p (Holm)", "steps",

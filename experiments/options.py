@@ -115,9 +115,10 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
         if arm is plain:
             rank, told = -math.inf, ("",) * 5
         elif name in differences:
-            rank, low, high, p = differences[name]
+            found = differences[name]
+            rank = found.mean
             pays = "cannot tell" if adjusted[name] >= LEVEL else "yes" if rank < 0 else "costs"
-            told = f"{rank:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.2g}", f"{adjusted[name]:.2g}", pays
+            told = *found.told, f"{found.p:.2g}", f"{adjusted[name]:.2g}", pays
         row: Row = dict(option=name, step=f"{arm['step_s'] / plain['step_s']:.2f}x", steps=arm["steps"])
         row["final loss"] = "diverged" if has_diverged else mean_and_sd(arm["val_loss"], 4)
         row |= zip(COMPARED, told, strict=True)

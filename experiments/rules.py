@@ -213,8 +213,7 @@ def summary(result: Mapping[str, Any]) -> list[Row]:
         if None not in losses:
             rank, loss = sum(losses), mean_and_sd(losses, 4)
         if arm["arm"] in differences:
-            mean, low, high, _ = differences[arm["arm"]]
-            difference, interval, p = f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{adjusted[arm['arm']]:.2g}"
+            (difference, interval), p = differences[arm["arm"]].told, f"{adjusted[arm['arm']]:.2g}"
         edge = arms.EDGE if arms.at_edge(arm["rate"], [rate for rate, _ in arm["tried"]]) else ""
         row: Row = {result["question"]: arm["arm"], "rate": f"{arm['rate']:g}{edge}"}
         row |= {"state per weight": f"{arm['state_per_weight']:.2f}", "step": f"{arm['step_s'] / first['step_s']:.2f}x"}

@@ -33,7 +33,7 @@ RECIPES = {"124m": "configs/fineweb_124m_aurora.toml", "1b": "configs/fineweb_1b
 CLOCK = 1.755e9  # Hz; assumed
 # Of the loss for each logit (counted in the code for sm_90 by Triton 3.9), as the H100 ran it, and now; and how many a
 # multiprocessor does per cycle.
-BEFORE, INSTRUCTIONS, LANES = 68, 33, 128
+INSTRUCTIONS_BEFORE, INSTRUCTIONS, LANES = 68, 33, 128
 SPECIAL, SPECIAL_LANES = 6, 16  # the same of special functions
 # Bytes for each element of the hidden matrices that a step moves around the polar factors, counted in
 # tests/kernels/test_elementwise.py.
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
         what = f"{case}, {model(case).tokens:,} tokens"
         print(f"{case}, optimizer step")
         print(table(rows_of([optimizer_step(case, n) for n in (0, 2)], ["Muon", "Aurora"])) + "\n")
-        variants = [loss(case, fits_l2=False, instructions=BEFORE), loss(case), loss(case, fits_l2=False)]
+        variants = [loss(case, fits_l2=False, instructions=INSTRUCTIONS_BEFORE), loss(case), loss(case, fits_l2=False)]
         variants += [loss(case, is_float8=True)]
         print(f"{what}: head and loss")
         print(table(rows_of(variants, ["before", "now", "nothing from L2", "logits in 8 bits"])) + "\n")

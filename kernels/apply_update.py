@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number, operator
+from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number_or_tensor, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
@@ -91,7 +91,7 @@ def apply_update(
         )
     if not weights:
         return True
-    rates, decays = number(rate, device), number(decay, device)
+    rates, decays = number_or_tensor(rate, device), number_or_tensor(decay, device)
     addresses = tuple([W.data_ptr() for W in weights])
     table, is_aligned = _table(addresses, tuple(places), U.device), not any(a % 16 for a in addresses)
     _apply_update(U, weights, table, *rates, scale, *decays, cautious, is_aligned, tile and list(tile))

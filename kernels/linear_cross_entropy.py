@@ -125,7 +125,7 @@ def _linear_cross_entropy(
     loss = x.new_empty(x.size(0), dtype=wide)
     dx = x.new_empty(x.shape if x_gradient else 0)
     dweight = x.new_zeros(weight.shape if weight_gradient else 0, dtype=wide)
-    head = weight.to(x.dtype) if x_gradient or not float8 else weight
+    head = weight.to(x.dtype)
     memory = x.new_empty(min(chunk_tokens, x.size(0)), weight.size(0))  # one allocation for the logits of every chunk
     if float8:
         (x8, x_scale), weight8 = quantize(x, E4M3), quantize(weight, E4M3)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_common import Tile, cdiv, launch_options, number, operator
+from kernels.triton_common import Tile, cdiv, launch_options, number_or_tensor, operator
 
 FLAT = Tile(1, 2048, 0, 4, 1)  # elements at a time: four loads of 16 bytes per thread from each. Not yet timed.
 
@@ -69,7 +69,7 @@ def momentum(
             f"momentum: active is {active.dtype} {tuple(active.shape)} on {active.device}; it must be bool [{B}] on "
             f"{device}"
         )
-    _momentum(gradient, buffer, *number(share, device), nesterov, active, tile and list(tile))
+    _momentum(gradient, buffer, *number_or_tensor(share, device), nesterov, active, tile and list(tile))
     return gradient
 
 

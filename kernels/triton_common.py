@@ -142,7 +142,7 @@ def check_scale(what: str, scale: Tensor | None, shape: tuple[int, ...], X: Tens
     return scale.contiguous()
 
 
-def number(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+def number_or_tensor(value: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
     """What a kernel takes a number as: itself, or where it is a tensor of one element on the kernel's device, the place
     to read it from, so that nobody waits for it."""
     if isinstance(value, Tensor) and value.device == device:

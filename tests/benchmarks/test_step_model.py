@@ -17,7 +17,7 @@ HEAD = 50304 * 768
 
 def test_the_loss_of_before_is_near_what_an_h100_took() -> None:
     """0.48 us for a row of head and loss: the model is hopeful."""
-    before = loss("124m", fits_l2=False, instructions=step_model.BEFORE)
+    before = loss("124m", fits_l2=False, instructions=step_model.INSTRUCTIONS_BEFORE)
     assert 0.85 < sum(before.values()) / 32768 / 0.48e-6 < 1
 
 

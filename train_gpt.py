@@ -336,8 +336,7 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
         total += loss.detach()
     if run.plan.is_tied:
         run.model.tie_gradients()
-    # Gradients of the mean loss over all ranks
-    optim.finish_reduction(run.optimizers)
+    # Of gradients that are means over all ranks by then
     if run.config.grad_clip:
         run.extra["grad_norm"] = optim.clip_gradients(run.optimizers, run.config.grad_clip)
     for optimizer in run.optimizers:

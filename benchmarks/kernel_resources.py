@@ -37,8 +37,10 @@ from kernels.apply_symmetric import apply_symmetric
 from kernels.apply_update import apply_update
 from kernels.cross_entropy import cross_entropy
 from kernels.gram import gram
-from kernels.momentum import momentum
+from kernels.momentum import momentum, momentum_rows
 from kernels.normalize_rows import normalize_rows
+from kernels.not_finite import mark_not_finite
+from kernels.scattered import Scattered, scattered
 from kernels.symmetric_product import symmetric_product
 from kernels.triton_common import ARCHITECTURES, DTYPES
 
@@ -51,7 +53,7 @@ TYPES |= {torch.int64: "*i64", torch.bool: "*i1"}
 REGISTERS, THREADS, SHARED = 65536, 2048, 228 * 1024
 ROW_COMPARISONS = 8  # of a row's logarithm and division; the handling of denormal numbers has three for each element
 LONGEST_LOOP = 110  # instructions for 128 x 128 x 64 multiplications and additions
-WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "apply_update", "cross_entropy")  # no use for tensor cores
+WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "not_finite", "apply_update", "cross_entropy")  # no tensor cores
 
 
 class Launch(NamedTuple):
@@ -132,8 +134,11 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             apply_symmetric(X, S, 2.0, d)
             normalize_rows(X.float(), torch.float16)
             what = "float32 768"
-            G, rate, U = torch.empty(2, 2048, 768), torch.empty(()), X.bfloat16()
-            momentum(G, G.clone(), 0.95, True, torch.ones(2, dtype=torch.bool))
+            G, rate, U, active = torch.empty(2, 2048, 768), torch.empty(()), X.bfloat16(), torch.ones(2).bool()
+            for B in (G, G.mT.contiguous()):
+                momentum_rows(one_by_one(B), B, 0.95, True, active)
+            mark_not_finite(one_by_one(G), torch.zeros(2))
+            momentum(one_by_one(G), G.clone(), 0.95, True, active)
             apply_update([*G], U, [0, 1], rate, 2.0, 0.1)
             what = "bfloat16 50304"
             logits, targets = torch.empty(2, 50304, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int64)
@@ -170,16 +175,31 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
                 apply_update([torch.empty(2048, 768)], U, [0], 0.02, 2.0, 0.1, cautious=True)
                 apply_update([torch.empty(2048, 768)], U, [0], torch.empty(()), 2.0, torch.empty(()))
         what, G = "float32 768", torch.empty(2, 2048, 768)
+        kinds: list[tuple[Any, Any]] = [(0.95, None), (torch.empty(()), None), (0.95, torch.ones(2).bool())]
         for nesterov in (True, False):
-            momentum(G, G.clone(), 0.95, nesterov)
-            momentum(G, G.clone(), torch.empty(()), nesterov)
-            momentum(G, G.clone(), 0.95, nesterov, torch.ones(2, dtype=torch.bool))
+            for share, active in kinds:
+                momentum(G, G.clone(), share, nesterov, active)
+                for B in (G, G.mT.contiguous()):
+                    momentum_rows(B.clone(), B, share, nesterov, active)
+                for dtype in (torch.float32, torch.bfloat16):
+                    what, gradients = f"{dtype} 768".replace("torch.", ""), one_by_one(G.to(dtype))
+                    mark_not_finite(gradients, torch.zeros(2))
+                    momentum(gradients, G.clone(), share, nesterov, active)
+                    for B in (G, G.mT.contiguous()):
+                        momentum_rows(gradients, B, share, nesterov, active)
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{dtype} 50304".replace("torch.", "")
             logits, targets = torch.empty(2, 50304, dtype=dtype), torch.empty(2, dtype=torch.int64)
             cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=True)
         cross_entropy(logits, targets, 15.0, 50257, 1e-4, -1, gradient=False)
     return caught
+
+
+def one_by_one(X: Tensor) -> Scattered:
+    """The matrices of X [B, m, n] as tensors of their own."""
+    result = scattered([*X], X.device)
+    assert result is not None
+    return result
 
 
 def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:

@@ -113,7 +113,7 @@ def recorder(calls: list[Call]) -> Backend:
         return Y, X.new_empty(X.shape[:2], dtype=torch.float32)
 
     products = (gram, symmetric_product, apply_symmetric)
-    return Backend("model", True, not_asked, normalize_rows, *products, cross_entropy=not_asked)
+    return Backend("model", True, not_asked, not_asked, normalize_rows, *products, cross_entropy=not_asked)
 
 
 def estimate(call: Call, idea: Idea = AS_IT_IS) -> Estimate:

@@ -4,23 +4,20 @@
 
 `cautious`: decay only where W and U have one sign, so that both shorten the weight. Memory-bound: W is read and written
 once, U read once; 10 bytes per element with U in half precision. A program takes a tile of one matrix and looks it up
-in a table [2, number of weights] on the device: the weight's address, and which matrix of U is its own. Tables are kept
-by what they hold: a step copies one to the device only where addresses have changed.
+in a table [2, number of weights] on the device: the weight's address, and which matrix of U is its own.
 """
-
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scattered import PLAIN, address_table, are_aligned, matrix_at
 from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number_or_tensor, operator
 
 # rows x columns at a time: of a contiguous U, whose matrices are taken as one long row each, and of another one, whose
 # tile is turned on the way. Not yet timed on a device.
 FLAT, TILED = Tile(1, 2048, 0, 4, 1), Tile(64, 64, 0, 8, 1)
-PLAIN = (Tensor, torch.nn.Parameter)  # tensors of a subclass may have no memory of their own
 
 
 @triton.jit
@@ -34,10 +31,7 @@ def apply_update_kernel(
     rows = (block // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = (block % column_blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (rows < m) & (columns < n)
-    weight = tl.load(table + which).to(tl.pointer_type(tl.float32))
-    if ALIGNED:  # which the compiler cannot know of a loaded address
-        weight = tl.multiple_of(weight, 16)
-    weight += rows * n + columns
+    weight = matrix_at(tl.load(table + which), tl.float32, ALIGNED) + rows * n + columns
     u += tl.load(table + num_weights + which) * stride_b + rows * stride_m + columns * stride_n
     W = tl.load(weight, mask=inside)
     U = tl.load(u, mask=inside).to(tl.float32)
@@ -93,15 +87,10 @@ def apply_update(
         return True
     rates, decays = number_or_tensor(rate, device), number_or_tensor(decay, device)
     addresses = tuple([W.data_ptr() for W in weights])
-    table, is_aligned = _table(addresses, tuple(places), U.device), not any(a % 16 for a in addresses)
+    table, is_aligned = address_table((addresses, tuple(places)), device), are_aligned(addresses)
     _apply_update(U, weights, table, *rates, scale, *decays, cautious, is_aligned, tile and list(tile))
     torch.autograd.graph.increment_version(weights)
     return True
-
-
-@lru_cache(maxsize=1024)
-def _table(addresses: tuple[int, ...], places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([addresses, places], device=device)
 
 
 @operator(fake=lambda *_: None, mutates=("weights",))

@@ -33,6 +33,19 @@ def momentum(
     return gradient.lerp_(buffer, share) if nesterov else gradient.copy_(buffer)
 
 
+def momentum_rows(
+    gradient: Tensor,
+    buffer: Tensor,
+    share: float | Tensor,
+    nesterov: bool,
+    active: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor]:
+    """`normalize_rows` of what `momentum` gives: of its rows, or of a wide matrix's columns."""
+    M = momentum(gradient, buffer, share, nesterov, active)
+    return normalize_rows(M if M.size(1) >= M.size(2) else M.mT, dtype)
+
+
 def apply_update(
     weights: list[Tensor],
     U: Tensor,

@@ -27,7 +27,15 @@ from torch import Tensor
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option, check_options
-from optim.polar import as_matrices, check_polar_arguments, piece_length, polar, row_scaled_polar
+from optim.polar import (
+    UnitRows,
+    as_matrices,
+    check_polar_arguments,
+    piece_length,
+    polar,
+    row_scaled_polar,
+    takes_unit_rows,
+)
 
 SIDES = ("both", "tall", "wide")
 VARIANTS = ("release", "paper", "warm")
@@ -41,7 +49,7 @@ def correction(row_square: Tensor, share: float, beta: float) -> Tensor:
 
 @torch.no_grad()
 def aurora_polar(
-    M: Tensor,
+    M: Tensor | UnitRows,
     iterations: int = 2,
     beta: float = 0.5,
     method: str = "polar_express",
@@ -58,23 +66,35 @@ def aurora_polar(
     from `method` to `form` are those of `polar`. `variant` "warm" uses and updates `memory`, c above, float32
     [..., max(m, n)], where zeros mean that nothing is known yet.
     """
-    M = as_matrices(M)
     check_options("aurora_polar", dict(iterations=iterations, beta=beta, variant=variant), Aurora.options)
     check_polar_arguments(method, steps)
     polar_arguments: dict[str, Any] = dict(method=method, steps=steps, dtype=dtype, kernels=kernels, form=form)
     balance: Callable[..., Tensor] = partial(
         aurora_polar, iterations=iterations, beta=beta, variant=variant, **polar_arguments
     )
+    M = M if isinstance(M, UnitRows) else as_matrices(M)
     m, n = M.shape[-2:]
     if m == n:
         return polar(M, **polar_arguments)
+    if isinstance(M, UnitRows):
+        U = _balanced(M, iterations, beta, variant, memory, polar_arguments)
+        return U if m > n else U.mT
     if (length := piece_length(M)) is not None:
         memories = [None] * M.size(0) if memory is None else memory.split(length)
         return torch.cat([balance(M, memory=c) for M, c in zip(M.split(length), memories, strict=False)])
     if m < n:
         return balance(M.mT, memory=memory).mT
-    batch = M.flatten(0, -3) if M.ndim > 2 else M.unsqueeze(0)
-    polar_of, norm = row_scaled_polar(batch, **polar_arguments)
+    U = _balanced(M.reshape(-1, m, n), iterations, beta, variant, memory, polar_arguments)
+    return U.reshape(M.shape)
+
+
+def _balanced(
+    M: Tensor | UnitRows, iterations: int, beta: float, variant: str, memory: Tensor | None,
+    polar_arguments: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """`aurora_polar` of tall M [B, m, n], or of UnitRows, tall."""
+    polar_of, norm = row_scaled_polar(M, **polar_arguments)
+    m, n = max(M.shape[-2:]), min(M.shape[-2:])
     d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them
     if variant == "warm":
         assert memory is not None
@@ -97,7 +117,7 @@ def aurora_polar(
             _, row_square = polar_of(scale, "row_square")
             scale = d = d * correction(row_square, n / m, beta)
         U, _ = polar_of(scale, "matrix")
-    return U.reshape(M.shape)
+    return U
 
 
 def is_balanced(sides: str, m: int, n: int) -> bool:
@@ -117,13 +137,15 @@ class Aurora(MatrixOptimizer):
         "sides": Option("both", "matrices that are balanced: both, tall or wide", choices=SIDES),
     }
 
+    @takes_unit_rows
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         if not is_balanced(group["sides"], *update.shape[-2:]):
             return self.polar(update, group)
         memory = None
         if group["variant"] == "warm":
             if "row_weight" not in state:
-                state["row_weight"] = update.new_zeros(update.size(0), max(update.shape[-2:]))
+                B, m, n = update.shape
+                state["row_weight"] = torch.zeros(B, max(m, n), dtype=torch.float32, device=update.device)
             memory = state["row_weight"]
         options = {name: group[name] for name in ("iterations", "beta", "variant")}
         return aurora_polar(update, **options, memory=memory, **self.polar_arguments(update, group))

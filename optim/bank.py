@@ -5,7 +5,7 @@ i % R, so that neighbours in the model have different owners and a slot is compl
 of them. For each matrix its owner receives the mean gradient (reduce-scatter), keeps the state, computes the update
 and gives the result to all (all-gather):
 
-    gradients of all matrices, on every rank --reduce-scatter--> gradient [P, m, n] of the rank's own
+    gradients of all matrices, on every rank --reduce-scatter--> gradients [P, m, n] of the rank's own
     state [P, ...], update rule              ------------------> direction [P, m, n]
     direction                                --all-gather------> [P R, m, n], applied to every rank's weights
 
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from optim.gradients import Gradients, copy_matrices
 
 BUCKET_BYTES = 25 * 2**20  # of gradients in one reduce-scatter: large enough for bandwidth, small enough to overlap
 
@@ -93,7 +95,7 @@ class Bank:
         self.state: State = {}
         self.has_moved = False  # whether masters hold more than the weights: a step has moved them, or they were loaded
         self.buckets = self._cut_into_buckets()
-        self._sent: list[tuple[Tensor, dist.Work | None]] = []  # what reductions under way read from
+        self._sent: list[tuple[Tensor, dist.Work]] = []  # what exchanges under way read from
         self._own_gradient: Tensor | None = None
         self._gathered: tuple[Tensor, dist.Work | None] | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}
@@ -126,29 +128,22 @@ class Bank:
 
     @torch.no_grad()  # a hook of backward calls it, and gradients may have gradients
     def start_reduction(self, slots: range) -> None:
-        """Send the gradients of some slots to their owners; a missing gradient is sent as zeros."""
+        """Send the gradients of some slots to their owners; a missing gradient is sent as zeros. With one rank they
+        stay where they are."""
         self.refuse_unusable()
+        if self.num_ranks == 1:
+            return
         if self._own_gradient is None:
-            dtype = torch.float32 if self.num_ranks == 1 else self.comm_dtype
-            self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=dtype, device=self.device)
+            self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=self.comm_dtype, device=self.device)
         received = self._own_gradient[slots.start : slots.stop]
-        shape = (self.num_ranks, len(slots), self.m, self.n)
-        sent = received.unsqueeze(0) if self.num_ranks == 1 else received.new_empty(shape)
+        sent = received.new_empty(self.num_ranks, len(slots), self.m, self.n)
         gradients = self.rows(p.grad for p in self.params)[slots.start * self.num_ranks : slots.stop * self.num_ranks]
-        if len(gradients) < self.num_ranks * len(slots) or any(g is None for g in gradients):
-            sent.zero_()
-        present = [(i, g) for i, g in enumerate(gradients) if g is not None]
-        if present:
-            slots_of = [of_rank.unbind(0) for of_rank in sent.unbind(0)]
-            places = [slots_of[i % self.num_ranks][i // self.num_ranks] for i, _ in present]
-            if self.flatten:
-                places = [place.view(g.shape) for place, (_, g) in zip(places, present, strict=True)]
-            torch._foreach_copy_(places, [g for _, g in present])
-        work = None
-        if self.num_ranks > 1:
-            work = _reduce_scatter(
-                received, sent.flatten(0, 1), op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
-            )
+        gradients += [None] * (self.num_ranks * len(slots) - len(gradients))
+        of_ranks = [of_rank.unbind(0) for of_rank in sent.unbind(0)]
+        copy_matrices([of_ranks[i % self.num_ranks][i // self.num_ranks] for i in range(len(gradients))], gradients)
+        work = _reduce_scatter(
+            received, sent.flatten(0, 1), op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
+        )
         self._sent.append((sent, work))
 
     def refuse_unusable(self) -> None:
@@ -159,15 +154,17 @@ class Bank:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; a matrix optimizer needs it dense (sparse=False)")
 
-    def own_gradient(self) -> Tensor:
-        """Wait for the reductions; the mean gradient of this rank's slots, float32 [P, m, n], the caller's to keep."""
+    def own_gradients(self) -> Gradients:
+        """Wait for the reductions; the mean gradients of this rank's slots, the caller's to keep."""
+        shape = (self.num_slots, self.m, self.n)
+        if self.num_ranks == 1:
+            return Gradients(shape, self.device, self.rows(p.grad for p in self.params))
         for _, work in self._sent:
-            if work is not None:
-                work.wait()
-        gradient = self._own_gradient
+            work.wait()
+        whole = self._own_gradient
         self.forget_reduction()
-        assert gradient is not None
-        return gradient.float()
+        assert whole is not None
+        return Gradients(shape, self.device, whole=whole.float())
 
     def forget_reduction(self) -> None:
         """Nothing of a step that failed is left over for the next."""

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernels import backend
 from optim.bank import State, by_matrix
+from optim.gradients import Gradients
+from optim.polar import UnitRows
 
 
 @dataclass
@@ -15,7 +18,7 @@ class MatrixBatch:
     """`state` holds tensors of leading size B, to be changed or replaced; a rule adds its own under new names when they
     are missing, and meets zeros for matrices that it has not seen."""
 
-    unmasked_gradient: Tensor  # mean over the ranks [B, m, n], float32; anything, NaN too, where `active` is false
+    gradients: Gradients  # means over the ranks of B matrices; anything, NaN too, where `active` is false
     state: State
     group: dict[str, Any]  # the param group's options
     weights: Callable[[], Tensor]  # gives a copy of the weights [B, m, n], float32
@@ -24,27 +27,44 @@ class MatrixBatch:
     _is_masked: bool = field(default=False, init=False)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.gradients.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.gradients.device
+
+    @property
     def gradient(self) -> Tensor:
-        """The mean over the ranks, [B, m, n] float32; zeros where `active` is false, set at the first use: a pass over
+        """The mean over the ranks, [B, m, n] float32; zeros where `active` is false. Made at the first use: passes over
         memory that a rule of momentum alone does without."""
+        whole = self.gradients.whole
         if self.active is not None and not self._is_masked:
-            self.unmasked_gradient.masked_fill_(~by_matrix(self.active, self.unmasked_gradient), 0)
+            whole.masked_fill_(~by_matrix(self.active, whole), 0)
             self._is_masked = True
-        return self.unmasked_gradient
+        return whole
 
     def momentum(self, gradient: Tensor | None = None) -> Tensor:
         """The momentum after this step's gradient, looking one more step ahead with `nesterov`, [B, m, n] float32.
 
-        `gradient` is the batch's own, or what a rule has made of it; it is overwritten.
+        `gradient` is the batch's own, or what a rule has made of it; it may be overwritten.
         """
-        if gradient is None:
-            gradient, self._is_masked = self.unmasked_gradient, True  # or overwritten, which is as good
-        momentum, buffer = backend(self.kernels, gradient.device).momentum, self.state["momentum_buffer"]
-        return momentum(gradient.contiguous(), buffer, self.group["momentum"], self.group["nesterov"], self.active)
+        matrices = self.gradients.readable(self.kernels) if gradient is None else gradient.contiguous()
+        self._is_masked |= gradient is None  # or overwritten, which is as good
+        return backend(self.kernels, self.device).momentum(matrices, *self._momentum_arguments())
+
+    def momentum_rows(self, dtype: torch.dtype) -> UnitRows:
+        """What `polar` makes of that momentum first, in `dtype`: its rows scaled to norm 1, in the same pass."""
+        matrices, ops = self.gradients.readable(self.kernels), backend(self.kernels, self.device)
+        self._is_masked = True
+        rows, norm = ops.momentum_rows(matrices, *self._momentum_arguments(), dtype)
+        return UnitRows(rows, norm, torch.Size(self.shape))
+
+    def _momentum_arguments(self) -> tuple[Any, ...]:
+        return self.state["momentum_buffer"], self.group["momentum"], self.group["nesterov"], self.active
 
     def per_matrix(self, name: str, *sizes: int) -> Tensor:
         """The state `name`, [B, *sizes] float32, from zeros."""
         if name not in self.state:
-            gradient = self.unmasked_gradient
-            self.state[name] = gradient.new_zeros(gradient.size(0), *sizes)
+            self.state[name] = torch.zeros(self.shape[0], *sizes, dtype=torch.float32, device=self.device)
         return self.state[name]

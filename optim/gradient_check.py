@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim.bank import Bank
+from optim.gradients import Gradients
 
 
 class GradientCheck:
@@ -26,18 +27,18 @@ class GradientCheck:
         """Whether a deferred check has been made."""
         return self._deferred is not None
 
-    def check(self, gradients: list[Tensor], is_deferred: bool) -> Tensor | None:
-        """From the gradients [P, m, n] of this rank's matrices, one for each bank: None, or if deferred whether all
-        is well on all ranks, a bool scalar. Raises FloatingPointError for NaN or infinity, ValueError for a parameter
-        with a gradient on some ranks alone."""
+    def check(self, gradients: list[Gradients], is_deferred: bool, kernels: str) -> Tensor | None:
+        """From the gradients of this rank's matrices, for each bank: None, or if deferred whether all is well on all
+        ranks, a bool scalar. Raises FloatingPointError for NaN or infinity, ValueError for a parameter with a gradient
+        on some ranks alone."""
         if not self.banks:
             return None
         num_ranks, device = self.banks[0].num_ranks, gradients[0].device
         lengths = [num_ranks * bank.num_slots for bank in self.banks]
         # By bank, owner and slot: the ranks where it is bad, and those where it is present
         faults = torch.zeros(2, sum(lengths), dtype=torch.float32, device=device)
-        for bank, gradient, part in zip(self.banks, gradients, faults[0].split(lengths), strict=True):
-            part.view(num_ranks, -1)[bank.rank] = _not_finite(gradient, is_deferred)
+        for bank, own, part in zip(self.banks, gradients, faults[0].split(lengths), strict=True):
+            mark_not_finite(own, part.view(num_ranks, -1)[bank.rank], is_deferred, kernels)
         if num_ranks > 1:
             owned = [(bank, i) for bank in self.banks for i in bank.params_by_owner()]
             pattern = tuple(i is not None and bank.params[i].grad is not None for bank, i in owned)
@@ -83,10 +84,13 @@ class GradientCheck:
         return bank.names[i]
 
 
-def _not_finite(gradient: Tensor, is_deferred: bool) -> Tensor:
-    """Which matrices of [P, m, n] hold NaN or infinity, bool [P]."""
-    if not is_deferred:  # a sum is the quickest check, and is finite only if all of it is
-        rows = gradient.sum(dim=(-2, -1)).isfinite().logical_not_()
-        if not rows.any():
-            return rows
-    return torch.linalg.vector_norm(gradient, torch.inf, dim=(-2, -1)).isfinite().logical_not_()
+def mark_not_finite(gradients: Gradients, flags: Tensor, is_deferred: bool, kernels: str) -> None:
+    """Make `flags` [P], zeros, 1 for the matrices that hold NaN or infinity."""
+    matrices = gradients.readable(kernels)
+    if not isinstance(matrices, Tensor):
+        from kernels.not_finite import mark_not_finite
+
+        mark_not_finite(matrices, flags)
+    # A sum is the quickest check, and is finite only if all of it is
+    elif is_deferred or not matrices.sum(dim=(-2, -1)).isfinite().all():
+        flags.copy_(torch.linalg.vector_norm(matrices, torch.inf, dim=(-2, -1)).isfinite().logical_not_())

@@ -37,8 +37,9 @@ from optim.bank import Bank, State, by_matrix, layout
 from optim.batch import MatrixBatch
 from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dict, warn_of_stacks
 from optim.gradient_check import GradientCheck
+from optim.gradients import Gradients
 from optim.options import Option, check_names, signature_with
-from optim.polar import METHODS, fast_half_dtype, polar
+from optim.polar import METHODS, UnitRows, dtype_of_unit_rows, fast_half_dtype, polar
 from optim.reductions import Reductions
 from optim.sharded_bank import ShardedBank
 from optim.shards import is_dtensor, shard_group
@@ -88,7 +89,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     __signature__: ClassVar[inspect.Signature]
     _banks: list[tuple[Bank, dict[str, Any]]]  # with the group of each; empty until they are needed
     # From finish_reduction to step: the mean gradients of the banks, and the p.grad that they are made of
-    _reduced: tuple[list[Tensor], list[Tensor | None]] | None
+    _reduced: tuple[list[Gradients], list[Tensor | None]] | None
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -135,13 +136,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def direction(self, batch: MatrixBatch) -> Tensor:
         """The direction to move in, [B, m, n] of any dtype: what `orthogonalize` makes of the momentum, unless a rule
         that needs more than momentum says otherwise."""
-        return self.orthogonalize(batch.momentum(), batch.state, batch.group)
+        orthogonalize: Callable[..., Tensor] = self.orthogonalize
+        if hasattr(orthogonalize, "takes_unit_rows"):
+            how = self.polar_arguments(batch, batch.group)
+            if (dtype := dtype_of_unit_rows(how["method"], how["steps"], how["dtype"], batch.device)) is not None:
+                return orthogonalize(batch.momentum_rows(dtype), batch.state, batch.group)
+        return orthogonalize(batch.momentum(), batch.state, batch.group)
 
-    def polar(self, update: Tensor, group: dict[str, Any]) -> Tensor:
+    def polar(self, update: Tensor | UnitRows, group: dict[str, Any]) -> Tensor:
         """The polar factor of `update`, as the group's options say; a helper for `orthogonalize`."""
         return polar(update, **self.polar_arguments(update, group))
 
-    def polar_arguments(self, update: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def polar_arguments(self, update: Tensor | UnitRows | MatrixBatch, group: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `polar` and of functions that take the same."""
         dtype = fast_half_dtype(update.device.type)
         return dict(method=group["polar_method"], steps=group["polar_steps"], dtype=dtype, kernels=self.kernels)
@@ -219,7 +225,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         empty = torch.empty(1, m, n, dtype=torch.float32, device="meta")
         state, kernels, self.kernels = State(momentum_buffer=empty), self.kernels, "torch"  # others do not run without
         try:
-            self.direction(MatrixBatch(empty.clone(), state, group, empty.clone))
+            gradients = Gradients((1, m, n), empty.device, whole=empty.clone())
+            self.direction(MatrixBatch(gradients, state, group, empty.clone))
         finally:
             self.kernels = kernels
         del state["momentum_buffer"]
@@ -325,6 +332,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def finish_reduction(self) -> list[Tensor]:
         """The mean gradients over the ranks, [P, m, n] float32 of this rank's matrices for each bank (zeros where there
         is none), which the next step uses: changes of them count, later ones of p.grad do not."""
+        return [own.whole for own in self._mean_gradients()]
+
+    def _mean_gradients(self) -> list[Gradients]:
         self._make_banks()
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         if self._reduced is None or any(grad is not old for grad, old in zip(grads, self._reduced[1], strict=True)):
@@ -341,14 +351,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._reduced = None
                 loss = closure()
         check_capture(self)
-        gradients, self._reduced = self.finish_reduction(), None
+        gradients, self._reduced = self._mean_gradients(), None
         banks = self._banks
-        is_finite = self._gradient_check.check(gradients, self.defer_check)
+        is_finite = self._gradient_check.check(gradients, self.defer_check, self.kernels)
         held, sent = sum(len(bank.state) for bank, _ in banks), []
         for bank, group in banks:  # while one bank's results travel, the next one's are computed
-            gradient = gradients.pop(0)  # popped: each is freed once it is used
+            own = gradients.pop(0)  # popped: each is freed once it is used
             if any(p.requires_grad if bank.num_ranks > 1 else p.grad is not None for p in bank.params):
-                self._start_update(bank, gradient, group, is_finite)
+                self._start_update(bank, own, group, is_finite)
                 sent.append((bank, group))
         for bank, group in sent:
             self._finish_update(bank, group, is_finite)
@@ -365,17 +375,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Under `defer_check`: what would have been raised since the last call. Waits for the device."""
         self._gradient_check.raise_if_any()
 
-    def _start_update(self, bank: Bank, gradient: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> None:
+    def _start_update(self, bank: Bank, own: Gradients, group: dict[str, Any], is_finite: Tensor | None) -> None:
         """The update of this rank's matrices, on its way to the other ranks."""
         if "momentum_buffer" not in bank.state:
-            bank.state["momentum_buffer"] = torch.zeros_like(gradient)
+            bank.state["momentum_buffer"] = torch.zeros(own.shape, dtype=torch.float32, device=bank.device)
         slots = bank.active_slots()
         active = bank.mask(slots)
         if is_finite is not None:
             active = is_finite.expand(bank.num_own) if active is None else active & is_finite
         views = {name: value[: bank.num_own] for name, value in bank.state.items()}
         state = dict(views)
-        batch = MatrixBatch(gradient[: bank.num_own], state, group, bank.own_weights, active, self.kernels)
+        batch = MatrixBatch(own.first(bank.num_own), state, group, bank.own_weights, active, self.kernels)
         direction = self._direction(batch)
         for name, value in state.items():
             if name not in views:
@@ -395,14 +405,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _direction(self, batch: MatrixBatch) -> Tensor:
         """The direction to move in, [B, m, n]; the batch's state changes for the matrices alone that move."""
         state, active, before = batch.state, batch.active, State()
-        shape, device = batch.unmasked_gradient.shape, batch.unmasked_gradient.device
         if active is not None:
             before = {name: value.clone() for name, value in state.items() if name not in OWN_STATE}
-        with torch.autocast(device.type, enabled=False):  # the caller's would recast the products
+        with torch.autocast(batch.device.type, enabled=False):  # the caller's would recast the products
             direction = self.direction(batch)
-        if direction.shape != shape:  # a transposed one would be read in the wrong order
+        if direction.shape != batch.shape:  # a transposed one would be read in the wrong order
             raise ValueError(
-                f"{type(self).__name__}: the update of matrices {tuple(shape)} has shape {tuple(direction.shape)}; "
+                f"{type(self).__name__}: the update of matrices {batch.shape} has shape {tuple(direction.shape)}; "
                 "return one of the same shape"
             )
         if active is not None:

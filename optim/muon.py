@@ -10,10 +10,12 @@ from torch import Tensor
 
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
+from optim.polar import takes_unit_rows
 
 
 class Muon(MatrixOptimizer):
     """The update is the polar factor of the (Nesterov) momentum."""
 
+    @takes_unit_rows
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         return self.polar(update, group)

@@ -19,6 +19,7 @@ from torch import Tensor
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
+from optim.polar import takes_unit_rows
 
 SMALLEST = 1e-7  # beside squared norms of about min(m, n) / max(m, n): what is less is rounding and stays small
 
@@ -33,6 +34,7 @@ class MuonPlus(MatrixOptimizer):
         )
     }  # fmt: skip
 
+    @takes_unit_rows
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         U = self.polar(update, group).float()
         for axis in group["order"].split("_"):

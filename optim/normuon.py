@@ -21,6 +21,7 @@ from kernels.reference import TINY
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
+from optim.polar import takes_unit_rows
 
 SMALLEST = 1e-10  # mean square of a row that is still normalised: below it, a row of a polar factor is rounding
 
@@ -39,6 +40,7 @@ class NorMuon(MatrixOptimizer):
         "axis": Option("rows", "what is normalised: rows, or long (wide matrices: columns)", choices=("rows", "long")),
     }
 
+    @takes_unit_rows
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         U, name = self.polar(update, group), "row_square"
         by_columns = group["axis"] == "long" and U.size(-2) < U.size(-1)
@@ -58,6 +60,7 @@ class NorMuon(MatrixOptimizer):
 class UNorMuon(MatrixOptimizer):
     """Muon with the rows of tall updates set to one norm."""
 
+    @takes_unit_rows
     def orthogonalize(self, update: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         U, square = with_mean_square(self.polar(update, group))
         m, n = U.shape[-2:]

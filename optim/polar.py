@@ -35,6 +35,7 @@ to 1, but theirs replaced it. Emerging-Optimizers' (4.0098, ...) turns the sign 
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -100,6 +101,34 @@ LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
 LIFT = 2.0**14
 PIECE_BYTES = 16 * 2**20  # half of the largest block that glibc keeps
 Segments = list[list[Coefficients]]
+F = TypeVar("F", bound=Callable[..., Tensor])
+
+
+class UnitRows(NamedTuple):
+    """Matrices M [B, m, n] as `polar` computes with them: the rows of a tall or square M, of a wide one the columns, at
+    norm 1, and their norms. For M that was never stored."""
+
+    rows: Tensor  # [B, max(m, n), min(m, n)], in the dtype to compute in
+    norm: Tensor  # [B, max(m, n)] float32
+    shape: torch.Size  # [B, m, n]
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+
+def takes_unit_rows(orthogonalize: F) -> F:
+    """Mark an update rule's `orthogonalize` that hands `update` on to `polar` or `aurora_polar` and asks no more of it
+    than its shape and device: it may be UnitRows then. A subclass that replaces the method gets tensors, as ever."""
+    orthogonalize.takes_unit_rows = True  # type: ignore[attr-defined]
+    return orthogonalize
+
+
+def dtype_of_unit_rows(method: str, steps: int | None, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """In what dtype `polar` with these arguments takes UnitRows; None where it begins otherwise."""
+    if method == "svd" or SAFETY[method] is None or storage_dtype(dtype, device, method, steps) != torch.float16:
+        return None
+    return torch.float16
 
 
 @cache
@@ -111,14 +140,15 @@ def fast_half_dtype(device_type: str) -> torch.dtype:
 
 @torch.no_grad()
 def polar(
-    X: Tensor,
+    X: Tensor | UnitRows,
     method: str = "polar_express",
     steps: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kernels: str = "auto",
     form: str = "auto",
 ) -> Tensor:
-    """Polar factor of each matrix of X [..., m, n], in X's shape and in `dtype` (float64 for "svd").
+    """Polar factor of each matrix of X [..., m, n], in X's shape and in `dtype` (float64 for "svd"). UnitRows are taken
+    where `dtype_of_unit_rows` names their dtype.
 
     `steps` defaults to the method's own number, the length of its COEFFICIENTS; further steps repeat the last. `dtype`
     is bfloat16, float16 or float32; on CUDA bfloat16 is computed in float16, which is as fast and rounds eight times
@@ -128,26 +158,31 @@ def polar(
     Raises ValueError for other arguments.
     """
     check_polar_arguments(method, steps)
-    X = as_matrices(X)
-    if (length := piece_length(X)) is not None:
-        return torch.cat([polar(piece, method, steps, dtype, kernels, form) for piece in X.split(length)])
-    ops = backend(kernels, X.device)
-    storage = storage_dtype(dtype, X.device, method, steps)
-    if method == "svd":
-        return polar_svd(X)
-    tall = X if X.size(-2) > X.size(-1) else X.mT  # X X^T of a square row-major X is quicker than X^T X on CPUs
-    m, n = tall.shape[-2:]
+    ops, safety = backend(kernels, X.device), SAFETY.get(method)
+    norm: Tensor | None
+    if isinstance(X, UnitRows):
+        is_turned, batch, norm, storage = X.shape[-2] < X.shape[-1], X.rows, X.norm, X.rows.dtype
+    else:
+        X = as_matrices(X)
+        if (length := piece_length(X)) is not None:
+            return torch.cat([polar(piece, method, steps, dtype, kernels, form) for piece in X.split(length)])
+        storage = storage_dtype(dtype, X.device, method, steps)
+        if method == "svd":
+            return polar_svd(X)
+        is_turned = X.size(-2) <= X.size(-1)  # X X^T of a square row-major X is quicker than X^T X on CPUs
+        tall = X.mT if is_turned else X
+        batch, norm = _normalize(ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
+    m, n = batch.shape[1:]
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
-    batch, norm = _normalize(ops, tall.flatten(0, -3) if tall.ndim > 2 else tall.unsqueeze(0), SAFETY[method], storage)
-    U, _ = newton_schulz(ops, batch, norm, plan, SAFETY[method], dtype)
-    U = U.reshape(tall.shape)
-    return U if tall is X else U.mT
+    U, _ = newton_schulz(ops, batch, norm, plan, safety, dtype)
+    return (U.mT if is_turned else U).reshape(X.shape)
 
 
 def row_scaled_polar(
-    M: Tensor, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
+    M: Tensor | UnitRows, method: str, steps: int | None, dtype: torch.dtype, kernels: str, form: str
 ) -> tuple[Callable[[Tensor | None, str], tuple[Tensor, Tensor]], Tensor]:
-    """(polar_of, norm) for tall M [B, m, n], with norm [B, m] the row norms of M, float32.
+    """(polar_of, norm) for tall M [B, m, n], or for the UnitRows of tall or wide matrices as `polar` takes them; norm
+    [B, m] are the norms of the rows, float32.
 
     `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
     rows, float32 [B, m], for any d [B, m] that is not negative, or None for 1 in every row that is not zero; `outputs`
@@ -158,7 +193,10 @@ def row_scaled_polar(
     ops = backend(kernels, M.device)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
     is_folded = (ops.symmetric or storage == torch.float16) and method != "aol"
-    rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
+    if isinstance(M, UnitRows):
+        rows, norm, _ = M
+    else:
+        rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
 
     def polar_of(d: Tensor | None, outputs: str) -> tuple[Tensor, Tensor]:
         has_unit_rows = d is None
@@ -166,7 +204,7 @@ def row_scaled_polar(
         if method == "svd":
             U = polar_svd(d.unsqueeze(-1) * rows)
             return U, U.square().sum(dim=-1).float()
-        plan = plan_segments(method, steps, storage, M.size(-2), M.size(-1), ops.symmetric, form)
+        plan = plan_segments(method, steps, storage, rows.size(-2), rows.size(-1), ops.symmetric, form)
         if is_folded:
             return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs, has_unit_rows)
         if method == "aol":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from optim.bank import Bank
+from optim.gradients import Gradients
 
 
 class Reductions:
@@ -59,15 +60,15 @@ class Reductions:
         """The gradients of the step under way were thrown away; what was sent of them must not be used."""
         self._is_abandoned = bool(self._missing)
 
-    def finish(self) -> list[Tensor]:
-        """Start what is left, wait for all; this rank's mean gradients [P, m, n] float32, one for each bank."""
+    def finish(self) -> list[Gradients]:
+        """Start what is left, wait for all; the mean gradients of this rank's matrices, for each bank."""
         self._finish_abandoned(self._is_abandoned)
         try:
             for bank in self.banks:
                 bank.refuse_unusable()
             while self._started < len(self._order):
                 self._start_next()
-            gradients = [bank.own_gradient() for bank in self.banks]
+            gradients = [bank.own_gradients() for bank in self.banks]
         except BaseException:
             for bank in self.banks:
                 bank.forget_reduction()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from optim.apply_update import constrains
 from optim.bank import Bank
+from optim.gradients import Gradients
 from optim.shards import cut_of, flat_ranges, local
 
 
@@ -134,11 +135,11 @@ class ShardedBank(Bank):
         ]
         self._arriving = self._start_to_owners([local(gradient) for gradient in alike], self.comm_dtype)
 
-    def own_gradient(self) -> Tensor:
+    def own_gradients(self) -> Gradients:
         assert self._arriving is not None
-        gradient = self._at_owner(self._arriving)
+        whole = self._at_owner(self._arriving).float()
         self.forget_reduction()
-        return gradient.float()
+        return Gradients((self.num_slots, self.m, self.n), self.device, whole=whole)
 
     def forget_reduction(self) -> None:
         self._arriving = None

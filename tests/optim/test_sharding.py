@@ -429,7 +429,7 @@ def test_buckets_start_in_backward_in_one_order_and_the_rest_at_the_step() -> No
     with mock.patch("optim.bank.BUCKET_BYTES", 2 * 4 * 4 * 4):  # one slot, two matrices
         bank = Bank(params, [f"p{i}" for i in range(6)], num_ranks=2)
     started: list[range] = []
-    with mock.patch.object(bank, "start_reduction", started.append), mock.patch.object(bank, "own_gradient"):
+    with mock.patch.object(bank, "start_reduction", started.append), mock.patch.object(bank, "own_gradients"):
         reductions = Reductions([bank], params)
         reductions.await_backward()
         for i, expected in [(5, 0), (3, 0), (4, 1), (1, 1), (2, 2)]:

@@ -23,6 +23,7 @@ class Gradients:
         """Either `whole` [P, m, n] in float32, or `parts`, one for each of P matrices, [m, n] or [m, ...]."""
         self.shape, self.device = shape, device
         self._parts, self._whole = parts, whole
+        self._where: Scattered | None = None
 
     @property
     def whole(self) -> Tensor:
@@ -31,17 +32,16 @@ class Gradients:
         if self._whole is None:
             self._whole = torch.empty(self.shape, dtype=torch.float32, device=self.device)
             copy_matrices(self._whole.unbind(0), self._parts)
-            self._parts = ()
+            self._parts, self._where = (), None
         return self._whole
 
     def readable(self, kernels: str) -> Union[Tensor, "Scattered"]:
         """What these kernels can read: matrices where they are, or else the whole."""
-        if self._whole is None and backend(kernels, self.device).name == "triton":
+        if self._whole is None and self._where is None and backend(kernels, self.device).name == "triton":
             from kernels.scattered import scattered
 
-            if (where := scattered(self._parts, self.device)) is not None:
-                return where
-        return self.whole
+            self._where = scattered(self._parts, self.device)
+        return self._where or self.whole
 
     def first(self, count: int) -> "Gradients":
         """Of the first `count` matrices alone."""

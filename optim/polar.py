@@ -347,8 +347,11 @@ def _segment_factor(
     """
     unrounded = None
     if X.dtype == torch.float16 and len(segment) > 2:  # see kernels/symmetric_product.py
-        unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
-        R = unrounded.to(X.dtype)
+        if segment[0][2] == 0:  # all of it is needed below
+            unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
+            R = unrounded.to(X.dtype)
+        else:
+            R, unrounded = ops.gram_pair(X, row_scale, gram_scale)
     else:
         R = ops.gram(X, row_scale, gram_scale)
     S, alpha = R, 1.0

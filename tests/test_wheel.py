@@ -25,8 +25,8 @@ from tests import wheel_user
 from tests.conftest import PATIENCE_S, ROOT
 
 KERNELS = {
-    "__init__", "apply_symmetric", "apply_update", "cross_entropy", "gram", "momentum", "normalize_rows", "reference",
-    "symmetric_product", "triton_common",
+    "__init__", "apply_symmetric", "apply_update", "cross_entropy", "gram", "momentum", "normalize_rows", "not_finite",
+    "reference", "scattered", "symmetric_product", "triton_common",
 }  # fmt: skip
 
 

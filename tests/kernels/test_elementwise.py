@@ -162,7 +162,8 @@ def test_mark_not_finite(shape: tuple[int, int], dtype: torch.dtype, value: floa
 
 
 def test_what_cannot_be_read_where_it_is() -> None:
-    X, device = randn(6, 4), torch.device(DEVICE)
+    X = randn(6, 4)
+    device = X.device
     for other in (X.mT, X.double(), X.half(), X[:, :3], X.as_subclass(Placeholder), X.to("meta")):
         assert scattered([X, other], device) is None
     assert scattered([X.double()], device) is None
@@ -171,7 +172,8 @@ def test_what_cannot_be_read_where_it_is() -> None:
 
 def test_tables_are_kept_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many at most; while a graph is captured no new ones are made, and those in use stay."""
-    device, X = torch.device(DEVICE), randn(6, 4)
+    X = randn(6, 4)
+    device = X.device
     monkeypatch.setattr(scattered_module, "_tables", {})
     monkeypatch.setattr(scattered_module, "_captured", {})
     monkeypatch.setattr(scattered_module, "MOST_TABLES", 2)

@@ -78,20 +78,24 @@ def test_a_captured_step_is_an_ordinary_one(optimizer: type[Muon]) -> None:
         captured.raise_if_not_finite()
 
 
+@pytest.mark.parametrize("moves", [False, True], ids=["gradients stay", "gradients move"])
 @pytest.mark.parametrize("optimizer", [Muon, Aurora])
-def test_steps_after_the_first_neither_allocate_nor_wait(optimizer: type[Muon]) -> None:
+def test_steps_after_the_first_neither_allocate_nor_wait(optimizer: type[Muon], moves: bool) -> None:
     """No new device memory from the driver, and nothing that stops the host until the device is done; with the check of
     the gradients deferred, as in the trainer, since an answer at once has to be waited for."""
     params = [nn.Parameter(randn(2048, 768)), nn.Parameter(randn(768, 768)), nn.Parameter(randn(768, 2048))]
     for p in params:
         p.grad = torch.randn_like(p)
     step = optimizer(params, defer_check=True).step
+    places = [[torch.randn_like(p) for p in params] for _ in range(5)]
     for _ in range(2):
         step()
     before = torch.cuda.memory_stats()["num_device_alloc"]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
+        for gradients in places:
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient if moves else p.grad
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -243,6 +243,7 @@ def make_parts(facts: Facts, folder: Path, data: Path, tiny: bool) -> list[Part]
         benchmark("polar_speed", "polar factors", find_polar, limit_s=240, files="polar_[!qrt]*.json",
                   arguments=("--cases", "512", "--passes", "1")),
         benchmark("polar_tiles", "tile sizes", find_tiles, skip="" if facts.on_gpu else "needs a GPU"),
+        benchmark("pass_tiles", "passes by tile", find_tiles, skip="" if facts.on_gpu else "needs a GPU"),
         benchmark("polar_quality", "accuracy of the polar factors", find_quality, arguments=("--shapes", "257x101")),
     ]  # fmt: skip
     return [dataclasses.replace(part, limit_s=120, least_s=10) for part in parts] if tiny else parts

@@ -140,6 +140,7 @@ def momentum_rows(
     nesterov: bool,
     active: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`normalize_rows` of what `momentum` gives, whose arguments these are: rows [B, m, n] in `dtype` and their norms
     [B, m], float32, where m >= n, else both of the transposed matrices.
@@ -151,7 +152,8 @@ def momentum_rows(
         where: tuple[Any, ...] = None, gradient.tensors, gradient.table, gradient.is_aligned
     else:
         where = gradient, [], None, True
-    rows, norm = _momentum_rows(buffer, *where, *number_or_tensor(share, buffer.device), nesterov, active, dtype)
+    how = (*number_or_tensor(share, buffer.device), nesterov, active, dtype, tile and list(tile))
+    rows, norm = _momentum_rows(buffer, *where, *how)
     return (rows if buffer.size(1) >= buffer.size(2) else rows.mT), norm
 
 
@@ -213,17 +215,19 @@ def _launch(
 
 
 def _empty_rows(buffer: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(buffer, dtype=arguments[-1]), buffer.new_empty(buffer.size(0), max(buffer.shape[1:]))
+    return torch.empty_like(buffer, dtype=arguments[-2]), buffer.new_empty(buffer.size(0), max(buffer.shape[1:]))
 
 
 @operator(fake=_empty_rows, mutates=("buffer",))
 def _momentum_rows(
     buffer: Tensor, gradient: Tensor | None, gradients: list[Tensor], table: Tensor | None, is_aligned: bool,
     share: float, share_tensor: Tensor | None, nesterov: bool, active: Tensor | None, dtype: torch.dtype,
+    tile: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, norm = _empty_rows(buffer, dtype)
+    out, norm = _empty_rows(buffer, dtype, tile)
     B, m, n = buffer.shape
-    strides, (rows, columns, _, warps, stages) = ((n, 1), CONTIGUOUS) if m >= n else ((1, n), TRANSPOSED)
+    strides, usual = ((n, 1), CONTIGUOUS) if m >= n else ((1, n), TRANSPOSED)
+    rows, columns, _, warps, stages = tile or usual
     momentum_rows_kernel[(B * cdiv(max(m, n), rows),)](
         gradient, table, buffer, out, norm, active, m * n, max(m, n), min(m, n), *strides,
         None if active is None else active.stride(0), share_tensor, share, 1 - share,

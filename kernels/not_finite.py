@@ -30,7 +30,7 @@ def not_finite_kernel(
             tl.store(flags + b * stride_flags, 1.0)
 
 
-def mark_not_finite(matrices: Scattered, flags: Tensor) -> None:
+def mark_not_finite(matrices: Scattered, flags: Tensor, tile: Tile | None = None) -> None:
     """Set `flags` [B], float32 on the same device, to 1 for each matrix that holds NaN or infinity; the rest of it is
     left alone. Raises ValueError for other flags."""
     if flags.shape != (len(matrices.addresses),) or flags.dtype != torch.float32 or flags.device != matrices.device:
@@ -39,13 +39,15 @@ def mark_not_finite(matrices: Scattered, flags: Tensor) -> None:
             f"[{len(matrices.addresses)}] on {matrices.device}"
         )
     if matrices.tensors:
-        _mark_not_finite(flags, matrices.tensors, matrices.table, matrices.is_aligned)
+        _mark_not_finite(flags, matrices.tensors, matrices.table, matrices.is_aligned, tile and list(tile))
 
 
 @operator(fake=lambda *_: None, mutates=("flags",))
-def _mark_not_finite(flags: Tensor, matrices: list[Tensor], table: Tensor, is_aligned: bool) -> None:
+def _mark_not_finite(
+    flags: Tensor, matrices: list[Tensor], table: Tensor, is_aligned: bool, tile: list[int] | None
+) -> None:
     size = matrices[0].numel()
-    _, columns, _, warps, stages = FLAT
+    _, columns, _, warps, stages = tile or FLAT
     not_finite_kernel[(flags.size(0) * cdiv(size, columns),)](
         table, flags, size, flags.stride(0), TYPE=TYPES[matrices[0].dtype], ALIGNED=is_aligned, COLUMNS=columns,
         **launch_options(warps, stages),

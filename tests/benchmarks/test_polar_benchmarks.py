@@ -75,6 +75,30 @@ def test_quality_of_a_small_matrix_is_reported_for_every_form(tiny: Path) -> Non
     assert all(row["distance"] < 0.05 for row in rows if row["form"].startswith("float16"))
 
 
+def test_passes_are_timed_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate runs, on the tall and the wide shape, and rates are those of the bytes that a pass moves."""
+    pass_tiles = pytest.importorskip("benchmarks.pass_tiles")
+    if torch.cuda.is_available():
+        pytest.skip("runs in the interpreter")
+
+    def median_seconds(runs: dict[str, Callable[[], object]], passes: int, device: torch.device) -> dict[str, Seconds]:
+        for run in runs.values():
+            run()
+        return {tile: Seconds(1e-3 * (len(runs) - i), 0.0) for i, tile in enumerate(runs)}
+
+    monkeypatch.setattr(pass_tiles, "median_seconds", median_seconds)
+    monkeypatch.setattr("benchmarks.polar_tiles.REPEATS", 1)
+    rows = pass_tiles.time_passes([(2, 40, 20), (1, 20, 40)], CPU, passes=1)
+    names = ["mark_not_finite", "momentum", "momentum_rows", "normalize_rows", "apply_update"]
+    assert [*dict.fromkeys((row["kernel"], row["shape"]) for row in rows)] == [
+        (name, shape) for shape in ("2x40x20", "1x20x40") for name in names
+    ]
+    assert len(rows) == 2 * 3 * len(pass_tiles.FLAT) + 2 * (len(pass_tiles.ROWS) + len(pass_tiles.COLUMNS))
+    first = rows[0]
+    assert first["tile"] == str(tuple(pass_tiles.FLAT[-1])) and first["ms"] == pytest.approx(0.1)
+    assert first["tb_per_s"] == pytest.approx(2 * 40 * 20 * 4 / 1e-4 / 1e12)
+
+
 def test_tiles_are_timed_by_product_and_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of times that are given for ten products; every candidate has run."""
     polar_tiles = pytest.importorskip("benchmarks.polar_tiles")

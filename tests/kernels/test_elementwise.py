@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,7 +108,8 @@ def test_momentum_rows(shape: tuple[int, int], nesterov: bool, active: Tensor | 
     gradient, buffer, expected, new = momentum_case(shape, nesterov, active, dtype)
     expected = expected if shape[0] >= shape[1] else expected.mT
     norm = torch.linalg.vector_norm(expected, dim=-1)
-    kinds = [(momentum_rows, gradient if isinstance(source, str) else one_by_one(gradient))]
+    gradients = gradient if isinstance(source, str) else one_by_one(gradient)
+    kinds = [(momentum_rows, gradients), (partial(momentum_rows, tile=Tile(4, 16, 0, 4, 1)), gradients)]
     if isinstance(source, str):
         kinds.append((reference.momentum_rows, gradient))
     for function, gradients in kinds:

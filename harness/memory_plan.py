@@ -242,7 +242,8 @@ def update_bytes(optimizers: Iterable[torch.optim.Optimizer], ranks: int, fsdp: 
     Between the ranks: the gradients as they are sent, and float32 ones of the rank's own matrices. In the update: bank
     by bank what the rule works with, beside the gradients that are left and the directions that are there already; then
     the directions of all matrices, with fsdp of the rank's part, and what applying those of one bank takes. Directions
-    count as float32, though polar factors are shorter on a GPU.
+    count as float32, though polar factors are shorter on a GPU, and gradients as copies, though there a rank alone
+    reads them where they are.
     """
     width, sent, largest, most, done = torch.float32.itemsize, 0, 0, 0, 0
     matrix_optimizers = [each for each in optimizers if isinstance(each, MatrixOptimizer)]

@@ -336,7 +336,8 @@ def train_step(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
         total += loss.detach()
     if run.plan.is_tied:
         run.model.tie_gradients()
-    # Of gradients that are means over all ranks by then
+    # Gradients of the mean loss over all ranks
+    optim.finish_reduction(run.optimizers)
     if run.config.grad_clip:
         run.extra["grad_norm"] = optim.clip_gradients(run.optimizers, run.config.grad_clip)
     for optimizer in run.optimizers:

@@ -36,7 +36,7 @@ from harness.tables import align
 from kernels.apply_symmetric import apply_symmetric
 from kernels.apply_update import apply_update
 from kernels.cross_entropy import cross_entropy
-from kernels.gram import gram, gram_pair
+from kernels.gram import gram
 from kernels.momentum import momentum, momentum_rows
 from kernels.normalize_rows import normalize_rows
 from kernels.not_finite import mark_not_finite
@@ -128,8 +128,8 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             what = "float16 768"
             X, S = torch.empty(2, 2048, 768, dtype=torch.float16), torch.empty(2, 768, 768, dtype=torch.float16)
             d = torch.empty(2, 2048)
-            gram_pair(X, d, torch.empty(2))
-            gram_pair(X, None, torch.empty(2))
+            gram(X, d, torch.empty(2), dtype=torch.float32)
+            gram(X, None, torch.empty(2), dtype=torch.float32)
             gram(X, None, torch.empty(2))
             symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
             apply_symmetric(X, S, 2.0, d)
@@ -161,8 +161,6 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
                 gram(X, d, scale, dtype=torch.float32)
                 for each in (X, wide.mT):
                     gram(each, None, scale, dtype=torch.float32)
-                    gram_pair(each, d, scale)
-                    gram_pair(each, None, scale)
                 gram(wide.mT, d, scale)
                 symmetric_product(S, S, 2.0, 3.0)
                 symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
@@ -228,7 +226,8 @@ def as_launch(what: str, architecture: int, kernel: Any, arguments: tuple[Any, .
     variant = " ".join(f"{k}={v}".lower() for k, v in options.items() if k in names and k not in ("PRECISION",))
     meta = {k: v for k, v in options.items() if k not in names}
     transposed = " transposed" if values.get("stride_m", values.get("stride_xm")) == 1 else ""
-    title = f"{kernel.__name__} {what} {variant}{transposed}"
+    output = f" to {values['out'].dtype}".replace("torch.", "") if isinstance(values.get("out"), Tensor) else ""
+    title = f"{kernel.__name__} {what}{output} {variant}{transposed}"
     return Launch(title, architecture, kernel.__module__, kernel.__name__, signature, constants, attributes, meta)
 
 

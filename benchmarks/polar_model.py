@@ -97,12 +97,6 @@ def recorder(calls: list[Call]) -> Backend:
         note("gram" if row_scale is None else "gram, rows scaled", X, X, R)
         return R
 
-    def gram_pair(X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        R, unrounded = (X.new_empty((X.size(0), X.size(2), X.size(2)), dtype=each) for each in (X.dtype, torch.float32))
-        half = unrounded[:, : R.size(1) // 2]  # of its tiles one triangle, and a bit
-        note("gram" if row_scale is None else "gram, rows scaled", X, X, R, half)
-        return R, unrounded
-
     def symmetric_product(
         A: Tensor, B: Tensor, alpha: float = 1, beta: float = 0, gamma: float = 0, unrounded_A: Tensor | None = None
     ) -> Tensor:
@@ -118,7 +112,7 @@ def recorder(calls: list[Call]) -> Backend:
         note("apply_symmetric", X, X, S, None if outputs == "row_square" else Y)
         return Y, X.new_empty(X.shape[:2], dtype=torch.float32)
 
-    products = (gram, gram_pair, symmetric_product, apply_symmetric)
+    products = (gram, symmetric_product, apply_symmetric)
     return Backend("model", True, not_asked, not_asked, normalize_rows, *products, cross_entropy=not_asked)
 
 

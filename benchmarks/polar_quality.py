@@ -10,7 +10,7 @@ distance        ||U - exact|| / ||exact|| to the same polynomials applied in flo
 The question is whether the Gram form costs accuracy. It is judged against the dense direct form in bfloat16 with the
 same coefficients: no worse than it, or than the method itself without rounding (where a method has not converged,
 rounding can look like progress). On a CPU the Triton kernels are emulated:
-products in float16 with float32 sums, one triangle mirrored.
+products in float16 with float32 sums, one triangle mirrored, the tiles on the diagonal averaged with their transposes.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from harness.tables import Row
 from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, polar
 
-SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant")
+SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant", "dominant in few columns")
 SHAPES = ("768x768", "2048x768", "768x2048", "3072x768", "1023x511", "257x101")
 
 
@@ -67,8 +67,14 @@ def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> P
             "log-uniform to 1e-6": torch.logspace(0, -6, k, dtype=torch.float64),
             "rank-deficient": (torch.arange(k) < math.ceil(k / 4)).double(),
             "one dominant": torch.full((k,), 1e-2, dtype=torch.float64).index_fill(0, torch.tensor(0), 1),
+            "dominant in few columns": torch.logspace(-0.5, -2.3, k, dtype=torch.float64),
         }[spectrum]
         X = (W * S) @ Vh
+        if spectrum == "dominant in few columns":  # (of the shorter side), where entries of the Gram matrix are large
+            tall, v = X if m >= n else X.mT, torch.zeros(k, dtype=torch.float64)
+            v[:16] = torch.randn(min(k, 16), generator=generator, dtype=torch.float64)
+            v /= v.norm()
+            tall += torch.outer(1.4 * S.norm() * tall[:, -1] / tall[:, -1].norm() - tall @ v, v)
     X = X.float()
     W, s, Vh = torch.linalg.svd(normalized(X.double(), method), full_matrices=False)
     rank = math.ceil(k / 4) if spectrum == "rank-deficient" else k
@@ -95,11 +101,14 @@ def quality(U: Tensor, problem: Problem) -> Quality:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Kernels for a CPU: plain ones in the Triton kernels' format, with a mirrored triangle (theirs is, by tiles)."""
+    """Kernels for a CPU: plain ones in the Triton kernels' format, made symmetric as theirs are, tile by tile."""
 
     def mirrored(*arguments: Any, **options: Any) -> Tensor:
         product: Tensor = plain.symmetric_product(*arguments, **options)
-        return product.tril() + product.tril(-1).mT
+        n = product.size(-1)
+        tile = torch.arange(n) // (64 if n <= 256 else 128)
+        average = (0.5 * (product.float() + product.float().mT)).to(product.dtype)
+        return torch.where(tile[:, None] == tile[None, :], average, product.tril() + product.tril(-1).mT)
 
     def emulated(kernels: str, device: torch.device) -> Backend:
         ops = backend(kernels, device)

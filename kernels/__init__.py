@@ -1,8 +1,8 @@
 """Kernels of the optimizers and of the loss: Triton on CUDA, the same functions in plain torch everywhere else.
 
     ops = kernels.backend("auto", device)
-    R = ops.gram(X)          momentum, momentum_rows, normalize_rows, gram, gram_pair, symmetric_product,
-                             apply_symmetric, cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
+    R = ops.gram(X)                momentum, momentum_rows, normalize_rows, gram, symmetric_product, apply_symmetric,
+                                   cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
 
 Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
 """
@@ -29,7 +29,6 @@ class Backend(NamedTuple):
     momentum_rows: Callable[..., Any]
     normalize_rows: Callable[..., Any]
     gram: Callable[..., Any]
-    gram_pair: Callable[..., Any]
     symmetric_product: Callable[..., Any]
     apply_symmetric: Callable[..., Any]
     cross_entropy: Callable[..., Any]
@@ -69,20 +68,19 @@ def _torch() -> Backend:
     from kernels import reference as r
 
     return Backend(
-        "torch", False, r.momentum, r.momentum_rows, r.normalize_rows, r.gram, r.gram_pair, r.symmetric_product,
-        r.apply_symmetric, r.cross_entropy,
+        "torch", False, r.momentum, r.momentum_rows, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric,
+        r.cross_entropy,
     )  # fmt: skip
 
 
 def _triton() -> Backend:
     from kernels.apply_symmetric import apply_symmetric
     from kernels.cross_entropy import cross_entropy
-    from kernels.gram import gram, gram_pair
+    from kernels.gram import gram
     from kernels.momentum import momentum, momentum_rows
     from kernels.normalize_rows import normalize_rows
     from kernels.symmetric_product import symmetric_product
 
     return Backend(
-        "triton", True, momentum, momentum_rows, normalize_rows, gram, gram_pair, symmetric_product, apply_symmetric,
-        cross_entropy,
-    )  # fmt: skip
+        "triton", True, momentum, momentum_rows, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy
+    )

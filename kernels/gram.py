@@ -7,10 +7,8 @@ per matrix) waits for the end: 1 / ||Y||_F^2 there is Frobenius normalisation fo
 should be at most one and `scale` hold the rest; d^2 X is lifted by a power of two, so that float16 keeps rows of small
 d: every |d_k^2 X_ki| up to 3 sqrt(m) fits.
 
-`gram_pair` stores R in float32, too, one triangle of tiles, which is what symmetric_product reads.
-
 With T = ceil(n / tile) tiles: m n^2 (1 + 1/T) FLOPs, 2 m n^2 dense; bytes in half precision: 2 m n read at least,
-2 n^2 written, or 4 n^2. Any strides: a transposed view, for the Gram matrix of the rows, costs no copy.
+2 n^2 written. Any strides: a transposed view, for the Gram matrix of the rows, costs no copy.
 """
 
 import math
@@ -38,7 +36,7 @@ from kernels.triton_common import (
 
 @triton.jit
 def gram_kernel(
-    descriptor_x, x, row_scale, scale, out, unrounded, m, n, lift, stride_b, stride_m, stride_n,
+    descriptor_x, x, row_scale, scale, out, m, n, lift, stride_b, stride_m, stride_n,
     ROW_SCALE: tl.constexpr, SCALE: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIBED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -81,12 +79,9 @@ def gram_kernel(
     # Computed again: kept from above they would cost registers, and so the second block on a multiprocessor
     columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     inside = (columns_i < n)[:, None] & (columns_j < n)[None, :]
-    tile = columns_i[:, None].to(tl.int64) * n + columns_j[None, :]
-    if unrounded is not None:
-        tl.store(unrounded + b * n * n + tile, total, mask=inside)
     out += b * n * n
     result = total.to(out.dtype.element_ty)
-    tl.store(out + tile, result, mask=inside)
+    tl.store(out + columns_i[:, None].to(tl.int64) * n + columns_j[None, :], result, mask=inside)
     if i != j:
         mirrored = columns_j[:, None].to(tl.int64) * n + columns_i[None, :]
         tl.store(out + mirrored, tl.trans(result), mask=tl.trans(inside))
@@ -105,59 +100,27 @@ def gram(
     out. Sums in float32, the result in X's dtype or in `dtype` float32. `tile` replaces the device's own. Raises
     ValueError for other arguments.
     """
+    check_batch("gram: X", X)
     if dtype not in (None, X.dtype, torch.float32):
         raise ValueError(f"gram: dtype = {dtype} must be X's own, {X.dtype}, or torch.float32")
-    return _gram(X, *_checked_scales("gram", X, row_scale, scale), dtype or X.dtype, tile and list(tile))
+    row_scale = check_scale("gram: row_scale", row_scale, tuple(X.shape[:2]), X)
+    scale = check_scale("gram: scale", scale, (X.size(0),), X)
+    return _gram(X, row_scale, scale, dtype or X.dtype, tile and list(tile))
 
 
-def gram_pair(X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`gram` in X's dtype, the same before it is rounded) by one product; arguments and errors are those of `gram`.
-
-    The second is float32 and for `unrounded_A` of symmetric_product alone: of its tiles, of the device's own size,
-    those above the diagonal are not written.
-    """
-    return _gram_pair(X, *_checked_scales("gram_pair", X, row_scale, scale))
-
-
-def _checked_scales(
-    what: str, X: Tensor, row_scale: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    check_batch(f"{what}: X", X)
-    row_scale = check_scale(f"{what}: row_scale", row_scale, tuple(X.shape[:2]), X)
-    return row_scale, check_scale(f"{what}: scale", scale, (X.size(0),), X)
-
-
-def _empty(X: Tensor, dtype: torch.dtype) -> Tensor:
-    return X.new_empty((X.size(0), X.size(2), X.size(2)), dtype=dtype)
-
-
-@operator(fake=lambda X, row_scale, scale, dtype, _: _empty(X, dtype))
+@operator(fake=lambda X, row_scale, scale, dtype, _: X.new_empty((X.size(0), X.size(2), X.size(2)), dtype=dtype))
 def _gram(
     X: Tensor, row_scale: Tensor | None, scale: Tensor | None, dtype: torch.dtype, tile: list[int] | None
 ) -> Tensor:
-    out = _empty(X, dtype)
-    _launch(X, row_scale, scale, out, None, tile)
-    return out
-
-
-@operator(fake=lambda X, *_: (_empty(X, X.dtype), _empty(X, torch.float32)))
-def _gram_pair(X: Tensor, row_scale: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    out, unrounded = _empty(X, X.dtype), _empty(X, torch.float32)
-    _launch(X, row_scale, scale, out, unrounded, None)
-    return out, unrounded
-
-
-def _launch(
-    X: Tensor, row_scale: Tensor | None, scale: Tensor | None, out: Tensor, unrounded: Tensor | None,
-    tile: list[int] | None,
-) -> None:  # fmt: skip
     B, m, n = X.shape
+    out = X.new_empty((B, n, n), dtype=dtype)
     size, _, depth, warps, stages = tile or product_tile(X)
     tiles = cdiv(n, size)
     lift = 2.0 ** (14 - math.ceil(math.log2(m) / 2))
     described = row_scale is None and describes(X)
     gram_kernel[(B * tiles * (tiles + 1) // 2,)](
-        descriptor(X, depth, size) if described else None, X, row_scale, scale, out, unrounded, m, n, lift, *X.stride(),
+        descriptor(X, depth, size) if described else None, X, row_scale, scale, out, m, n, lift, *X.stride(),
         ROW_SCALE=row_scale is not None, SCALE=scale is not None, SIZE=size, DEPTH=depth, PRECISION=precision(X.dtype),
         DESCRIBED=described, TRANSPOSED=X.stride(2) != 1, **launch_options(warps, stages),
     )  # fmt: skip
+    return out

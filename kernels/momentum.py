@@ -24,21 +24,22 @@ from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number_or_
 
 FLAT = Tile(1, 2048, 0, 4, 1)  # elements at a time: four loads of 16 bytes per thread from each. Not yet timed.
 # Rows x columns at a time, by whether columns or rows are next to each other in memory. So few rows, 8 of float32 being
-# the 32 bytes that memory is read by, that what the programs under way have read stays in cache for the second time: of
-# rows of 2048, three programs on each of 132 multiprocessors, 52 MB.
+# the 32 bytes that memory is read by, that what the programs under way have read can stay in cache for the second time:
+# three or four on each of 132 multiprocessors have 19 to 26 MB of rows of 768. Of 2048 they have 52 to 69 MB, more than
+# the 50 of an H100. Not yet timed either.
 CONTIGUOUS, TRANSPOSED = Tile(1, 1024, 0, 4, 1), Tile(8, 256, 0, 16, 1)
 
 
 @triton.jit
 def momentum_after(
     gradient, table, buffer, active, b, at, inside, size, stride_active, share_tensor, share, weight,
-    TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, CHANGES: tl.constexpr,
+    TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """M of matrix b at the elements `at`; with CHANGES B there becomes the new one."""
+    """M of matrix b at its elements `at`; with STORES B there becomes the new one."""
     if share_tensor is not None:
         share = tl.load(share_tensor)
         weight = 1.0 - share
-    count = size  # of elements whose B changes: all, or none
+    count = size  # of elements whose B changes, all or none: the interpreter makes no mask of a flag
     if active is not None:
         count = tl.where(tl.load(active + b * stride_active) != 0, count, 0)
     if table is not None:
@@ -52,7 +53,7 @@ def momentum_after(
     G = tl.load(gradient + at, mask=moving, other=0.0).to(tl.float32)
     B = tl.load(buffer, mask=inside, other=0.0)
     B = tl.where(moving, share * B + weight * G, B)
-    if CHANGES:
+    if STORES:
         tl.store(buffer, B, mask=moving)
     return share * B + weight * G if NESTEROV else B
 
@@ -162,12 +163,15 @@ def _check(what: str, gradient: Tensor | Scattered, buffer: Tensor, active: Tens
     matrices = [("buffer", buffer)]
     if isinstance(gradient, Tensor):
         matrices.append(("gradient", gradient))
-    elif len(gradient.addresses) != B or any(X.numel() != buffer[0].numel() for X in gradient.tensors):
-        sizes = sorted({X.numel() for X in gradient.tensors})
-        raise ValueError(
-            f"{what}: there are {len(gradient.addresses)} gradients of {sizes} numbers for a buffer "
-            f"{tuple(buffer.shape)}; there must be one for each of its matrices, of as many numbers, or None"
-        )
+    else:
+        size, given = buffer.size(1) * buffer.size(2), len(gradient.addresses)
+        if given != B or gradient.device != device or any(X.numel() != size for X in gradient.tensors):
+            sizes = sorted({X.numel() for X in gradient.tensors})
+            raise ValueError(
+                f"{what}: there are {given} gradients of {sizes} numbers each on {gradient.device} for a buffer "
+                f"{tuple(buffer.shape)} on {device}; there must be one for each of its matrices, there and of as many "
+                "numbers, or None"
+            )
     for name, X in matrices:
         is_alike = X.shape == buffer.shape and X.device == device
         if not is_alike or X.ndim != 3 or X.dtype != torch.float32 or not X.is_contiguous():

@@ -78,12 +78,6 @@ def gram(
     return _float32_product(X.mT, X)
 
 
-def gram_pair(X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`gram` in X's dtype, the same in float32)."""
-    unrounded = gram(X, row_scale, scale, torch.float32)
-    return unrounded.to(X.dtype), unrounded
-
-
 def as_multiplied(A: Tensor) -> Tensor:
     """A, in float32 if it is of halves and on a CPU without units for them: a product of halves takes 60 times as long
     there as one of float32, for the same sums. The caller rounds the result."""

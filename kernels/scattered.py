@@ -6,6 +6,7 @@ ones, and what it reads stays for its replays.
 """
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 MOST_TABLES = 1024
 Rows = tuple[tuple[int, ...], ...]
 _tables: dict[tuple[Rows, torch.device], Tensor] = {}  # the last used at the end
-_captured: dict[tuple[Rows, torch.device], Tensor] = {}  # what CUDA graphs read when they are replayed
+_captured: dict[tuple[Rows, torch.device], Tensor] = {}  # what CUDA graphs read when they are replayed, for ever
+_lock = Lock()
 
 
 class Scattered(NamedTuple):
@@ -49,10 +51,13 @@ def scattered(matrices: Sequence[Tensor | None], device: torch.device) -> Scatte
     tensors = [X for X in matrices if X is not None]
     dtype = tensors[0].dtype if tensors else torch.float32
     if dtype not in DTYPES or not all(
-        type(X) in PLAIN and X.dtype == dtype and X.device == device and X.is_contiguous() for X in tensors
+        type(X) in PLAIN and X.dtype == dtype and X.device == device and X.is_contiguous() and not X.is_neg()
+        for X in tensors
     ):
         return None
     addresses = tuple([0 if X is None else X.data_ptr() for X in matrices])
+    if len(tensors) != sum(map(bool, addresses)):  # one has no memory, as zeros that torch has not made yet
+        return None
     if is_capturing(device) and ((addresses,), device) not in _tables:
         return None
     return Scattered(tensors, addresses, device)
@@ -68,18 +73,25 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def address_table(rows: Rows, device: torch.device) -> Tensor:
-    """`rows` on the device, int64; not to be written to."""
+    """`rows` on the device, int64; not to be written to, and there for the stream that asks first. RuntimeError for a
+    new one while a CUDA graph is captured: it would be filled by replays alone."""
     key = rows, device
-    result = _tables.pop(key, None)
-    if result is None:
-        result = torch.tensor(rows)
-        if device.type == "cuda":
-            result = result.pin_memory().to(device, non_blocking=True)
-    _tables[key] = result
-    if len(_tables) > MOST_TABLES:
-        del _tables[next(iter(_tables))]
-    if is_capturing(device):
-        _captured[key] = result
+    with _lock:
+        result = _tables.pop(key, None)
+        if result is None and is_capturing(device):
+            raise RuntimeError(
+                "a CUDA graph cannot capture this: matrices lie where no kernel has found them before; take an "
+                "ordinary step first"
+            )
+        if result is None:
+            result = torch.tensor(rows)
+            if device.type == "cuda":
+                result = result.pin_memory().to(device, non_blocking=True)
+        _tables[key] = result
+        if len(_tables) > MOST_TABLES:
+            del _tables[next(iter(_tables))]
+        if is_capturing(device):
+            _captured[key] = result
     return result
 
 

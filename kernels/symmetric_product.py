@@ -7,9 +7,9 @@ computed. With R the Gram matrix and the step p(s) = a s + b s^3 + c s^5, Z = b 
 a I + Z, and (a I + Z) applied to a running factor (y I + Y) gives (a y) I + (Y Z + a Y + y Z): the identity part is a
 number that is never stored, hence never rounded.
 
-`unrounded_A`, float32, may stand in for A in beta A. Two steps of Polar Express multiply whatever rounding leaves in
-R where X is weak by 66 * 16, and they do so through that term; beside a dominant singular value the rounding of
-float16 would be felt.
+`unrounded_A`, float32, may stand in for A in beta A. The first two of three steps multiply whatever rounding leaves in
+R where X is weak by their a^2 (12 each in the method `quintic`), and they do so through that term; beside a dominant
+singular value the rounding of float16 would be felt.
 
 With T = ceil(n / tile): n^3 (1 + 1/T) FLOPs, 2 n^3 dense; bytes in half precision 4 n^2 read, 2 n^2 written.
 """

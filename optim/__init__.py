@@ -65,12 +65,13 @@ def start_reduction(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 
 
 def finish_reduction(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Have every optimizer hold mean gradients over the ranks, which its next step uses: a matrix optimizer float32
-    ones of its own, the others p.grad, averaged in place where it is not sharded. Every rank has to call it; a second
-    call does nothing."""
+    """Have every optimizer hold mean gradients over the ranks, which its next step uses: of matrices a rank's own, in
+    float32, and with one rank p.grad as it is; of the rest p.grad, averaged in place where it is not sharded. Every
+    rank has to call it, once p.grad is final: whether later changes count depends on the ranks. A second call does
+    nothing."""
     for optimizer in optimizers:
         if isinstance(optimizer, MatrixOptimizer):
-            optimizer.finish_reduction()
+            optimizer.mean_gradients()
         else:
             average_gradients(optimizer, process_group_of(optimizers))
 

@@ -60,7 +60,8 @@ def aurora_polar(
     variant: str = "release",
     memory: Tensor | None = None,
 ) -> Tensor:
-    """The row-balanced polar factor of each matrix of M [..., m, n] (columns where m < n), in `dtype`.
+    """The row-balanced polar factor of each matrix of M [..., m, n] (columns where m < n), in `dtype`. M may be
+    UnitRows, as in `polar`.
 
     Rows (columns) have norm sqrt(n / m) within some percent after 2 iterations; zero ones stay zero. The arguments
     from `method` to `form` are those of `polar`. `variant` "warm" uses and updates `memory`, c above, float32
@@ -92,7 +93,7 @@ def _balanced(
     M: Tensor | UnitRows, iterations: int, beta: float, variant: str, memory: Tensor | None,
     polar_arguments: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """`aurora_polar` of tall M [B, m, n], or of UnitRows, tall."""
+    """`aurora_polar` of tall M [B, m, n]; of UnitRows turned so that it is tall, too."""
     polar_of, norm = row_scaled_polar(M, **polar_arguments)
     m, n = max(M.shape[-2:]), min(M.shape[-2:])
     d = (norm > 0).float()  # of unit rows: the definition's 1 / ||M_i|| is in them

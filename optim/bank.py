@@ -96,7 +96,7 @@ class Bank:
         self.has_moved = False  # whether masters hold more than the weights: a step has moved them, or they were loaded
         self.buckets = self._cut_into_buckets()
         self._sent: list[tuple[Tensor, dist.Work]] = []  # what exchanges under way read from
-        self._own_gradient: Tensor | None = None
+        self._received: Tensor | None = None
         self._gathered: tuple[Tensor, dist.Work | None] | None = None
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
@@ -133,9 +133,9 @@ class Bank:
         self.refuse_unusable()
         if self.num_ranks == 1:
             return
-        if self._own_gradient is None:
-            self._own_gradient = torch.empty(self.num_slots, self.m, self.n, dtype=self.comm_dtype, device=self.device)
-        received = self._own_gradient[slots.start : slots.stop]
+        if self._received is None:
+            self._received = torch.empty(self.num_slots, self.m, self.n, dtype=self.comm_dtype, device=self.device)
+        received = self._received[slots.start : slots.stop]
         sent = received.new_empty(self.num_ranks, len(slots), self.m, self.n)
         gradients = self.rows(p.grad for p in self.params)[slots.start * self.num_ranks : slots.stop * self.num_ranks]
         gradients += [None] * (self.num_ranks * len(slots) - len(gradients))
@@ -161,14 +161,14 @@ class Bank:
             return Gradients(shape, self.device, self.rows(p.grad for p in self.params))
         for _, work in self._sent:
             work.wait()
-        whole = self._own_gradient
+        whole = self._received
         self.forget_reduction()
         assert whole is not None
         return Gradients(shape, self.device, whole=whole.float())
 
     def forget_reduction(self) -> None:
         """Nothing of a step that failed is left over for the next."""
-        self._own_gradient = None
+        self._received = None
         self._sent.clear()
 
     def params_by_owner(self) -> list[int | None]:

@@ -25,6 +25,7 @@ class MatrixBatch:
     active: Tensor | None = None  # bool [B]: the matrices that move; None: all
     kernels: str = "torch"
     _is_masked: bool = field(default=False, init=False)
+    _is_spent: bool = field(default=False, init=False)  # the gradient, on the momentum
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -37,7 +38,12 @@ class MatrixBatch:
     @property
     def gradient(self) -> Tensor:
         """The mean over the ranks, [B, m, n] float32; zeros where `active` is false. Made at the first use: passes over
-        memory that a rule of momentum alone does without."""
+        memory that a rule of momentum alone does without. RuntimeError after the momentum was made of it."""
+        if self._is_spent:
+            raise RuntimeError(
+                "batch.gradient was read after batch.momentum(), which may overwrite it; read it before, and clone() "
+                "what is needed after"
+            )
         whole = self.gradients.whole
         if self.active is not None and not self._is_masked:
             whole.masked_fill_(~by_matrix(self.active, whole), 0)
@@ -47,16 +53,16 @@ class MatrixBatch:
     def momentum(self, gradient: Tensor | None = None) -> Tensor:
         """The momentum after this step's gradient, looking one more step ahead with `nesterov`, [B, m, n] float32.
 
-        `gradient` is the batch's own, or what a rule has made of it; it may be overwritten.
+        `gradient` is the batch's own, or what a rule has made of it, float32 [B, m, n]; it may be overwritten.
         """
         matrices = self.gradients.readable(self.kernels) if gradient is None else gradient.contiguous()
-        self._is_masked |= gradient is None  # or overwritten, which is as good
+        self._is_spent |= gradient is None
         return backend(self.kernels, self.device).momentum(matrices, *self._momentum_arguments())
 
     def momentum_rows(self, dtype: torch.dtype) -> UnitRows:
         """What `polar` makes of that momentum first, in `dtype`: its rows scaled to norm 1, in the same pass."""
         matrices, ops = self.gradients.readable(self.kernels), backend(self.kernels, self.device)
-        self._is_masked = True
+        self._is_spent = True
         rows, norm = ops.momentum_rows(matrices, *self._momentum_arguments(), dtype)
         return UnitRows(rows, norm, torch.Size(self.shape))
 

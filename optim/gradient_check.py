@@ -38,7 +38,7 @@ class GradientCheck:
         # By bank, owner and slot: the ranks where it is bad, and those where it is present
         faults = torch.zeros(2, sum(lengths), dtype=torch.float32, device=device)
         for bank, own, part in zip(self.banks, gradients, faults[0].split(lengths), strict=True):
-            mark_not_finite(own, part.view(num_ranks, -1)[bank.rank], is_deferred, kernels)
+            _mark(own, part.view(num_ranks, -1)[bank.rank], is_deferred, kernels)
         if num_ranks > 1:
             owned = [(bank, i) for bank in self.banks for i in bank.params_by_owner()]
             pattern = tuple(i is not None and bank.params[i].grad is not None for bank, i in owned)
@@ -84,7 +84,7 @@ class GradientCheck:
         return bank.names[i]
 
 
-def mark_not_finite(gradients: Gradients, flags: Tensor, is_deferred: bool, kernels: str) -> None:
+def _mark(gradients: Gradients, flags: Tensor, is_deferred: bool, kernels: str) -> None:
     """Make `flags` [P], zeros, 1 for the matrices that hold NaN or infinity."""
     matrices = gradients.readable(kernels)
     if not isinstance(matrices, Tensor):

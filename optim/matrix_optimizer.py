@@ -39,7 +39,7 @@ from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dic
 from optim.gradient_check import GradientCheck
 from optim.gradients import Gradients
 from optim.options import Option, check_names, signature_with
-from optim.polar import METHODS, UnitRows, dtype_of_unit_rows, fast_half_dtype, polar
+from optim.polar import METHODS, UnitRows, dtype_of_unit_rows, fast_half_dtype, is_given_unit_rows, polar
 from optim.reductions import Reductions
 from optim.sharded_bank import ShardedBank
 from optim.shards import is_dtensor, shard_group
@@ -137,8 +137,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The direction to move in, [B, m, n] of any dtype: what `orthogonalize` makes of the momentum, unless a rule
         that needs more than momentum says otherwise."""
         orthogonalize: Callable[..., Tensor] = self.orthogonalize
-        if hasattr(orthogonalize, "takes_unit_rows"):
-            how = self.polar_arguments(batch, batch.group)
+        is_polar_ours = type(self).polar is MatrixOptimizer.polar  # another may want more than UnitRows
+        if is_polar_ours and is_given_unit_rows(orthogonalize):
+            how = self.polar_arguments(batch.state["momentum_buffer"], batch.group)
             if (dtype := dtype_of_unit_rows(how["method"], how["steps"], how["dtype"], batch.device)) is not None:
                 return orthogonalize(batch.momentum_rows(dtype), batch.state, batch.group)
         return orthogonalize(batch.momentum(), batch.state, batch.group)
@@ -147,7 +148,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The polar factor of `update`, as the group's options say; a helper for `orthogonalize`."""
         return polar(update, **self.polar_arguments(update, group))
 
-    def polar_arguments(self, update: Tensor | UnitRows | MatrixBatch, group: dict[str, Any]) -> dict[str, Any]:
+    def polar_arguments(self, update: Tensor | UnitRows, group: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `polar` and of functions that take the same."""
         dtype = fast_half_dtype(update.device.type)
         return dict(method=group["polar_method"], steps=group["polar_steps"], dtype=dtype, kernels=self.kernels)
@@ -332,9 +333,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def finish_reduction(self) -> list[Tensor]:
         """The mean gradients over the ranks, [P, m, n] float32 of this rank's matrices for each bank (zeros where there
         is none), which the next step uses: changes of them count, later ones of p.grad do not."""
-        return [own.whole for own in self._mean_gradients()]
+        return [own.whole for own in self.mean_gradients()]
 
-    def _mean_gradients(self) -> list[Gradients]:
+    @torch.no_grad()
+    def mean_gradients(self) -> list[Gradients]:
+        """The same without copies: gradients that nobody has to send stay where they are until somebody asks for the
+        `whole` of a bank."""
         self._make_banks()
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         if self._reduced is None or any(grad is not old for grad, old in zip(grads, self._reduced[1], strict=True)):
@@ -351,7 +355,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._reduced = None
                 loss = closure()
         check_capture(self)
-        gradients, self._reduced = self._mean_gradients(), None
+        gradients, self._reduced = self.mean_gradients(), None
         banks = self._banks
         is_finite = self._gradient_check.check(gradients, self.defer_check, self.kernels)
         held, sent = sum(len(bank.state) for bank, _ in banks), []

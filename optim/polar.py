@@ -34,8 +34,9 @@ to 1, but theirs replaced it. Emerging-Optimizers' (4.0098, ...) turns the sign 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,10 +88,11 @@ SAFETY: dict[str, float | None] = {
     "aol": None,
 }  # fmt: skip
 # Longest segments that lose nothing against the direct form in bfloat16 on any spectrum of
-# benchmarks/polar_quality.py. In bfloat16 itself every restart saved costs accuracy.
+# benchmarks/polar_quality.py. Three steps of Polar Express lose everything where what dominates lies in few columns. In
+# bfloat16 itself every restart saved costs accuracy.
 LONGEST_SEGMENT: dict[torch.dtype, dict[str, int]] = {
     torch.float16: {
-        "polar_express": 3, "quintic": 3, "simple_quintic": 5, "cans": 1, "deepseek_v4": 1, "cubic5": 5, "aol": 3
+        "polar_express": 2, "quintic": 3, "simple_quintic": 5, "cans": 1, "deepseek_v4": 1, "cubic5": 5, "aol": 3
     },
     torch.bfloat16: dict.fromkeys(COEFFICIENTS, 1),
     torch.float32: dict.fromkeys(COEFFICIENTS, 6) | {"cans": 4},
@@ -104,7 +106,8 @@ Segments = list[list[Coefficients]]
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-class UnitRows(NamedTuple):
+@dataclass(frozen=True)
+class UnitRows:
     """Matrices M [B, m, n] as `polar` computes with them: the rows of a tall or square M, of a wide one the columns, at
     norm 1, and their norms. For M that was never stored."""
 
@@ -116,16 +119,30 @@ class UnitRows(NamedTuple):
     def device(self) -> torch.device:
         return self.rows.device
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"UnitRows have no {name}: an update rule whose orthogonalize is marked takes_unit_rows may ask `update` "
+            "for its shape and device alone; without the mark it is given tensors"
+        )
+
+
+_takers = set[Callable[..., Tensor]]()
+
 
 def takes_unit_rows(orthogonalize: F) -> F:
     """Mark an update rule's `orthogonalize` that hands `update` on to `polar` or `aurora_polar` and asks no more of it
     than its shape and device: it may be UnitRows then. A subclass that replaces the method gets tensors, as ever."""
-    orthogonalize.takes_unit_rows = True  # type: ignore[attr-defined]
+    _takers.add(orthogonalize)
     return orthogonalize
 
 
+def is_given_unit_rows(orthogonalize: Callable[..., Tensor]) -> bool:
+    """Whether this method, and none that it stands in for, is marked."""
+    return getattr(orthogonalize, "__func__", orthogonalize) in _takers
+
+
 def dtype_of_unit_rows(method: str, steps: int | None, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """In what dtype `polar` with these arguments takes UnitRows; None where it begins otherwise."""
+    """In what dtype `polar` with these arguments takes UnitRows, float16; None where it begins otherwise."""
     if method == "svd" or SAFETY[method] is None or storage_dtype(dtype, device, method, steps) != torch.float16:
         return None
     return torch.float16
@@ -136,6 +153,14 @@ def fast_half_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where matrix products in it run in hardware, else float32."""
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device_type == "cuda" else has_bfloat16()
     return torch.bfloat16 if native else torch.float32
+
+
+def check_unit_rows(X: UnitRows, method: str, steps: int | None, dtype: torch.dtype) -> None:
+    if X.rows.dtype != (taken := dtype_of_unit_rows(method, steps, dtype, X.device)):
+        raise ValueError(
+            f"polar: method {method!r} in {dtype} takes {f'UnitRows in {taken}' if taken else 'no UnitRows'}, and "
+            f"these are {X.rows.dtype}; give it the matrices themselves"
+        )
 
 
 @torch.no_grad()
@@ -161,6 +186,7 @@ def polar(
     ops, safety = backend(kernels, X.device), SAFETY.get(method)
     norm: Tensor | None
     if isinstance(X, UnitRows):
+        check_unit_rows(X, method, steps, dtype)
         is_turned, batch, norm, storage = X.shape[-2] < X.shape[-1], X.rows, X.norm, X.rows.dtype
     else:
         X = as_matrices(X)
@@ -194,7 +220,8 @@ def row_scaled_polar(
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
     is_folded = (ops.symmetric or storage == torch.float16) and method != "aol"
     if isinstance(M, UnitRows):
-        rows, norm, _ = M
+        check_unit_rows(M, method, steps, dtype)
+        rows, norm = M.rows, M.norm
     else:
         rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
 
@@ -347,11 +374,8 @@ def _segment_factor(
     """
     unrounded = None
     if X.dtype == torch.float16 and len(segment) > 2:  # see kernels/symmetric_product.py
-        if segment[0][2] == 0:  # all of it is needed below
-            unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
-            R = unrounded.to(X.dtype)
-        else:
-            R, unrounded = ops.gram_pair(X, row_scale, gram_scale)
+        unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
+        R = unrounded.to(X.dtype)
     else:
         R = ops.gram(X, row_scale, gram_scale)
     S, alpha = R, 1.0

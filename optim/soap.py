@@ -111,5 +111,5 @@ class SoapMuon(Soap):
 
 def steps_to_full_rank(batch: MatrixBatch) -> int:
     """How many gradients the product of the longer side is a sum of before it can have full rank."""
-    m, n = batch.gradient.shape[1:]
+    _, m, n = batch.shape
     return math.ceil(max(m, n) / min(m, n))

@@ -27,7 +27,7 @@ from optim.aurora import aurora_polar
 from optim.polar import polar
 from tests.conftest import ROOT, Trainer
 
-apply_symmetric, gram, gram_pair = apply_module.apply_symmetric, gram_module.gram, gram_module.gram_pair
+apply_symmetric, gram = apply_module.apply_symmetric, gram_module.gram
 normalize_rows = importlib.import_module("kernels.normalize_rows").normalize_rows
 symmetric_product = importlib.import_module("kernels.symmetric_product").symmetric_product
 
@@ -104,23 +104,6 @@ def test_gram(shape: tuple[int, int], layout: str, dtype: torch.dtype, scaled: s
     assert wide.dtype == torch.float32
     assert error(wide, exact) <= max(1.1 * error(result, exact), torch.finfo(dtype).eps / 4)  # rounded loads alone
     assert torch.equal(result, result.mT)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("n", [33, 150])
-def test_gram_pair(layout: str, n: int) -> None:
-    """Of one tile and of several: what `gram` gives, and as much of its float32 as symmetric_product reads."""
-    X, row_scale, scale = layouts(40, n, torch.float16)[layout], rand(2, 40), rand(2)
-    for d in (None, row_scale):
-        whole = gram(X, d, scale, torch.float32)
-        for function in (gram_pair, reference.gram_pair):
-            R, unrounded = function(X, d, scale)
-            assert R.dtype == torch.float16 and unrounded.dtype == torch.float32
-            assert error(R, whole.half().double()) < 1e-3 and error(unrounded.tril(), whole.tril().double()) < 1e-3
-            exact = R.double() @ R.double() + 3 * whole.double()
-            assert error(symmetric_product(R, R, 1.0, 3.0, unrounded_A=unrounded), exact) < 1e-3
-        R, unrounded = gram_pair(X, d, scale)
-        assert torch.equal(R, gram(X, d, scale)) and torch.equal(unrounded.tril(), whole.tril())
 
 
 def test_scales_may_be_views() -> None:

@@ -1,7 +1,7 @@
 """How good the polar factors are: every form and format against float64 SVD, over hostile spectra.
 
     python -m benchmarks.polar_quality
-    python -m benchmarks.polar_quality --restarts       other places to restart Polar Express, to choose from
+    python -m benchmarks.polar_quality --restarts true  other places to restart Polar Express, to choose from
 
 orthogonality   ||U^T U - I||_F / sqrt(n): how far singular values are from 1, the method's own unfinished ones included
 direction       1 - cosine between U and the exact polar factor (of the singular values above 0)

@@ -89,8 +89,9 @@ def test_momentum(shape: tuple[int, int], nesterov: bool, active: Tensor | None)
 @with_shape
 @with_nesterov
 @with_active
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "odd"])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [*((dtype, 0) for dtype in DTYPES), (torch.float32, 1)], ids=lambda of: str(of)
+)
 def test_momentum_of_gradients_where_they_are(
     shape: tuple[int, int], nesterov: bool, active: Tensor | None, dtype: torch.dtype, offset: int
 ) -> None:
@@ -115,7 +116,7 @@ def test_momentum_rows(shape: tuple[int, int], nesterov: bool, active: Tensor | 
     if isinstance(source, str):
         kinds.append((reference.momentum_rows, gradient))
     for function, gradients in kinds:
-        for out in DTYPES:
+        for out in DTYPES if isinstance(source, str) else (torch.float16,):
             after = buffer.clone()
             given = gradients.clone() if isinstance(gradients, Tensor) else gradients
             rows, norms = function(given, after, 0.95, nesterov, active, out)
@@ -127,7 +128,7 @@ def test_momentum_rows(shape: tuple[int, int], nesterov: bool, active: Tensor | 
                 assert torch.equal(after[~active], buffer[~active])
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (1500, 2), (2, 1500), (60, 50), (40, 90)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (130, 2), (2, 130), (60, 50), (40, 90)], ids=str)
 def test_momentum_rows_of_any_size(shape: tuple[int, int]) -> None:
     """From 1e-29 to 1e29 beside each other and over eight decades within a row, and rows of zero, which stay zero."""
     gradient = randn(1, *shape)
@@ -375,8 +376,8 @@ class Doubled(Muon):
 
 UNIT_ROWS: list[tuple[type[MatrixOptimizer], dict[str, Any]]] = [
     (Muon, {}), (Muon, dict(nesterov=False)), (Aurora, dict(variant="release")), (Aurora, dict(variant="warm")),
-    (Aurora, dict(variant="paper")), (Aurora, dict(iterations=1, sides="tall")), (NorMuon, {}), (UNorMuon, {}),
-    (MuonPlus, {}),
+    (Aurora, dict(variant="paper", iterations=1)), (Aurora, dict(iterations=1, sides="tall")), (NorMuon, {}),
+    (UNorMuon, {}), (MuonPlus, {}),
 ]  # fmt: skip
 WHOLE = [
     (Doubled, {}),
@@ -394,7 +395,7 @@ def test_rules_that_take_unit_rows_move_as_from_whole_momenta(
     """The same momentum to the bit, and updates that differ by less than half precision does; gradients stay as they
     are. What was made of whole momenta alone still is."""
     monkeypatch.setattr("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float16)
-    moved, momenta, calls = [], [], []
+    moved, momenta, calls, steps = [], [], [], 2 if "variant" in options else 1
     genuine = momentum_module.momentum_rows
     monkeypatch.setattr(momentum_module, "momentum_rows", lambda *all: (calls.append(all), genuine(*all))[1])
     for takes_rows in (True, False):
@@ -403,12 +404,12 @@ def test_rules_that_take_unit_rows_move_as_from_whole_momenta(
         optimizer = make(rule, "triton", **options)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         before, gradients = [p.detach().clone() for p in params], [p.grad.clone() for p in params]
-        for _ in range(2):
+        for _ in range(steps):
             optimizer.step()
         assert all(map(torch.equal, [p.grad for p in params], gradients))
         moved.append([p.detach() - old for p, old in zip(params, before, strict=True)])
         momenta.append([optimizer.state[p]["momentum_buffer"] for p in params])
-    assert len(calls) == (6 if (rule, options) in UNIT_ROWS else 0)  # two steps of three banks
+    assert len(calls) == (3 * steps if (rule, options) in UNIT_ROWS else 0)  # of three banks
     assert all(map(torch.equal, *momenta))
     for ours, whole in zip(*moved, strict=True):
         assert error(ours, whole.double()) < 4e-3

@@ -14,16 +14,15 @@ import torch
 
 from benchmarks.polar_model import DRAM, NORMALIZE
 from benchmarks.polar_speed import CASES, Shape
-from benchmarks.polar_tiles import REPEATS, repeated
+from benchmarks.polar_tiles import check_case, repeated, timed
 from harness.results import command, report
-from harness.step_timer import median_seconds
 from harness.tables import Row
 from kernels.apply_update import apply_update
 from kernels.momentum import momentum, momentum_rows
 from kernels.normalize_rows import normalize_rows
 from kernels.not_finite import mark_not_finite
 from kernels.scattered import scattered
-from kernels.triton_common import Tile, can_launch
+from kernels.triton_common import Tile
 
 FLAT = tuple(Tile(1, columns, 0, warps, 1) for columns in (1024, 2048, 4096) for warps in (4, 8))
 ROWS = (Tile(1, 1024, 0, 4, 1), Tile(1, 512, 0, 4, 1), Tile(2, 1024, 0, 8, 1), Tile(4, 256, 0, 4, 1),
@@ -58,21 +57,15 @@ def time_passes(shapes: Sequence[Shape], device: torch.device, passes: int) -> l
         }
         for name, (work, tiles, size, rate) in works.items():
             runs = {str(tuple(tile)): repeated(partial(work, tile=tile), device) for tile in tiles}
-            medians = median_seconds(runs, passes, device=device)
-            for tile_name, time in sorted(medians.items(), key=lambda item: item[1]):
-                seconds, moved = time.wall / REPEATS, B * m * n * size
-                row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * seconds)
+            moved = B * m * n * size
+            for seconds, row in timed(name, (B, m, n), runs, passes, device):
                 rows.append(row | dict(tb_per_s=moved / seconds / 1e12, predicted_ms=1e3 * moved / rate))
     return rows
 
 
 def main(args: Args) -> None:
     device = torch.device(args.device)
-    if args.case not in CASES or not can_launch(device):
-        raise ValueError(
-            f"case = {args.case!r} must be one of {', '.join(CASES)}, and device = {args.device!r} a CUDA GPU: tiles "
-            "are Triton's"
-        )
+    check_case(args.case, device)
     with torch.no_grad():
         rows = time_passes(CASES[args.case], device, args.passes)
     report("pass_tiles", rows, args.device, case=args.case, passes=args.passes)

@@ -50,6 +50,27 @@ def repeated(product: Callable[[], object], device: torch.device) -> Callable[[]
     return graphed(run) if device.type == "cuda" else run
 
 
+def timed(
+    kernel: str, shape: Shape, runs: dict[str, Callable[[], object]], passes: int, device: torch.device
+) -> list[tuple[float, Row]]:
+    """(seconds, row) of each tile by time, from `repeated` runs."""
+    medians = median_seconds(runs, passes, device=device)
+    result: list[tuple[float, Row]] = []
+    for tile, time in sorted(medians.items(), key=lambda item: item[1]):
+        seconds = time.wall / REPEATS
+        result.append((seconds, dict(kernel=kernel, shape="x".join(map(str, shape)), tile=tile, ms=1e3 * seconds)))
+    return result
+
+
+def check_case(case: str, device: torch.device) -> None:
+    """ValueError for a case that there is not, and for a device without Triton."""
+    if case not in CASES or not can_launch(device):
+        raise ValueError(
+            f"case = {case!r} must be one of {', '.join(CASES)}, and device = {str(device)!r} a CUDA GPU: tiles are "
+            "Triton's"
+        )
+
+
 def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.device, passes: int) -> list[Row]:
     """A row for each product, shape and tile that the device can hold, by time within a product and shape."""
     rows: list[Row] = []
@@ -71,21 +92,14 @@ def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.dev
                     with suppress(OutOfResources):
                         product(tile=tile)
                         runs[str(tuple(tile))] = repeated(partial(product, tile=tile), device)
-            medians = median_seconds(runs, passes, device=device)
-            for tile_name, time in sorted(medians.items(), key=lambda item: item[1]):
-                seconds = time.wall / REPEATS
-                row: Row = dict(kernel=name, shape=f"{B}x{m}x{n}", tile=tile_name, ms=1e3 * seconds)
+            for seconds, row in timed(name, (B, m, n), runs, passes, device):
                 rows.append(row | dict(tflops=B * flops / seconds / 1e12))
     return rows
 
 
 def main(args: Args) -> None:
     device = torch.device(args.device)
-    if args.case not in CASES or not can_launch(device):
-        raise ValueError(
-            f"case = {args.case!r} must be one of {', '.join(CASES)}, and device = {args.device!r} a CUDA GPU: tiles "
-            "are Triton's"
-        )
+    check_case(args.case, device)
     with torch.no_grad():
         rows = time_tiles(CASES[args.case], CANDIDATES, device, args.passes)
     report("polar_tiles", rows, args.device, case=args.case, passes=args.passes)

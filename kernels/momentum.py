@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.normalize_rows import add_squares
 from kernels.scattered import TYPES, Scattered, matrix_at
 from kernels.triton_common import DTYPES, Tile, cdiv, launch_options, number_or_tensor, operator
 
@@ -92,11 +93,7 @@ def momentum_rows_kernel(
             gradient, table, buffer, active, b, at, inside, size, stride_active, share_tensor, share, weight,
             TYPE, ALIGNED, NESTEROV, False,
         )  # fmt: skip
-        larger = tl.maximum(largest, tl.max(tl.abs(M), axis=1))
-        shrink = largest / larger
-        unit = M / larger[:, None]
-        square = square * shrink * shrink + tl.sum(unit * unit, axis=1)
-        largest = larger
+        largest, square = add_squares(largest, square, M)
     root = tl.sqrt(square)
     tl.store(norm + b * m + rows, largest * root, mask=rows < m)
     root = tl.where(root > 0, root, 1.0)[:, None]

@@ -20,6 +20,15 @@ CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 3), Tile(64, 32, 0, 4, 3)
 
 
 @triton.jit
+def add_squares(largest, square, X):
+    """(the largest magnitude in each row so far, the sum of squares relative to it) with those of the columns X."""
+    larger = tl.maximum(largest, tl.max(tl.abs(X), axis=1))
+    shrink = largest / larger
+    unit = X / larger[:, None]
+    return larger, square * shrink * shrink + tl.sum(unit * unit, axis=1)
+
+
+@triton.jit
 def normalize_rows_kernel(
     x, out, norm, m, n, stride_xb, stride_xm, stride_xn, stride_ob, stride_om, stride_on,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -34,11 +43,7 @@ def normalize_rows_kernel(
     for k in range(0, n, COLUMNS):
         inside = (rows < m)[:, None] & (k + columns < n)[None, :]
         tile = tl.load(x + (k + columns)[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(tl.abs(tile), axis=1))
-        shrink = largest / larger
-        unit = tile / larger[:, None]
-        square = square * shrink * shrink + tl.sum(unit * unit, axis=1)
-        largest = larger
+        largest, square = add_squares(largest, square, tile)
     root = tl.sqrt(square)
     tl.store(norm + b * m + rows, largest * root, mask=rows < m)
     root = tl.where(root > 0, root, 1.0)[:, None]

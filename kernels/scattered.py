@@ -33,10 +33,6 @@ class Scattered(NamedTuple):
     device: torch.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensors[0].dtype if self.tensors else torch.float32
-
-    @property
     def table(self) -> Tensor:
         """The addresses, int64 [1, B]."""
         return address_table((self.addresses,), self.device)

@@ -27,15 +27,8 @@ from torch import Tensor
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option, check_options
-from optim.polar import (
-    UnitRows,
-    as_matrices,
-    check_polar_arguments,
-    piece_length,
-    polar,
-    row_scaled_polar,
-    takes_unit_rows,
-)
+from optim.polar import as_matrices, check_polar_arguments, piece_length, polar, row_scaled_polar
+from optim.unit_rows import UnitRows, takes_unit_rows
 
 SIDES = ("both", "tall", "wide")
 VARIANTS = ("release", "paper", "warm")

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import backend
 from optim.bank import State, by_matrix
 from optim.gradients import Gradients
-from optim.polar import UnitRows
+from optim.unit_rows import UnitRows
 
 
 @dataclass

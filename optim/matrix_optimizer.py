@@ -39,10 +39,11 @@ from optim.checks import OWN_STATE, check_capture, check_group, fitted_state_dic
 from optim.gradient_check import GradientCheck
 from optim.gradients import Gradients
 from optim.options import Option, check_names, signature_with
-from optim.polar import METHODS, UnitRows, dtype_of_unit_rows, fast_half_dtype, is_given_unit_rows, polar
+from optim.polar import METHODS, dtype_of_unit_rows, fast_half_dtype, polar
 from optim.reductions import Reductions
 from optim.sharded_bank import ShardedBank
 from optim.shards import is_dtensor, shard_group
+from optim.unit_rows import UnitRows, is_given_unit_rows
 
 
 class MatrixOptimizer(torch.optim.Optimizer):

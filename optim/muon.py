@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
-from optim.polar import takes_unit_rows
+from optim.unit_rows import takes_unit_rows
 
 
 class Muon(MatrixOptimizer):

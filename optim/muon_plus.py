@@ -19,7 +19,7 @@ from torch import Tensor
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
-from optim.polar import takes_unit_rows
+from optim.unit_rows import takes_unit_rows
 
 SMALLEST = 1e-7  # beside squared norms of about min(m, n) / max(m, n): what is less is rounding and stays small
 

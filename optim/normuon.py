@@ -21,7 +21,7 @@ from kernels.reference import TINY
 from optim.bank import State
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.options import Option
-from optim.polar import takes_unit_rows
+from optim.unit_rows import takes_unit_rows
 
 SMALLEST = 1e-10  # mean square of a row that is still normalised: below it, a row of a polar factor is rounding
 

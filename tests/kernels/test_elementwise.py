@@ -24,7 +24,8 @@ from optim import Aurora, Muon, MuonPlus, MuonSquared, NorMuon, Soap, UNorMuon
 from optim.aurora import aurora_polar
 from optim.bank import Placeholder
 from optim.matrix_optimizer import MatrixOptimizer
-from optim.polar import UnitRows, polar, takes_unit_rows
+from optim.polar import polar
+from optim.unit_rows import UnitRows, takes_unit_rows
 from tests.kernels.test_kernels import DEVICE, DTYPES, SHAPES, error, layouts, rand, randn
 
 momentum_module, update_module = (importlib.import_module(f"kernels.{name}") for name in ("momentum", "apply_update"))
@@ -414,6 +415,22 @@ def test_rules_that_take_unit_rows_move_as_from_whole_momenta(
     assert all(map(torch.equal, *momenta))
     for ours, whole in zip(*moved, strict=True):
         assert error(ours, whole.double()) < 4e-3
+
+
+class Halved(MatrixOptimizer):
+    def direction(self, batch: Any) -> Tensor:
+        batch.gradient.mul_(0.5)
+        momentum: Tensor = batch.momentum()
+        return momentum
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_what_a_rule_makes_of_the_gradient_is_what_momentum_is_made_of(kernels: str) -> None:
+    optimizer = make(Halved, kernels, momentum=0.5)
+    optimizer.step()
+    for p, state in optimizer.state.items():
+        if p.grad is not None:
+            assert torch.equal(state["momentum_buffer"], (0.25 * p.grad).view(state["momentum_buffer"].shape))
 
 
 class Marked(MatrixOptimizer):

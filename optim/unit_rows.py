@@ -41,5 +41,5 @@ def takes_unit_rows(orthogonalize: F) -> F:
 
 
 def is_given_unit_rows(orthogonalize: Callable[..., Tensor]) -> bool:
-    """Whether this method, and none that it stands in for, is marked."""
+    """Whether this very method is marked, and not one that it wraps."""
     return getattr(orthogonalize, "__func__", orthogonalize) in _takers

@@ -182,15 +182,15 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
         for nesterov in (True, False):
             for share, active in kinds:
                 momentum(G, G.clone(), share, nesterov, active)
-                for B in (G, G.mT.contiguous()):
-                    momentum_rows(one_by_one(B), B, share, nesterov, active)
+        for B in (G, G.mT.contiguous()):
+            momentum_rows(one_by_one(B), B, torch.empty(()), False, torch.ones(2).bool())
+            momentum_rows(B.clone(), B, 0.95, True)
         for dtype in (torch.float32, torch.bfloat16):
             what, gradients = f"{dtype} 768".replace("torch.", ""), one_by_one(G.to(dtype))
             mark_not_finite(gradients, torch.zeros(2))
             momentum(gradients, G.clone(), 0.95, True)
             for B in (G, G.mT.contiguous()):
                 momentum_rows(gradients, B, 0.95, True)
-                momentum_rows(B.clone(), B, 0.95, True)
         for dtype in (torch.float32, torch.bfloat16):
             what = f"{dtype} 50304".replace("torch.", "")
             logits, targets = torch.empty(2, 50304, dtype=dtype), torch.empty(2, dtype=torch.int64)

@@ -114,9 +114,11 @@ def test_momentum_rows(shape: tuple[int, int], nesterov: bool, active: Tensor | 
     expected = expected if shape[0] >= shape[1] else expected.mT
     norm = torch.linalg.vector_norm(expected, dim=-1)
     gradients = gradient if isinstance(source, str) else one_by_one(gradient)
-    kinds = [(momentum_rows, gradients), (partial(momentum_rows, tile=Tile(4, 16, 0, 4, 1)), gradients)]
+    kinds = [(partial(momentum_rows, tile=Tile(8, 16, 0, 4, 1)), gradients)]
     if isinstance(source, str):
         kinds.append((reference.momentum_rows, gradient))
+    else:
+        kinds.append((momentum_rows, gradients))
     for function, gradients in kinds:
         for out in DTYPES if isinstance(source, str) else (torch.float16,):
             after = buffer.clone()
@@ -386,7 +388,7 @@ WHOLE = [
     (Wrapped, {}),
     (Helped, {}),
     (Muon, dict(polar_method="aol")),
-    (Muon, dict(polar_method="simple_quintic", polar_steps=16)),
+    (Muon, dict(polar_method="deepseek_v4", polar_steps=10)),
 ]
 
 
@@ -403,7 +405,7 @@ def test_rules_that_take_unit_rows_move_as_from_whole_momenta(
     for takes_rows in (True, False):
         if not takes_rows:
             monkeypatch.setattr("optim.matrix_optimizer.dtype_of_unit_rows", lambda *_: None)
-        optimizer = make(rule, "triton", **options)
+        optimizer = make(rule, "triton", **{"polar_steps": 2, **options})  # which the interpreter takes long for
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         before, gradients = [p.detach().clone() for p in params], [p.grad.clone() for p in params]
         for _ in range(steps):

@@ -107,7 +107,9 @@ CASES: list[tuple[type[MatrixOptimizer], dict[str, Any]]] = [(rule, {}) for rule
 CASES += [(Muon, dict(weight_decay=0.1)), (Muon, dict(weight_decay=0.1, cautious=True)), (Muon, dict(hyperball=True))]
 CASES += [(Muon, dict(update_floor=0.35)), (Muon, dict(radial_brake=0.5)), (Muon, dict(row_blocks=2))]
 CASES += [(Aurora, dict(dtype=torch.bfloat16))]
-CASES += [(rule, dict(kernels="triton", momentum=0.95, weight_decay=0.1)) for rule in (Muon, Aurora, NorMuon)]
+CASES += [
+    (rule, dict(kernels="triton", polar_steps=2, momentum=0.95, weight_decay=0.1)) for rule in (Muon, Aurora, NorMuon)
+]
 CASES += [(rule, dict(momentum=0.95, cautious=True)) for rule in (AdamH, AdaMuon)]
 
 
@@ -152,7 +154,7 @@ def test_gradients_may_lie_elsewhere_in_a_capture(rule: type[MatrixOptimizer], m
     """Where backward is captured, too, p.grad is the graph's own; its address cannot be sent to the device then."""
     pytest.importorskip("triton")
     monkeypatch.setattr("optim.matrix_optimizer.fast_half_dtype", lambda device_type: torch.float16)
-    (params, ordinary), (twins, captured) = make(rule, kernels="triton"), make(rule, kernels="triton")
+    (params, ordinary), (twins, captured) = (make(rule, kernels="triton", polar_steps=2) for _ in range(2))
     graph = Graph()
     for step in range(4):
         if step == 1:

@@ -5,8 +5,8 @@
         training step, a tenth of all of them
 
 Faults: registers spilled, too much shared memory, products in half precision without tensor cores, two bytes written at
-a time, denormal numbers seen to in the loss; and of products that load by descriptor, on Hopper, fewer than two blocks
-on a multiprocessor, a loop longer than LONGEST_LOOP, or one that loads or stores besides its bulk copies.
+a time, denormal numbers seen to in the loss; and of products in half precision, on Hopper, fewer than two blocks on a
+multiprocessor, a loop longer than LONGEST_LOOP, or one that loads or stores besides its bulk copies.
 
 The wrappers are called with their own tiles for each architecture, at the shapes of a 124 M model, but the launch is
 caught and its kernel compiled for that architecture instead: the same types, constants and alignment as in training.
@@ -40,6 +40,7 @@ from kernels.gram import gram
 from kernels.momentum import momentum, momentum_rows
 from kernels.normalize_rows import normalize_rows
 from kernels.not_finite import mark_not_finite
+from kernels.scale_rows import scale_rows
 from kernels.scattered import Scattered, scattered
 from kernels.symmetric_product import symmetric_product
 from kernels.triton_common import ARCHITECTURES, DTYPES
@@ -53,7 +54,7 @@ TYPES |= {torch.int64: "*i64", torch.bool: "*i1"}
 REGISTERS, THREADS, SHARED = 65536, 2048, 228 * 1024
 ROW_COMPARISONS = 8  # of a row's logarithm and division; the handling of denormal numbers has three for each element
 LONGEST_LOOP = 110  # instructions for 128 x 128 x 64 multiplications and additions
-WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "not_finite", "apply_update", "cross_entropy")  # no tensor cores
+WITHOUT_PRODUCTS = ("momentum", "normalize_rows", "scale_rows", "not_finite", "apply_update", "cross_entropy")
 
 
 class Launch(NamedTuple):
@@ -99,12 +100,9 @@ class Resources(NamedTuple):
         faults += ["narrow stores"] if any(".U16" in store for store in self.stores) else []
         if what.startswith("cross_entropy") and self.comparisons > ROW_COMPARISONS:
             faults.append(f"{self.comparisons} comparisons around approximate functions")
-        if "described=true" in what and self.launch.architecture == 90:
+        if is_half_product and self.launch.architecture == 90:
             moves = [op for op in self.loop if op.startswith(("LDG", "LDS", "STS", "STG"))]
-            if (
-                self.blocks < 2 and "gamma=true" not in what
-            ):  # three products in fourteen, 129 registers with Triton 3.9
-                faults.append(f"{self.blocks} block on a multiprocessor")
+            faults += [f"{self.blocks} block on a multiprocessor"] if self.blocks < 2 else []
             faults += [f"loop of {len(self.loop)}"] if len(self.loop) > LONGEST_LOOP else []
             faults += ["no bulk copies"] if not any(op.startswith("UTMALDG") for op in self.loop) else []
             faults += [f"{len(moves)} loads and stores in the loop"] if moves else []
@@ -127,13 +125,15 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
         if usual:
             what = "float16 768"
             X, S = torch.empty(2, 2048, 768, dtype=torch.float16), torch.empty(2, 768, 768, dtype=torch.float16)
-            d = torch.empty(2, 2048)
-            gram(X, d, torch.empty(2), dtype=torch.float32)
-            gram(X, None, torch.empty(2), dtype=torch.float32)
-            gram(X, None, torch.empty(2))
+            scale = torch.empty(2)
+            gram(X, scale, dtype=torch.float32)
+            gram(X, scale)
             symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
-            apply_symmetric(X, S, 2.0, d)
+            symmetric_product(S, S, 1.0, 2.0, 3.0)
+            apply_symmetric(X, S, 2.0)
+            apply_symmetric(X, S, 2.0, scale)
             normalize_rows(X.float(), torch.float16)
+            scale_rows(X, torch.empty(2, 2048), X.dtype)
             what = "float32 768"
             G, rate, U, active = torch.empty(2, 2048, 768), torch.empty(()), X.bfloat16(), torch.ones(2).bool()
             for B in (G, G.mT.contiguous()):
@@ -148,31 +148,35 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
         for dtype in DTYPES:
             for n in (768,) if dtype == torch.float32 else (768, 128):  # float32 has one tile, half formats two
                 X, S = torch.empty(2, 3 * n, n, dtype=dtype), torch.empty(2, n, n, dtype=dtype)
-                d, scale = torch.empty(2, 3 * n), torch.empty(2)
+                scale = torch.empty(2)
                 what = f"{dtype} {n}".replace("torch.", "")
-                gram(X, d, scale)
-                symmetric_product(S, S, 1.0, 2.0, 3.0)
-                apply_symmetric(X, S, 2.0, d)
                 gram(X)
+                gram(X, scale)
+                symmetric_product(S, S, 1.0, 2.0, 3.0)
                 apply_symmetric(X, S, 2.0)
+                apply_symmetric(X, S, 2.0, scale)
                 if dtype != torch.float16:  # bfloat16 is the same by another name, float32 nobody's first choice
                     continue
                 wide = X.new_empty(2, n, 3 * n)
-                gram(X, d, scale, dtype=torch.float32)
+                gram(wide.mT, scale)
                 for each in (X, wide.mT):
-                    gram(each, None, scale, dtype=torch.float32)
-                gram(wide.mT, d, scale)
+                    gram(each, scale, dtype=torch.float32)
                 symmetric_product(S, S, 2.0, 3.0)
+                symmetric_product(S, S, 1.0, 3.0)
                 symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
-                apply_symmetric(X, S, 2.0, d, torch.bfloat16)
-                apply_symmetric(wide.mT, S, 2.0, d, torch.bfloat16)
-                apply_symmetric(X, S, 2.0, d, outputs="row_square")
-                apply_symmetric(wide.mT, S, 2.0, d, outputs="both")
+                symmetric_product(S, S, 1.0, 3.0, unrounded_A=S.float())
+                apply_symmetric(wide.mT, S, 2.0)
+                apply_symmetric(X, S, 2.0, scale, torch.bfloat16)
+                apply_symmetric(wide.mT, S, 2.0, scale, torch.bfloat16)
+                apply_symmetric(X, S, 2.0, scale, outputs="row_square")
+                apply_symmetric(wide.mT, S, 2.0, scale, outputs="both")
         for dtype in DTYPES:
             what = f"{dtype} 768".replace("torch.", "")
             X = torch.empty(2, 2048, 768, dtype=dtype)
             normalize_rows(X, torch.float16)
             normalize_rows(X.new_empty(2, 768, 2048).mT, torch.float16)
+            for each in (X, X.new_empty(2, 768, 2048).mT):
+                scale_rows(each, torch.empty(2, 2048), dtype)
             for U in (X, X.new_empty(2, 768, 2048).mT):
                 apply_update([torch.empty(2048, 768)], U, [0], torch.empty(()), 2.0, 0.1)
                 apply_update([torch.empty(2048, 768)], U, [0], 0.02, 2.0, 0.1, cautious=True)

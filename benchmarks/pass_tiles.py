@@ -21,6 +21,7 @@ from kernels.apply_update import apply_update
 from kernels.momentum import momentum, momentum_rows
 from kernels.normalize_rows import normalize_rows
 from kernels.not_finite import mark_not_finite
+from kernels.scale_rows import scale_rows
 from kernels.scattered import scattered
 from kernels.triton_common import Tile
 
@@ -29,6 +30,8 @@ ROWS = (Tile(1, 1024, 0, 4, 1), Tile(1, 512, 0, 4, 1), Tile(2, 1024, 0, 8, 1), T
         Tile(8, 256, 0, 4, 3))  # fmt: skip
 COLUMNS = (Tile(8, 256, 0, 16, 1), Tile(8, 256, 0, 8, 1), Tile(16, 128, 0, 16, 1), Tile(16, 128, 0, 8, 1),
            Tile(32, 64, 0, 8, 1), Tile(64, 32, 0, 4, 3))  # fmt: skip
+SHARES = (Tile(4, 1024, 0, 4, 1), Tile(8, 512, 0, 4, 1), Tile(8, 256, 0, 4, 1), Tile(16, 256, 0, 8, 1))
+TURNED = tuple(Tile(columns, rows, depth, warps, stages) for rows, columns, depth, warps, stages in SHARES)
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,15 @@ def time_passes(shapes: Sequence[Shape], device: torch.device, passes: int) -> l
         where = scattered([torch.randn(m, n, device=device) for _ in range(B)], buffer.device)
         assert where is not None
         tall, update = buffer if m >= n else buffer.mT, buffer.half()
-        by_row = ROWS if m >= n else COLUMNS
+        half, of_rows = tall.half(), torch.rand(tall.shape[:2], device=device)
+        by_row, by_tile = (ROWS, SHARES) if m >= n else (COLUMNS, TURNED)
         # bytes for each element, at which rate
         works: dict[str, tuple[Callable[..., object], Sequence[Tile], int, float]] = {
             "mark_not_finite": (partial(mark_not_finite, where, torch.zeros(B, device=device)), FLAT, 4, DRAM),
             "momentum": (partial(momentum, where, buffer, 0.95, True), FLAT, 16, DRAM),
             "momentum_rows": (partial(momentum_rows, where, buffer, 0.95, True), by_row, 14, NORMALIZE),
             "normalize_rows": (partial(normalize_rows, tall, torch.float16), by_row, 6, NORMALIZE),
+            "scale_rows": (partial(scale_rows, half, of_rows, half.dtype), by_tile, 4, DRAM),
             "apply_update": (partial(apply_update, weights, update, list(range(B)), 1e-9, 1.0, 0.1), FLAT, 10, DRAM),
         }
         for name, (work, tiles, size, rate) in works.items():

@@ -4,8 +4,9 @@
 
 A product of T tiles runs in rounds of as many as the multiprocessors hold at once. It takes as long as the slowest of
 three: its FLOPs at TENSOR, what its tiles load and store at L2 (each tile its operands anew, whoever loaded them
-before), both for whole rounds, and what has to come from memory at DRAM; LAUNCH comes before. What the model leaves
-out: the start and end of a tile, where nothing is multiplied, cache misses beyond the first, and clocks that sink.
+before), both for whole rounds, and what has to come from memory at DRAM; LAUNCH comes before. What is no product takes
+its bytes at the rate of PASSES. What the model leaves out: the start and end of a tile, where nothing is multiplied,
+cache misses beyond the first, and clocks that sink.
 
 The rates are of one H100 80GB HBM3 (benchmarks/results/h100_first_runs.txt). L2 is calibrated on a single product,
 apply_symmetric on 24 x 2048 x 768 by descriptor, 0.119 ms: what the model says of that one is no prediction.
@@ -31,11 +32,9 @@ TENSOR = 767e12  # FLOP/s of a product of 8192 x 8192 matrices: polar_speed's ex
 L2 = 9.4e12  # bytes/s between L2 and the multiprocessors, both ways
 DRAM = 3.07e12  # bytes/s, read and written: a lerp of 85 million float32
 NORMALIZE = 2.1e12  # the same of normalize_rows
+PASSES = {"normalize_rows": NORMALIZE, "scale_rows": DRAM}  # at what rate
 LAUNCH = 2e-6  # of a kernel in a CUDA graph: assumed
 PROCESSORS = 132
-SCALED = (
-    2.0  # a loop that multiplies by the rows' scale takes this much longer: 267 instructions for 91, one block for 2
-)
 
 
 class Call(NamedTuple):
@@ -90,11 +89,14 @@ def recorder(calls: list[Call]) -> Backend:
         note("normalize_rows", X, X, Y)
         return Y, X.new_empty(X.shape[:2])
 
-    def gram(
-        X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def scale_rows(X: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        Y = torch.empty_like(X, dtype=dtype)
+        note("scale_rows", X, X, Y)
+        return Y
+
+    def gram(X: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         R = X.new_empty((X.size(0), X.size(2), X.size(2)), dtype=dtype or X.dtype)
-        note("gram" if row_scale is None else "gram, rows scaled", X, X, R)
+        note("gram", X, X, R)
         return R
 
     def symmetric_product(
@@ -105,7 +107,7 @@ def recorder(calls: list[Call]) -> Backend:
         return C
 
     def apply_symmetric(
-        X: Tensor, S: Tensor, alpha: float = 0, row_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+        X: Tensor, S: Tensor, alpha: float = 0, scale: Tensor | None = None, dtype: torch.dtype | None = None,
         outputs: str = "matrix",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         Y = torch.empty_like(X, dtype=dtype)
@@ -113,31 +115,29 @@ def recorder(calls: list[Call]) -> Backend:
         return Y, X.new_empty(X.shape[:2], dtype=torch.float32)
 
     products = (gram, symmetric_product, apply_symmetric)
-    return Backend("model", True, not_asked, not_asked, normalize_rows, *products, cross_entropy=not_asked)
+    return Backend("model", True, not_asked, not_asked, normalize_rows, scale_rows, *products, cross_entropy=not_asked)
 
 
 def estimate(call: Call, idea: Idea = AS_IT_IS) -> Estimate:
     tile, blocks = LARGE[90], 2
     if idea.is_wide and call.what == "apply_symmetric":
         tile, blocks = tile._replace(columns=256), 1
-    if call.what == "normalize_rows":
-        return Estimate(LAUNCH + call.memory / NORMALIZE, "memory")
+    if call.what in PASSES:
+        return Estimate(LAUNCH + call.memory / PASSES[call.what], "memory")
     rows, columns = cdiv(call.m, tile.rows), cdiv(call.n, tile.columns)
     tiles = call.B * (rows * columns if call.what == "apply_symmetric" else columns * (columns + 1) // 2)
-    steps = cdiv(call.m if call.what.startswith("gram") else call.n, tile.depth)
-    is_scaled = call.what == "gram, rows scaled"
-    operands = 1.0 if is_scaled else idea.operands
-    at_once = PROCESSORS * (1 if is_scaled else blocks)
+    steps = cdiv(call.m if call.what == "gram" else call.n, tile.depth)
+    at_once = PROCESSORS * blocks
     rounds = cdiv(tiles, at_once) * at_once / tiles
     flops = 2 * tiles * steps * tile.rows * tile.columns * tile.depth
-    through_l2 = 2 * tiles * steps * (tile.rows + tile.columns) * tile.depth * operands + call.memory
+    through_l2 = 2 * tiles * steps * (tile.rows + tile.columns) * tile.depth * idea.operands + call.memory
     times = {
         "tensor cores": flops / TENSOR * rounds,
         "L2": through_l2 / L2 * rounds,
         "memory": 0.0 if idea.is_cached else call.memory / DRAM,
     }
     bound = max(times, key=lambda name: times[name])
-    return Estimate(LAUNCH + times[bound] * (SCALED if is_scaled else 1), bound)
+    return Estimate(LAUNCH + times[bound], bound)
 
 
 def calls_of(case: str, iterations: int, at_a_time: int = sys.maxsize) -> list[Call]:

@@ -35,7 +35,7 @@ CLOCK = 1.755e9  # Hz; assumed
 # multiprocessor does per cycle.
 INSTRUCTIONS_BEFORE, INSTRUCTIONS, LANES = 68, 33, 128
 SPECIAL, SPECIAL_LANES = 6, 16  # the same of special functions
-# What a step does around the products: bytes for each element of the hidden matrices, counted in
+# What a step does around the polar factors: bytes for each element of the hidden matrices, counted in
 # tests/kernels/test_elementwise.py, and at what rate: momentum_rows is taken to be no faster than normalize_rows was.
 AROUND = {"check of gradients": (4, DRAM), "momentum_rows": (14, NORMALIZE), "apply_update": (10, DRAM)}
 ADAMW = 28  # of each element of embedding and head: weight and two moments read and written, the gradient read
@@ -74,8 +74,8 @@ def quantized(elements: int, width: int, is_compiled: bool) -> float:
 def optimizer_step(case: str, iterations: int) -> dict[str, float]:
     """Seconds by part: Muon, or with `iterations` Aurora."""
     of, hidden = model(case), sum(b * m * n for b, m, n in CASES[case])
-    products = [call for call in calls_of(case, iterations) if call.what != "normalize_rows"]
-    parts = {"products of polar factors": sum(estimate(call).seconds for call in products)}
+    calls = [call for call in calls_of(case, iterations) if call.what != "normalize_rows"]  # momentum_rows does it
+    parts = {"polar factors of unit rows": sum(estimate(call).seconds for call in calls)}
     parts |= {what: len(CASES[case]) * LAUNCH + hidden * size / rate for what, (size, rate) in AROUND.items()}
     return parts | {"AdamW, embedding and head": passes(2 * of.vocabulary * of.width, ADAMW)}
 

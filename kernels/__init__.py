@@ -1,8 +1,8 @@
 """Kernels of the optimizers and of the loss: Triton on CUDA, the same functions in plain torch everywhere else.
 
     ops = kernels.backend("auto", device)
-    R = ops.gram(X)                momentum, momentum_rows, normalize_rows, gram, symmetric_product, apply_symmetric,
-                                   cross_entropy (kernels/linear_cross_entropy.py puts the head before it)
+    R = ops.gram(X)                momentum, momentum_rows, normalize_rows, scale_rows, gram, symmetric_product,
+                                   apply_symmetric, cross_entropy (kernels/linear_cross_entropy.py puts the head first)
 
 Each Triton file says what it computes and costs; reference.py holds the plain twins with the same arguments.
 """
@@ -28,6 +28,7 @@ class Backend(NamedTuple):
     momentum: Callable[..., Any]
     momentum_rows: Callable[..., Any]
     normalize_rows: Callable[..., Any]
+    scale_rows: Callable[..., Any]
     gram: Callable[..., Any]
     symmetric_product: Callable[..., Any]
     apply_symmetric: Callable[..., Any]
@@ -68,8 +69,8 @@ def _torch() -> Backend:
     from kernels import reference as r
 
     return Backend(
-        "torch", False, r.momentum, r.momentum_rows, r.normalize_rows, r.gram, r.symmetric_product, r.apply_symmetric,
-        r.cross_entropy,
+        "torch", False, r.momentum, r.momentum_rows, r.normalize_rows, r.scale_rows, r.gram, r.symmetric_product,
+        r.apply_symmetric, r.cross_entropy,
     )  # fmt: skip
 
 
@@ -79,8 +80,10 @@ def _triton() -> Backend:
     from kernels.gram import gram
     from kernels.momentum import momentum, momentum_rows
     from kernels.normalize_rows import normalize_rows
+    from kernels.scale_rows import scale_rows
     from kernels.symmetric_product import symmetric_product
 
     return Backend(
-        "triton", True, momentum, momentum_rows, normalize_rows, gram, symmetric_product, apply_symmetric, cross_entropy
-    )
+        "triton", True, momentum, momentum_rows, normalize_rows, scale_rows, gram, symmetric_product, apply_symmetric,
+        cross_entropy,
+    )  # fmt: skip

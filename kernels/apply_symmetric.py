@@ -1,6 +1,6 @@
 """A matrix times a symmetric one, with what the optimizers want to know of the result.
 
-    Y = diag(row_scale) (alpha X + X S)      X, Y [B, m, n],  S [B, n, n]
+    Y = scale (alpha X + X S)        X, Y [B, m, n],  S [B, n, n],  scale [B]
 
 and the sums of squares of Y's rows, taken from the float32 sums before they are rounded: what Aurora's correction
 needs, without another pass over Y. Y itself is written in any dtype, or not at all.
@@ -68,7 +68,7 @@ def apply_symmetric_kernel(
             s_tile += DEPTH * n
         y += alpha * tl.load(x + columns[None, :].to(tl.int64) * stride_xn, mask=inside, other=0.0).to(tl.float32)
     if SCALE:
-        y *= tl.load(scale + b * m + rows, mask=rows < m, other=0.0)[:, None]
+        y *= tl.load(scale + b)
     if SQUARE:  # outside the matrix y is 0
         tl.store(square + (b * column_tiles + j) * m + rows, tl.sum(y * y, axis=1), mask=rows < m)
     if STORE:
@@ -80,34 +80,34 @@ def apply_symmetric(
     X: Tensor,
     S: Tensor,
     alpha: float = 0,
-    row_scale: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     outputs: str = "matrix",
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y = diag(row_scale) (alpha X + X S), and the sums of squares of Y's rows.
+    """Y = scale (alpha X + X S), and the sums of squares of Y's rows.
 
-    X [B, m, n] with any strides; S [B, n, n] symmetric, of X's dtype; row_scale float32 [B, m]. Y [B, m, n] in `dtype`
-    (default: X's) and in X's order of memory; the sums float32 [B, m]. `outputs` is "matrix", "row_square" or "both";
-    what was not asked for is an empty tensor. `tile` replaces the device's own. Raises ValueError for other arguments;
-    symmetry is not checked.
+    X [B, m, n] with any strides; S [B, n, n] symmetric, of X's dtype; scale float32 [B], 1 if left out. Y [B, m, n] in
+    `dtype` (default: X's) and in X's order of memory; the sums float32 [B, m]. `outputs` is "matrix", "row_square" or
+    "both"; what was not asked for is an empty tensor. `tile` replaces the device's own. Raises ValueError for other
+    arguments; symmetry is not checked.
     """
     if outputs not in OUTPUTS:
         raise ValueError(f"apply_symmetric: outputs = {outputs!r} is unknown; choose one of {', '.join(OUTPUTS)}")
     check_batch("apply_symmetric: X", X)
     check_batch("apply_symmetric: S", S, like=X)
-    row_scale = check_scale("apply_symmetric: row_scale", row_scale, tuple(X.shape[:2]), X)
+    scale = check_scale("apply_symmetric: scale", scale, (X.size(0),), X)
     if S.shape != (X.size(0), X.size(2), X.size(2)):
         raise ValueError(
             f"apply_symmetric: S has shape {tuple(S.shape)}; beside X {tuple(X.shape)} it must be "
             f"{(X.size(0), X.size(2), X.size(2))}"
         )
-    Y, square = _apply_symmetric(X, S.contiguous(), alpha, row_scale, dtype or X.dtype, outputs, tile and list(tile))
+    Y, square = _apply_symmetric(X, S.contiguous(), alpha, scale, dtype or X.dtype, outputs, tile and list(tile))
     return Y, square.flatten() if outputs == "matrix" else square.sum(dim=1)
 
 
 def _empty(
-    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, outputs: str,
+    X: Tensor, S: Tensor, alpha: float, scale: Tensor | None, dtype: torch.dtype, outputs: str,
     tile: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, m, n = X.shape
@@ -118,18 +118,18 @@ def _empty(
 
 @operator(fake=_empty)
 def _apply_symmetric(
-    X: Tensor, S: Tensor, alpha: float, row_scale: Tensor | None, dtype: torch.dtype, outputs: str,
+    X: Tensor, S: Tensor, alpha: float, scale: Tensor | None, dtype: torch.dtype, outputs: str,
     tile: list[int] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, square = _empty(X, S, alpha, row_scale, dtype, outputs, tile)
+    out, square = _empty(X, S, alpha, scale, dtype, outputs, tile)
     B, m, n = X.shape
     rows, columns, depth, warps, stages = tile or product_tile(X)
     is_stored, described = outputs != "row_square", describes(X, S)
     descriptors = [(X, rows, depth), (S, depth, columns), (X, rows, columns)]
     apply_symmetric_kernel[(B * cdiv(m, rows) * cdiv(n, columns),)](
-        *(descriptor(*each) if described else None for each in descriptors), X, S, row_scale, out, square, m, n, alpha,
+        *(descriptor(*each) if described else None for each in descriptors), X, S, scale, out, square, m, n, alpha,
         *X.stride(), *(out.stride() if is_stored else (0, 0, 0)),
-        SCALE=row_scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
+        SCALE=scale is not None, STORE=is_stored, SQUARE=outputs != "matrix",
         ROWS=rows, COLUMNS=columns, DEPTH=depth, PRECISION=precision(X.dtype), DESCRIBED=described,
         TRANSPOSED=X.stride(2) != 1, **launch_options(warps, stages),
     )  # fmt: skip

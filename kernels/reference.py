@@ -20,6 +20,11 @@ def normalize_rows(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit.div_(norm.clamp_min(TINY).unsqueeze(-1)).to(dtype), largest * norm
 
 
+def scale_rows(X: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(scale) X for X [B, m, n] and scale [B, m], in `dtype`."""
+    return (X * scale.unsqueeze(-1)).to(dtype)
+
+
 def momentum(
     gradient: Tensor, buffer: Tensor, share: float | Tensor, nesterov: bool, active: Tensor | None = None
 ) -> Tensor:
@@ -64,15 +69,10 @@ def apply_update(
     return True
 
 
-def gram(
-    X: Tensor, row_scale: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """scale * Y^T Y with Y = diag(row_scale) X: the Gram matrix of Y's columns, [B, n, n]."""
-    if scale is not None:
-        root = scale.sqrt().unsqueeze(-1)  # on both operands: the unscaled product could leave float16's range
-        row_scale = root.expand(X.shape[:-1]) if row_scale is None else row_scale * root
-    if row_scale is not None:
-        X = (X * row_scale.unsqueeze(-1)).to(X.dtype)
+def gram(X: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """scale * X^T X: the Gram matrix of X's columns, [B, n, n]."""
+    if scale is not None:  # on both operands: the unscaled product could leave float16's range
+        X = (X * scale.sqrt()[:, None, None]).to(X.dtype)
     if dtype in (None, X.dtype):
         return (as_multiplied(X.mT) @ as_multiplied(X)).to(X.dtype)
     return _float32_product(X.mT, X)
@@ -119,15 +119,15 @@ def apply_symmetric(
     X: Tensor,
     S: Tensor,
     alpha: float = 0,
-    row_scale: Tensor | None = None,
+    scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     outputs: str = "matrix",
 ) -> tuple[Tensor, Tensor]:
-    """Y = diag(row_scale) (alpha X + X S), [B, m, n], and the sums of squares of Y's rows, [B, m]."""
+    """Y = scale (alpha X + X S), [B, m, n], and the sums of squares of Y's rows, [B, m]."""
     is_transposed = X.stride(1) < X.stride(2)  # then the transposed problem, so that Y is in X's order of memory
     Y = _baddbmm(X.mT, S, X.mT, alpha).mT if is_transposed else _baddbmm(X, X, S, alpha)
-    if row_scale is not None:
-        Y = Y * row_scale.unsqueeze(-1)
+    if scale is not None:
+        Y = Y * scale[:, None, None]
     if outputs == "matrix":
         row_square = X.new_empty(0, dtype=torch.float32)
     else:

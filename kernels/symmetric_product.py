@@ -38,8 +38,8 @@ from kernels.triton_common import (
 @triton.jit
 def symmetric_product_kernel(
     left, right, tile_added, tile_b, a, b, added, out, n, alpha, beta, gamma,
-    BETA: tl.constexpr, GAMMA: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, GAMMA: tl.constexpr, SIZE: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Tiles (i, j) and (j, i) of alpha A B + beta added + gamma B, all contiguous [n, n]. The first four are
     descriptors, of A, B, `added` and B, by which all is loaded if DESCRIBED."""
@@ -64,7 +64,8 @@ def symmetric_product_kernel(
             total = tl.dot(a_block, b_block, total, input_precision=PRECISION)
             a_tile += DEPTH
             b_tile += DEPTH * n
-    total *= alpha
+    if ALPHA:  # a factor of 1 would cost a register, and with beta and gamma so the second block on a multiprocessor
+        total *= alpha
     if DESCRIBED:
         if BETA:
             total += beta * load_block(tile_added, matrix, i * SIZE, j * SIZE, SIZE, SIZE, False).to(tl.float32)
@@ -130,7 +131,7 @@ def _symmetric_product(
                    (B, size, size) if gamma else None]  # fmt: skip
     symmetric_product_kernel[(A.size(0) * tiles * (tiles + 1) // 2,)](
         *(descriptor(*each) if described and each else None for each in descriptors),
-        A, B, added, out, n, alpha, beta, gamma, BETA=beta != 0, GAMMA=gamma != 0, SIZE=size, DEPTH=depth,
-        PRECISION=precision(A.dtype), DESCRIBED=described, **launch_options(warps, stages),
+        A, B, added, out, n, alpha, beta, gamma, ALPHA=alpha != 1, BETA=beta != 0, GAMMA=gamma != 0, SIZE=size,
+        DEPTH=depth, PRECISION=precision(A.dtype), DESCRIBED=described, **launch_options(warps, stages),
     )  # fmt: skip
     return out

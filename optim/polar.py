@@ -147,10 +147,10 @@ def polar(
     """
     check_polar_arguments(method, steps)
     ops, safety = backend(kernels, X.device), SAFETY.get(method)
-    norm: Tensor | None
     if isinstance(X, UnitRows):
         check_unit_rows(X, method, steps, dtype)
-        is_turned, batch, norm, storage = X.shape[-2] < X.shape[-1], X.rows, X.norm, X.rows.dtype
+        is_turned, storage = X.shape[-2] < X.shape[-1], X.rows.dtype
+        batch, square_scale = _scaled(ops, X.rows, X.norm, safety, storage)
     else:
         X = as_matrices(X)
         if (length := piece_length(X)) is not None:
@@ -160,10 +160,10 @@ def polar(
             return polar_svd(X)
         is_turned = X.size(-2) <= X.size(-1)  # X X^T of a square row-major X is quicker than X^T X on CPUs
         tall = X.mT if is_turned else X
-        batch, norm = _normalize(ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
+        batch, square_scale = _normalize(ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
     m, n = batch.shape[1:]
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
-    U, _ = newton_schulz(ops, batch, norm, plan, safety, dtype)
+    U, _ = newton_schulz(ops, batch, square_scale, plan, dtype)
     return (U.mT if is_turned else U).reshape(X.shape)
 
 
@@ -175,34 +175,31 @@ def row_scaled_polar(
 
     `polar_of(d, outputs)` is the polar factor of d * (M / norm), [B, m, n] in `dtype`, and the sums of squares of its
     rows, float32 [B, m], for any d [B, m] that is not negative, or None for 1 in every row that is not zero; `outputs`
-    ("matrix", "row_square" or "both") says which of them is wanted. In float16, and so on CUDA, d * M is not stored for
-    the first Gram matrix: d enters it as M is loaded. But with "aol" it is, as its columns are scaled by what d makes
-    of them.
+    ("matrix", "row_square" or "both") says which of them is wanted.
     """
     ops = backend(kernels, M.device)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    is_folded = (ops.symmetric or storage == torch.float16) and method != "aol"
+    is_half = storage == torch.float16 and method != "aol"  # then rows are stored in it before d is known
     if isinstance(M, UnitRows):
         check_unit_rows(M, method, steps, dtype)
         rows, norm = M.rows, M.norm
     else:
-        rows, norm = ops.normalize_rows(M, storage if is_folded else torch.float32)
+        rows, norm = ops.normalize_rows(M, storage if is_half else torch.float32)
 
     def polar_of(d: Tensor | None, outputs: str) -> tuple[Tensor, Tensor]:
-        has_unit_rows = d is None
+        is_unit = d is None
         d = (norm > 0).float() if d is None else d
         if method == "svd":
             U = polar_svd(d.unsqueeze(-1) * rows)
             return U, U.square().sum(dim=-1).float()
         plan = plan_segments(method, steps, storage, rows.size(-2), rows.size(-1), ops.symmetric, form)
-        if is_folded:
-            return newton_schulz(ops, rows, d, plan, SAFETY[method], dtype, outputs, has_unit_rows)
         if method == "aol":
-            X, norm_of_rows = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
-            return newton_schulz(ops, X, norm_of_rows, plan, None, dtype, outputs)
-        r, s = frobenius_scales(d, SAFETY[method])
-        scaled = (rows * (r * s.sqrt().unsqueeze(-1)).unsqueeze(-1)).to(storage)  # rounded once, in one pass
-        return newton_schulz(ops, scaled, None, plan, SAFETY[method], dtype, outputs)
+            X, square_scale = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
+        elif is_unit and is_half:  # spared a pass
+            X, (_, square_scale) = rows, frobenius_scales(d, SAFETY[method])
+        else:
+            X, square_scale = _scaled(ops, rows, d, SAFETY[method], storage)
+        return newton_schulz(ops, X, square_scale, plan, dtype, outputs)
 
     return polar_of, norm
 
@@ -289,47 +286,46 @@ def flops(segments: Segments, m: int, n: int, symmetric: bool) -> float:
 
 
 def newton_schulz(
-    ops: Backend, X: Tensor, row_scale: Tensor | None, segments: Segments, safety: float | None, dtype: torch.dtype,
-    outputs: str = "matrix", has_unit_rows: bool = False,
+    ops: Backend, X: Tensor, square_scale: Tensor | None, segments: Segments, dtype: torch.dtype,
+    outputs: str = "matrix",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Newton-Schulz on diag(row_scale) X, normalised as in `frobenius_scales`; the product is not stored as such.
+    """Newton-Schulz on sqrt(square_scale) X, whose spectral norm is at most 1.
 
-    X [B, m, n], m >= n, in the dtype to compute in, with rows of norm 1 (or 0); row_scale float32 [B, m], not
-    negative, with `has_unit_rows` 1 but for zero rows. Without row_scale X is taken as it is, with a spectral norm of
-    at most 1.
+    X [B, m, n], m >= n, in the dtype to compute in; square_scale float32 [B], None: 1.
     Returns the polar factor U [B, m, n] in `dtype` and the sums of squares of its rows, float32 [B, m]; `outputs`
     ("matrix", "row_square" or "both") says which are wanted, the other is empty. A zero matrix gives zeros.
     """
-    gram_scale = full_scale = None  # of the Gram matrix and of X's rows; None: 1
-    if row_scale is not None:
-        row_scale, gram_scale = frobenius_scales(row_scale, safety)
-        full_scale = row_scale * gram_scale.sqrt().unsqueeze(-1)
-        row_scale = None if has_unit_rows else row_scale
-    lift = LIFT if X.dtype == torch.float16 else 1.0
     for segment in segments[:-1]:
-        S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segment)
-        if gram_scale is None or full_scale is None or (row_scale is None and X.dtype == torch.float16):
-            X, _ = ops.apply_symmetric(X, S, alpha)
-            continue
-        X, _ = ops.apply_symmetric(X, S, alpha, lift * full_scale)  # so that no later loop multiplies by row_scale
-        row_scale = None
-        gram_scale, full_scale = torch.full_like(gram_scale, lift**-2), torch.full_like(full_scale, 1 / lift)
-    S, alpha = _segment_factor(ops, X, row_scale, gram_scale, segments[-1])
-    return ops.apply_symmetric(X, S, alpha, full_scale, dtype, outputs=outputs)
+        S, alpha = _segment_factor(ops, X, square_scale, segment)
+        X, _ = ops.apply_symmetric(X, S, alpha)
+    S, alpha = _segment_factor(ops, X, square_scale, segments[-1])
+    scale = None if square_scale is None else square_scale.sqrt()
+    return ops.apply_symmetric(X, S, alpha, scale, dtype, outputs=outputs)
 
 
-def frobenius_scales(row_scale: Tensor, safety: float | None) -> tuple[Tensor, Tensor]:
-    """(r, s) from scales [B, m] of rows of norm 1: r is proportional to them and at most 1, as `gram` asks, and
-    sqrt(s) r * rows has 1 / safety as its Frobenius norm, or without `safety` the rows their scales; s is [B]."""
-    largest = row_scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
-    row_scale = row_scale / largest
+def _scaled(
+    ops: Backend, rows: Tensor, scale: Tensor, safety: float | None, storage: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """(X, square_scale) as `newton_schulz` takes them, of diag(scale) rows, normalised as in `frobenius_scales`."""
+    r, s = frobenius_scales(scale, safety)
+    r = r * s.sqrt().unsqueeze(-1)
+    if storage != torch.float16:
+        return ops.scale_rows(rows, r, storage), None
+    return ops.scale_rows(rows, LIFT * r, storage), torch.full_like(s, LIFT**-2)
+
+
+def frobenius_scales(scale: Tensor, safety: float | None) -> tuple[Tensor, Tensor]:
+    """(r, s) from scales [B, m] of rows of norm 1: r is proportional to them and at most 1, and sqrt(s) r * rows has
+    1 / safety as its Frobenius norm, or without `safety` the rows their scales; s is [B]."""
+    largest = scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
+    r = scale / largest
     if safety is None:
-        return row_scale, largest.squeeze(-1).square()
-    return row_scale, 1 / (safety**2 * row_scale.square().sum(dim=-1).clamp_min(TINY))
+        return r, largest.squeeze(-1).square()
+    return r, 1 / (safety**2 * r.square().sum(dim=-1).clamp_min(TINY))
 
 
 def _segment_factor(
-    ops: Backend, X: Tensor, row_scale: Tensor | None, gram_scale: Tensor | None, segment: list[Coefficients]
+    ops: Backend, X: Tensor, square_scale: Tensor | None, segment: list[Coefficients]
 ) -> tuple[Tensor, float]:
     """(S, alpha) with alpha I + S the product of a segment's factors a I + b R + c R^2, R following the steps.
 
@@ -337,10 +333,10 @@ def _segment_factor(
     """
     unrounded = None
     if X.dtype == torch.float16 and len(segment) > 2:  # see kernels/symmetric_product.py
-        unrounded = ops.gram(X, row_scale, gram_scale, dtype=torch.float32)
+        unrounded = ops.gram(X, square_scale, dtype=torch.float32)
         R = unrounded.to(X.dtype)
     else:
-        R = ops.gram(X, row_scale, gram_scale)
+        R = ops.gram(X, square_scale)
     S, alpha = R, 1.0
     for i, (a, b, c) in enumerate(segment):
         if c == 0:
@@ -356,15 +352,15 @@ def _segment_factor(
 
 
 def _normalize(ops: Backend, X: Tensor, safety: float | None, storage: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """X [B, m, n] as `newton_schulz` takes it: (Y, scales) with Y in `storage`, and scales of its rows, float32 [B, m],
-    in float16 alone, where rows of a small norm would leave its range beside large ones.
+    """(Y, square_scale) as `newton_schulz` takes them, of X [B, m, n], with Y in `storage`.
 
     X is divided by `safety` times its Frobenius norm; without `safety` its columns are scaled by AOL.
     """
     if safety is None:
         X = scale_columns(ops, X, storage)
     if storage == torch.float16:
-        return ops.normalize_rows(X, storage)
+        rows, norm = ops.normalize_rows(X, storage)
+        return _scaled(ops, rows, norm, safety, storage)
     if safety is not None:
         X = X.float()
         X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range

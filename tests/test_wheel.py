@@ -26,7 +26,7 @@ from tests.conftest import PATIENCE_S, ROOT
 
 KERNELS = {
     "__init__", "apply_symmetric", "apply_update", "cross_entropy", "gram", "momentum", "normalize_rows", "not_finite",
-    "reference", "scattered", "symmetric_product", "triton_common",
+    "reference", "scale_rows", "scattered", "symmetric_product", "triton_common",
 }  # fmt: skip
 
 

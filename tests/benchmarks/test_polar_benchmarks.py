@@ -89,11 +89,12 @@ def test_passes_are_timed_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.polar_tiles.median_seconds", median_seconds)
     monkeypatch.setattr("benchmarks.polar_tiles.REPEATS", 1)
     rows = pass_tiles.time_passes([(2, 40, 20), (1, 20, 40)], CPU, passes=1)
-    names = ["mark_not_finite", "momentum", "momentum_rows", "normalize_rows", "apply_update"]
+    names = ["mark_not_finite", "momentum", "momentum_rows", "normalize_rows", "scale_rows", "apply_update"]
     assert [*dict.fromkeys((row["kernel"], row["shape"]) for row in rows)] == [
         (name, shape) for shape in ("2x40x20", "1x20x40") for name in names
     ]
-    assert len(rows) == 2 * 3 * len(pass_tiles.FLAT) + 2 * (len(pass_tiles.ROWS) + len(pass_tiles.COLUMNS))
+    by_row = len(pass_tiles.ROWS) + len(pass_tiles.COLUMNS)
+    assert len(rows) == 2 * 3 * len(pass_tiles.FLAT) + 2 * by_row + 2 * len(pass_tiles.SHARES)
     first = rows[0]
     assert first["tile"] == str(tuple(pass_tiles.FLAT[-1])) and first["ms"] == pytest.approx(0.1)
     assert first["tb_per_s"] == pytest.approx(2 * 40 * 20 * 4 / 1e-4 / 1e12)

@@ -29,6 +29,7 @@ from tests.conftest import ROOT, Trainer
 
 apply_symmetric, gram = apply_module.apply_symmetric, gram_module.gram
 normalize_rows = importlib.import_module("kernels.normalize_rows").normalize_rows
+scale_rows = importlib.import_module("kernels.scale_rows").scale_rows
 symmetric_product = importlib.import_module("kernels.symmetric_product").symmetric_product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -91,43 +92,29 @@ def check(result: Tensor, twin: Tensor, exact: Tensor, inside: torch.dtype = tor
 
 @with_dtype
 @with_case
-@pytest.mark.parametrize("scaled", ["plain", "scale", "row_scale", "both"])
-def test_gram(shape: tuple[int, int], layout: str, dtype: torch.dtype, scaled: str) -> None:
+@pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+def test_gram(shape: tuple[int, int], layout: str, dtype: torch.dtype, is_scaled: bool) -> None:
     X = layouts(*shape, dtype)[layout]
-    row_scale = rand(2, shape[0]) if scaled in ("row_scale", "both") else None
-    scale = 1 / (1 + X.float().square().sum(dim=(-2, -1))) if scaled in ("scale", "both") else None
-    result = gram(X, row_scale, scale, tile=TILE)
-    Y = X.double() * (1 if row_scale is None else row_scale.double().unsqueeze(-1))
-    exact = Y.mT @ Y * (1 if scale is None else scale.double()[:, None, None])
-    check(result, reference.gram(X, row_scale, scale), exact)
-    wide = gram(X, row_scale, scale, torch.float32, TILE)
+    scale = 1 / (1 + X.float().square().sum(dim=(-2, -1))) if is_scaled else None
+    result = gram(X, scale, tile=TILE)
+    exact = X.double().mT @ X.double() * (1 if scale is None else scale.double()[:, None, None])
+    check(result, reference.gram(X, scale), exact)
+    wide = gram(X, scale, torch.float32, TILE)
     assert wide.dtype == torch.float32
     assert error(wide, exact) <= max(1.1 * error(result, exact), torch.finfo(dtype).eps / 4)  # rounded loads alone
     assert torch.equal(result, result.mT)
 
 
 def test_scales_may_be_views() -> None:
-    X, row_scale, scale = randn(2, 18, 33), rand(18, 2).mT, rand(4)[::2]
+    X, of_rows, scale = randn(2, 18, 33), rand(18, 2).mT, rand(4)[::2]
     S = symmetric(33, torch.float32)
-    assert torch.equal(gram(X, row_scale, scale), gram(X, row_scale.clone().contiguous(), scale.clone()))
-    result, expected = (apply_symmetric(X, S, 1.0, d)[0] for d in (row_scale, row_scale.contiguous()))
+    assert torch.equal(gram(X, scale), gram(X, scale.clone()))
+    result, expected = (apply_symmetric(X, S, 1.0, s)[0] for s in (scale, scale.clone()))
+    assert torch.equal(result, expected)
+    result, expected = (scale_rows(X, d, torch.float32) for d in (of_rows, of_rows.contiguous()))
     assert torch.equal(result, expected)
     transposed = symmetric(33, torch.float32).mT
     assert torch.equal(symmetric_product(transposed, transposed, 1.0, 2.0), symmetric_product(S, S, 1.0, 2.0))
-
-
-def test_gram_keeps_rows_whose_squared_scale_is_far_below_float16() -> None:
-    """One row of scale 1, a hundred others of scale 2e-4, which are alone in their directions."""
-    X = torch.nn.functional.normalize(randn(1, 101, 24), dim=-1)
-    X[:, 0] = torch.eye(24, device=DEVICE)[0]
-    X[:, 1:, 0] = 0
-    row_scale = torch.full((1, 101), 2e-4, device=DEVICE)
-    row_scale[:, 0] = 1
-    half = X.half()
-    Y = half.double() * row_scale.double().unsqueeze(-1)
-    # A scale that shows the small rows in float16, so as to look at what the loads keep, not at the result
-    weighted = gram(half, row_scale, torch.full((1,), 1e4, device=DEVICE), tile=TILE)
-    assert error(weighted[:, 1:, 1:], 1e4 * (Y.mT @ Y)[:, 1:, 1:]) < 0.01
 
 
 @with_dtype
@@ -153,15 +140,11 @@ def test_symmetric_product(n: int, dtype: torch.dtype, beta: float, gamma: float
 def test_apply_symmetric(shape: tuple[int, int], layout: str, dtype: torch.dtype, outputs: str) -> None:
     X = layouts(*shape, dtype)[layout]
     S = symmetric(shape[1], dtype)
-    for alpha, row_scale, to in [
-        (0.0, None, torch.float32),
-        (1.5, None, None),
-        (1.5, rand(2, shape[0]), torch.bfloat16),
-    ]:
-        result, row_square = apply_symmetric(X, S, alpha, row_scale, to, outputs, tile=TILE)
-        twin, twin_square = reference.apply_symmetric(X, S, alpha, row_scale, to, outputs)
+    for alpha, scale, to in [(0.0, None, torch.float32), (1.5, None, None), (1.5, rand(2), torch.bfloat16)]:
+        result, row_square = apply_symmetric(X, S, alpha, scale, to, outputs, tile=TILE)
+        twin, twin_square = reference.apply_symmetric(X, S, alpha, scale, to, outputs)
         exact = alpha * X.double() + X.double() @ S.double()
-        exact = exact if row_scale is None else exact * row_scale.double().unsqueeze(-1)
+        exact = exact if scale is None else exact * scale.double()[:, None, None]
         if outputs == "row_square":
             assert result.numel() == 0
         else:
@@ -188,6 +171,16 @@ def test_normalize_rows(shape: tuple[int, int], layout: str, dtype: torch.dtype)
         X.double() / exact.unsqueeze(-1),
     )
     check(unit, reference.normalize_rows(X, torch.float16)[0], X.double() / exact.unsqueeze(-1))
+
+
+@with_dtype
+@with_case
+def test_scale_rows(shape: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+    X, scale = layouts(*shape, dtype)[layout], 100 * rand(2, shape[0])
+    exact = X.double() * scale.double().unsqueeze(-1)
+    for to in (dtype, torch.float16):
+        check(scale_rows(X, scale, to, TILE), reference.scale_rows(X, scale, to), exact)
+    assert torch.equal(scale_rows(X, scale, dtype), scale_rows(X, scale, dtype, TILE))
 
 
 @pytest.mark.parametrize("module", ["triton", "reference"])
@@ -228,6 +221,7 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
     X = torch.empty(0, 6, 4, device=DEVICE)
     assert gram(X).shape == (0, 4, 4)
     assert normalize_rows(X, torch.float32)[1].shape == (0, 6)
+    assert scale_rows(X, torch.empty(0, 6, device=DEVICE), torch.float16).shape == (0, 6, 4)
     assert apply_symmetric(X, gram(X), 1.0)[0].shape == (0, 6, 4)
 
 
@@ -240,7 +234,7 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
         (lambda X, S: gram(X[0]), ["gram: X", "(6, 4)", "[B, m, n]"]),
         (lambda X, S: gram(X.double()), ["gram: X", "float64", "float16, bfloat16 or float32"]),
         (lambda X, S: gram(X[:, :0]), ["gram: X", "(2, 0, 4)", ">= 1"]),
-        (lambda X, S: gram(X, torch.ones(2, 4, device=DEVICE)), ["row_scale", "(2, 4)", "(2, 6)"]),
+        (lambda X, S: apply_symmetric(X, S, 1.0, torch.ones(2, 6, device=DEVICE)), ["scale", "(2, 6)", "(2,)"]),
         (lambda X, S: gram(X, dtype=torch.float16), ["dtype = torch.float16", "torch.float32"]),
         (lambda X, S: symmetric_product(S, S, unrounded_A=S[0]), ["unrounded_A", "(4, 4)", "(2, 4, 4)"]),
         (lambda X, S: gram(X, scale=torch.ones(2, device=DEVICE).double()), ["scale", "float64", "float32"]),
@@ -250,6 +244,8 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
         (lambda X, S: apply_symmetric(X.mT, S), ["S has shape (2, 4, 4)", "(2, 4, 6)", "(2, 6, 6)"]),
         (lambda X, S: apply_symmetric(X, S, outputs="all"), ["outputs = 'all'", "row_square"]),
         (lambda X, S: normalize_rows(X, torch.float64), ["dtype = torch.float64", "float16"]),
+        (lambda X, S: scale_rows(X, torch.ones(2, 4, device=DEVICE), X.dtype), ["scale_rows", "(2, 4)", "(2, 6)"]),
+        (lambda X, S: scale_rows(X, X[:, :, 0], torch.int64), ["dtype = torch.int64", "float16"]),
     ],
     ids=lambda value: None if callable(value) else value[0],
 )
@@ -383,8 +379,8 @@ def test_each_kernel_compiles_for_every_architecture_without_spilling(
     for sm in ("80", "89", "90", "100"):
         compiled = {row[6].removesuffix("_kernel") for row in rows if row[5] == sm}
         assert compiled == {
-            "momentum", "momentum_rows", "not_finite", "normalize_rows", "gram", "symmetric_product",
-            "apply_symmetric", "apply_update", "cross_entropy",
+            "momentum", "momentum_rows", "not_finite", "normalize_rows", "scale_rows", "gram",
+            "symmetric_product", "apply_symmetric", "apply_update", "cross_entropy",
         }  # fmt: skip
         assert all(0 < int(row[0]) <= 255 and int(row[1]) == 0 for row in rows)
 

@@ -176,8 +176,9 @@ def test_row_scaled_aol_is_that_of_the_scaled_matrix(dtype: torch.dtype) -> None
 # Forms, formats and kernels
 
 
-# A single singular value near 1 shows rounding most: Polar Express's first polynomial is 16 times as steep there.
-ROUNDING = {torch.float32: 1e-3, torch.float16: 0.05}
+# A single singular value near 1 shows rounding most: Polar Express's first polynomial is 16 times as steep there. Of
+# 2,000 such matrices (9 x 1) the worst was off by 0.059 in the Gram form and by 0.065 in the direct one.
+ROUNDING = {torch.float32: 1e-3, torch.float16: 0.07}
 FORMATS = [
     pytest.param(torch.float32, "direct", id="float32-direct"),
     pytest.param(torch.float32, "gram", id="float32-gram"),

@@ -62,6 +62,8 @@ def gram_kernel(
             x_j += step
     if SCALE:
         total *= tl.load(scale + b)
+    if i == j:  # in whatever order the product sums
+        total = 0.5 * (total + tl.trans(total))
     # Computed again: kept from above they would cost registers, and so the second block on a multiprocessor
     columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     inside = (columns_i < n)[:, None] & (columns_j < n)[None, :]

@@ -243,7 +243,8 @@ def update_bytes(optimizers: Iterable[torch.optim.Optimizer], ranks: int, fsdp: 
     by bank what the rule works with, beside the gradients that are left and the directions that are there already; then
     the directions of all matrices, with fsdp of the rank's part, and what applying those of one bank takes. Directions
     count as float32, though polar factors are shorter on a GPU, and gradients as copies, though there a rank alone
-    reads them where they are.
+    reads them where they are. What torch's products pack of bfloat16 operands on a CPU with units for them is not
+    counted: of an update of three layers of 128, 2% with Muon and 14% with Aurora.
     """
     width, sent, largest, most, done = torch.float32.itemsize, 0, 0, 0, 0
     matrix_optimizers = [each for each in optimizers if isinstance(each, MatrixOptimizer)]

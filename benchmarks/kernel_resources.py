@@ -93,7 +93,7 @@ class Resources(NamedTuple):
     @property
     def faults(self) -> list[str]:
         what, limit = self.launch.what, SHARED_LIMIT[self.launch.architecture]
-        is_half_product = not what.startswith(WITHOUT_PRODUCTS) and "float32 " not in what
+        is_half_product = not what.startswith(WITHOUT_PRODUCTS) and "_kernel float32 " not in what
         faults = ["spills"] if self.spilled else []
         faults += ["shared memory"] if self.shared > limit else []
         faults += ["no tensor cores"] if is_half_product and not self.tensor_cores else []
@@ -126,9 +126,9 @@ def launches(architecture: int, usual: bool = False) -> list[Launch]:
             what = "float16 768"
             X, S = torch.empty(2, 2048, 768, dtype=torch.float16), torch.empty(2, 768, 768, dtype=torch.float16)
             scale = torch.empty(2)
-            gram(X, scale, dtype=torch.float32)
             gram(X, scale)
-            symmetric_product(S, S, 2.0, 3.0, unrounded_A=S.float())
+            symmetric_product(S, S, 2.0, 3.0)
+            symmetric_product(S, S, 1.0, 3.0)
             symmetric_product(S, S, 1.0, 2.0, 3.0)
             apply_symmetric(X, S, 2.0)
             apply_symmetric(X, S, 2.0, scale)

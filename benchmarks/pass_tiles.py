@@ -30,8 +30,8 @@ ROWS = (Tile(1, 1024, 0, 4, 1), Tile(1, 512, 0, 4, 1), Tile(2, 1024, 0, 8, 1), T
         Tile(8, 256, 0, 4, 3))  # fmt: skip
 COLUMNS = (Tile(8, 256, 0, 16, 1), Tile(8, 256, 0, 8, 1), Tile(16, 128, 0, 16, 1), Tile(16, 128, 0, 8, 1),
            Tile(32, 64, 0, 8, 1), Tile(64, 32, 0, 4, 3))  # fmt: skip
-SHARES = (Tile(4, 1024, 0, 4, 1), Tile(8, 512, 0, 4, 1), Tile(8, 256, 0, 4, 1), Tile(16, 256, 0, 8, 1))
-TURNED = tuple(Tile(columns, rows, depth, warps, stages) for rows, columns, depth, warps, stages in SHARES)
+BLOCKS = (Tile(4, 1024, 0, 4, 1), Tile(8, 512, 0, 4, 1), Tile(8, 256, 0, 4, 1), Tile(16, 256, 0, 8, 1))
+BLOCKS_TRANSPOSED = tuple(Tile(columns, rows, depth, warps, stages) for rows, columns, depth, warps, stages in BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def time_passes(shapes: Sequence[Shape], device: torch.device, passes: int) -> l
         assert where is not None
         tall, update = buffer if m >= n else buffer.mT, buffer.half()
         half, of_rows = tall.half(), torch.rand(tall.shape[:2], device=device)
-        by_row, by_tile = (ROWS, SHARES) if m >= n else (COLUMNS, TURNED)
+        by_row, blocks = (ROWS, BLOCKS) if m >= n else (COLUMNS, BLOCKS_TRANSPOSED)
         # bytes for each element, at which rate
         works: dict[str, tuple[Callable[..., object], Sequence[Tile], int, float]] = {
             "mark_not_finite": (partial(mark_not_finite, where, torch.zeros(B, device=device)), FLAT, 4, DRAM),
             "momentum": (partial(momentum, where, buffer, 0.95, True), FLAT, 16, DRAM),
             "momentum_rows": (partial(momentum_rows, where, buffer, 0.95, True), by_row, 14, NORMALIZE),
             "normalize_rows": (partial(normalize_rows, tall, torch.float16), by_row, 6, NORMALIZE),
-            "scale_rows": (partial(scale_rows, half, of_rows, half.dtype), by_tile, 4, DRAM),
+            "scale_rows": (partial(scale_rows, half, of_rows, half.dtype), blocks, 4, DRAM),
             "apply_update": (partial(apply_update, weights, update, list(range(B)), 1e-9, 1.0, 0.1), FLAT, 10, DRAM),
         }
         for name, (work, tiles, size, rate) in works.items():

@@ -27,12 +27,13 @@ from kernels import Backend
 from kernels.triton_common import LARGE, cdiv
 from optim.aurora import aurora_polar
 from optim.polar import polar
+from optim.unit_rows import UnitRows
 
 TENSOR = 767e12  # FLOP/s of a product of 8192 x 8192 matrices: polar_speed's executed_tflops / of_roofline
 L2 = 9.4e12  # bytes/s between L2 and the multiprocessors, both ways
 DRAM = 3.07e12  # bytes/s, read and written: a lerp of 85 million float32
 NORMALIZE = 2.1e12  # the same of normalize_rows
-PASSES = {"normalize_rows": NORMALIZE, "scale_rows": DRAM}  # at what rate
+PASSES = {"normalize_rows": NORMALIZE, "scale_rows": DRAM}  # bytes/s of what is no product
 LAUNCH = 2e-6  # of a kernel in a CUDA graph: assumed
 PROCESSORS = 132
 
@@ -55,16 +56,16 @@ class Idea(NamedTuple):
     """What could be done otherwise."""
 
     at_a_time: int = sys.maxsize  # matrices of a shape
-    is_cached: bool = False  # nothing comes from memory or goes there, as if L2 held it all
+    is_cached: bool = False  # nothing of a product comes from memory or goes there, as if L2 held it all
     is_wide: bool = False  # apply_symmetric's tiles are of 128 x 256, for one block on a multiprocessor
-    operands: float = 1.0  # share of the loads by descriptor that L2 sees
+    operands: float = 1.0  # share of the products' loads that L2 sees
 
 
 AS_IT_IS = Idea()
 IDEAS = {
     "polar factors": AS_IT_IS,
     "12 matrices at a time": Idea(12),
-    "the same, all from L2": Idea(12, is_cached=True),
+    "the same, their operands in L2": Idea(12, is_cached=True),
     "apply_symmetric in tiles of 128 x 256": Idea(is_wide=True),
     "an operand copied for two blocks at once": Idea(operands=0.75),
     "operands for nothing": Idea(operands=0.0),
@@ -119,11 +120,11 @@ def recorder(calls: list[Call]) -> Backend:
 
 
 def estimate(call: Call, idea: Idea = AS_IT_IS) -> Estimate:
+    if call.what in PASSES:
+        return Estimate(LAUNCH + call.memory / PASSES[call.what], "memory")
     tile, blocks = LARGE[90], 2
     if idea.is_wide and call.what == "apply_symmetric":
         tile, blocks = tile._replace(columns=256), 1
-    if call.what in PASSES:
-        return Estimate(LAUNCH + call.memory / PASSES[call.what], "memory")
     rows, columns = cdiv(call.m, tile.rows), cdiv(call.n, tile.columns)
     tiles = call.B * (rows * columns if call.what == "apply_symmetric" else columns * (columns + 1) // 2)
     steps = cdiv(call.m if call.what == "gram" else call.n, tile.depth)
@@ -140,18 +141,25 @@ def estimate(call: Call, idea: Idea = AS_IT_IS) -> Estimate:
     return Estimate(LAUNCH + times[bound], bound)
 
 
-def calls_of(case: str, iterations: int, at_a_time: int = sys.maxsize) -> list[Call]:
+def calls_of(case: str, iterations: int, at_a_time: int = sys.maxsize, has_unit_rows: bool = False) -> list[Call]:
     """The launches for the matrices of a case: Muon's polar factors, or with `iterations` Aurora's; so many matrices of
-    a shape `at_a_time`."""
+    a shape `at_a_time`; with `has_unit_rows` of what momentum_rows has made of them, as in training."""
     calls: list[Call] = []
     with mock.patch("optim.polar.backend", return_value=recorder(calls)):
         parts = [part for shape in CASES[case] for part in torch.empty(shape, device="meta").split(at_a_time)]
-        for X in parts:
+        for M in parts:
+            X = unit_rows_of(M) if has_unit_rows else M
             if iterations:
                 aurora_polar(X, iterations=iterations, dtype=torch.float16)
             else:
                 polar(X, dtype=torch.float16)
     return calls
+
+
+def unit_rows_of(M: Tensor) -> UnitRows:
+    B, *sizes = M.shape
+    rows = M.new_empty((B, max(sizes), min(sizes)), dtype=torch.float16)
+    return UnitRows(rows, M.new_empty((B, max(sizes)), dtype=torch.float32), M.shape)
 
 
 def main(argv: list[str]) -> int:

@@ -80,7 +80,7 @@ def time_tiles(shapes: Sequence[Shape], tiles: Sequence[Tile], device: torch.dev
         R = gram(X)
         long, side = map(float, X.shape[1:])
         products: dict[str, tuple[Callable[..., object], float]] = {
-            "gram": (partial(gram, X), long * side**2),  # half of the output
+            "gram": (partial(gram, X, torch.ones(B, device=device)), long * side**2),  # half of the output
             "symmetric_product": (partial(symmetric_product, R, R, 1.0, 2.0), side**3),
             "apply_symmetric": (partial(apply_symmetric, X, R, 2.0), 2 * long * side**2),
         }

@@ -74,7 +74,7 @@ def quantized(elements: int, width: int, is_compiled: bool) -> float:
 def optimizer_step(case: str, iterations: int) -> dict[str, float]:
     """Seconds by part: Muon, or with `iterations` Aurora."""
     of, hidden = model(case), sum(b * m * n for b, m, n in CASES[case])
-    calls = [call for call in calls_of(case, iterations) if call.what != "normalize_rows"]  # momentum_rows does it
+    calls = calls_of(case, iterations, has_unit_rows=True)
     parts = {"polar factors of unit rows": sum(estimate(call).seconds for call in calls)}
     parts |= {what: len(CASES[case]) * LAUNCH + hidden * size / rate for what, (size, rate) in AROUND.items()}
     return parts | {"AdamW, embedding and head": passes(2 * of.vocabulary * of.width, ADAMW)}

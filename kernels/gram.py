@@ -40,7 +40,6 @@ def gram_kernel(
     matrix = tl.program_id(0) // pairs
     b = matrix.to(tl.int64)
     i, j = lower_triangle(tl.program_id(0) % pairs)
-    columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
     if DESCRIBED:
         for k in range(0, m, DEPTH):
@@ -48,6 +47,7 @@ def gram_kernel(
             right = load_block(descriptor_x, matrix, k, j * SIZE, DEPTH, SIZE, TRANSPOSED)
             total = tl.dot(left, right, total)
     else:
+        columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)
         rows = tl.arange(0, DEPTH)
         x += b * stride_b
         # X_i is loaded transposed: so both operands come in as the product reads them, without a turn in registers
@@ -62,7 +62,7 @@ def gram_kernel(
             x_j += step
     if SCALE:
         total *= tl.load(scale + b)
-    if i == j:  # in whatever order the product sums
+    if i == j:  # symmetric only if the product sums both triangles in one order
         total = 0.5 * (total + tl.trans(total))
     # Computed again: kept from above they would cost registers, and so the second block on a multiprocessor
     columns_i, columns_j = i * SIZE + tl.arange(0, SIZE), j * SIZE + tl.arange(0, SIZE)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.triton_common import DTYPES, Tile, cdiv, check_batch, check_scale, empty_in_order, launch_options, operator
 
-# Rows x columns of a program, by whether columns or rows are next to each other in memory.
-CONTIGUOUS, TRANSPOSED = Tile(8, 512, 0, 4, 1), Tile(512, 8, 0, 4, 1)
+# Rows x columns of a program, by whether columns or rows are next to each other in memory; not timed yet
+CONTIGUOUS, TRANSPOSED = Tile(8, 256, 0, 4, 1), Tile(256, 8, 0, 4, 1)
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def scale_rows(X: Tensor, scale: Tensor, dtype: torch.dtype, tile: Tile | None =
     check_batch("scale_rows: X", X)
     if dtype not in DTYPES:
         raise ValueError(f"scale_rows: dtype = {dtype} must be float16, bfloat16 or float32")
-    check_scale("scale_rows: scale", scale, tuple(X.shape[:2]), X)
-    return _scale_rows(X, scale.contiguous(), dtype, tile and list(tile))
+    contiguous = check_scale("scale_rows: scale", scale, tuple(X.shape[:2]), X)
+    assert contiguous is not None
+    return _scale_rows(X, contiguous, dtype, tile and list(tile))
 
 
 @operator(fake=lambda X, scale, dtype, tile: empty_in_order(X, dtype))

@@ -32,8 +32,8 @@ def unit_rows_polar(M: Tensor, **polar_arguments: Any) -> Tensor:
         return polar(rows, **polar_arguments)
     if (length := piece_length(M)) is not None:
         return torch.cat([unit_rows_polar(piece, **polar_arguments) for piece in M.split(length)])
-    polar_of, norm = row_scaled_polar(M, **polar_arguments, form="auto")
-    U, _ = polar_of((norm > 0).float(), "matrix")
+    polar_of, _ = row_scaled_polar(M, **polar_arguments, form="auto")
+    U, _ = polar_of(None, "matrix")
     return U
 
 

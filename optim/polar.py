@@ -150,6 +150,7 @@ def polar(
     if isinstance(X, UnitRows):
         check_unit_rows(X, method, steps, dtype)
         is_turned, storage = X.shape[-2] < X.shape[-1], X.rows.dtype
+        assert safety is not None  # or UnitRows would have been refused
         batch, square_scale = _scaled(ops, X.rows, X.norm, safety, storage)
     else:
         X = as_matrices(X)
@@ -177,14 +178,14 @@ def row_scaled_polar(
     rows, float32 [B, m], for any d [B, m] that is not negative, or None for 1 in every row that is not zero; `outputs`
     ("matrix", "row_square" or "both") says which of them is wanted.
     """
-    ops = backend(kernels, M.device)
+    ops, safety = backend(kernels, M.device), SAFETY.get(method)
     storage = torch.float32 if method == "svd" else storage_dtype(dtype, M.device, method, steps)
-    is_half = storage == torch.float16 and method != "aol"  # then rows are stored in it before d is known
+    in_float16 = storage == torch.float16 and method != "aol"  # rows, before d is known
     if isinstance(M, UnitRows):
         check_unit_rows(M, method, steps, dtype)
         rows, norm = M.rows, M.norm
     else:
-        rows, norm = ops.normalize_rows(M, storage if is_half else torch.float32)
+        rows, norm = ops.normalize_rows(M, storage if in_float16 else torch.float32)
 
     def polar_of(d: Tensor | None, outputs: str) -> tuple[Tensor, Tensor]:
         is_unit = d is None
@@ -193,12 +194,12 @@ def row_scaled_polar(
             U = polar_svd(d.unsqueeze(-1) * rows)
             return U, U.square().sum(dim=-1).float()
         plan = plan_segments(method, steps, storage, rows.size(-2), rows.size(-1), ops.symmetric, form)
-        if method == "aol":
+        if safety is None:
             X, square_scale = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
-        elif is_unit and is_half:  # spared a pass
-            X, (_, square_scale) = rows, frobenius_scales(d, SAFETY[method])
+        elif is_unit and in_float16:  # spares a pass, by the model 2% of Aurora's two polar factors
+            X, (_, square_scale) = rows, frobenius_scales(d, safety)
         else:
-            X, square_scale = _scaled(ops, rows, d, SAFETY[method], storage)
+            X, square_scale = _scaled(ops, rows, d, safety, storage)
         return newton_schulz(ops, X, square_scale, plan, dtype, outputs)
 
     return polar_of, norm
@@ -304,7 +305,7 @@ def newton_schulz(
 
 
 def _scaled(
-    ops: Backend, rows: Tensor, scale: Tensor, safety: float | None, storage: torch.dtype
+    ops: Backend, rows: Tensor, scale: Tensor, safety: float, storage: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """(X, square_scale) as `newton_schulz` takes them, of diag(scale) rows, normalised as in `frobenius_scales`."""
     r, s = frobenius_scales(scale, safety)
@@ -314,13 +315,10 @@ def _scaled(
     return ops.scale_rows(rows, LIFT * r, storage), torch.full_like(s, LIFT**-2)
 
 
-def frobenius_scales(scale: Tensor, safety: float | None) -> tuple[Tensor, Tensor]:
+def frobenius_scales(scale: Tensor, safety: float) -> tuple[Tensor, Tensor]:
     """(r, s) from scales [B, m] of rows of norm 1: r is proportional to them and at most 1, and sqrt(s) r * rows has
-    1 / safety as its Frobenius norm, or without `safety` the rows their scales; s is [B]."""
-    largest = scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
-    r = scale / largest
-    if safety is None:
-        return r, largest.squeeze(-1).square()
+    1 / safety as its Frobenius norm; s is [B]."""
+    r = scale / scale.amax(dim=-1, keepdim=True).clamp_min(TINY)
     return r, 1 / (safety**2 * r.square().sum(dim=-1).clamp_min(TINY))
 
 
@@ -359,8 +357,14 @@ def _normalize(ops: Backend, X: Tensor, safety: float | None, storage: torch.dty
     if safety is None:
         X = scale_columns(ops, X, storage)
     if storage == torch.float16:
-        rows, norm = ops.normalize_rows(X, storage)
-        return _scaled(ops, rows, norm, safety, storage)
+        scale = torch.full((X.size(0), 1), LIFT, device=X.device)
+        square_scale = scale.squeeze(-1) ** -2
+        if safety is not None:
+            _, norm = ops.normalize_rows(X, storage)  # for norms of any magnitude, in one pass
+            largest = norm.amax(dim=-1, keepdim=True).clamp_min(TINY)
+            whole = safety * largest * torch.linalg.vector_norm(norm / largest, dim=-1, keepdim=True)
+            scale = scale / whole.clamp_min(LIFT * TINY)
+        return ops.scale_rows(X, scale.expand(X.shape[:2]), storage), square_scale
     if safety is not None:
         X = X.float()
         X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(TINY)  # squares stay inside float32's range

@@ -94,7 +94,7 @@ def test_passes_are_timed_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         (name, shape) for shape in ("2x40x20", "1x20x40") for name in names
     ]
     by_row = len(pass_tiles.ROWS) + len(pass_tiles.COLUMNS)
-    assert len(rows) == 2 * 3 * len(pass_tiles.FLAT) + 2 * by_row + 2 * len(pass_tiles.SHARES)
+    assert len(rows) == 2 * 3 * len(pass_tiles.FLAT) + 2 * by_row + 2 * len(pass_tiles.BLOCKS)
     first = rows[0]
     assert first["tile"] == str(tuple(pass_tiles.FLAT[-1])) and first["ms"] == pytest.approx(0.1)
     assert first["tb_per_s"] == pytest.approx(2 * 40 * 20 * 4 / 1e-4 / 1e12)

@@ -19,6 +19,11 @@ def test_every_launch_of_a_polar_factor_is_seen() -> None:
     assert not any(call.what == "scale_rows" for call in first if call.B != 48)  # unit rows: nothing to scale
     assert sum(call.what == "scale_rows" for call in second if call.B != 48) == 2
     assert counts["scale_rows", 24] == counts["scale_rows", 12] == counts["scale_rows", 48] == 1
+    in_training = calls_of("124m", 0, has_unit_rows=True)
+    assert [call.memory for call in in_training if call.what == "scale_rows"] == [
+        4 * B * m * n for B, m, n in ((24, 2048, 768), (12, 2048, 768), (48, 768, 768))
+    ]
+    assert not any(call.what == "normalize_rows" for call in in_training)
 
 
 def test_the_model_says_what_it_was_fitted_to_and_grows_with_the_work() -> None:
@@ -38,7 +43,7 @@ def test_what_else_could_be_done() -> None:
     whole, pieces = (calls_of("124m", 0, n) for n in (48, 12))
     assert sum(call.B * call.m for call in pieces) == sum(call.B * call.m for call in whole)
     assert len(pieces) > 2 * len(whole)
-    assert of["polar factors"] < of["the same, all from L2"] <= of["12 matrices at a time"]
+    assert of["polar factors"] < of["the same, their operands in L2"] <= of["12 matrices at a time"]
     assert of["operands for nothing"] < of["an operand copied for two blocks at once"] < of["polar factors"]
     wide = Call("apply_symmetric", 24, 2048, 768, 0)
     narrow_s, wide_s = (estimate(wide, idea).seconds for idea in (Idea(), Idea(is_wide=True)))

@@ -119,19 +119,21 @@ def test_scales_may_be_views() -> None:
 
 @with_dtype
 @pytest.mark.parametrize("n", [1, 5, 16, 50])
-@pytest.mark.parametrize(("beta", "gamma"), [(0.0, 0.0), (-2.5, 0.0), (0.0, 1.5), (-2.5, 1.5)])
-def test_symmetric_product(n: int, dtype: torch.dtype, beta: float, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "beta", "gamma"), [(0.7, 0.0, 0.0), (0.7, -2.5, 0.0), (1.0, -2.5, 0.0), (0.7, 0.0, 1.5), (1.0, -2.5, 1.5)]
+)
+def test_symmetric_product(n: int, dtype: torch.dtype, alpha: float, beta: float, gamma: float) -> None:
     A = symmetric(n, dtype)
     B = (0.5 * torch.eye(n, device=DEVICE) - 0.3 * A.double() + A.double() @ A.double()).to(dtype)  # commutes with A
-    result = symmetric_product(A, B, 0.7, beta, gamma, tile=TILE)
-    exact = 0.7 * A.double() @ B.double() + beta * A.double() + gamma * B.double()
+    result = symmetric_product(A, B, alpha, beta, gamma, tile=TILE)
+    exact = alpha * A.double() @ B.double() + beta * A.double() + gamma * B.double()
     exact = exact.tril() + exact.tril(-1).mT  # B is rounded, so A B is symmetric but for that
-    check(result, reference.symmetric_product(A, B, 0.7, beta, gamma), exact)
+    check(result, reference.symmetric_product(A, B, alpha, beta, gamma), exact)
     assert torch.equal(result, result.mT)  # on the diagonal tiles too, where an asymmetry would grow step by step
     other = symmetric(n, torch.float32)
-    result, twin = (f(A, B, 0.7, beta, gamma, other) for f in (symmetric_product, reference.symmetric_product))
+    result, twin = (f(A, B, alpha, beta, gamma, other) for f in (symmetric_product, reference.symmetric_product))
     check(result, twin, exact + beta * (other.double() - A.double()))
-    assert torch.equal(symmetric_product(A, A, 0.7, beta), symmetric_product(A, A, 0.7, beta).mT)
+    assert torch.equal(symmetric_product(A, A, alpha, beta), symmetric_product(A, A, alpha, beta).mT)
 
 
 @with_dtype

@@ -113,10 +113,10 @@ def test_aurora_with_polar_express_is_equal_about_a_mean_near_one() -> None:
 @pytest.mark.parametrize("form", ["direct", "gram"])
 @pytest.mark.parametrize("shape", [(61, 23), (23, 61)], ids=["tall", "wide"])
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_aurora_without_storing_the_scaled_matrix_is_its_definition(
+def test_aurora_is_its_definition(
     shape: tuple[int, int], form: str, dtype: torch.dtype, kernels: str, iterations: int
 ) -> None:
-    """Scales folded into the products, in every format and form, against float64 with d * M written out."""
+    """In every format and form, by either kernels, against float64."""
     if kernels == "triton":
         pytest.importorskip("triton")
     M = torch.stack([uneven(*shape), uneven(*shape, seed=4)])

@@ -306,6 +306,26 @@ def test_many_steps_do_not_leave_float16_s_range(method: str, steps: int) -> Non
     assert (result - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("spectrum", polar_quality.SPECTRA)
+@pytest.mark.parametrize("shape", [(96, 40), (64, 64)], ids=str)
+@pytest.mark.parametrize(("method", "steps"), [("deepseek_v4", 10), ("simple_quintic", 18), ("polar_express", 11)])
+def test_float16_stands_in_for_bfloat16_at_any_number_of_steps(
+    method: str, steps: int, shape: tuple[int, int], spectrum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: finite, and no further from float32."""
+    X = polar_quality.make_problem(*shape, spectrum, method).X
+    X = torch.cat([X, X * torch.logspace(0, -7, shape[0])[:, None]])
+    expected = polar(X, method, steps, torch.float32)
+    in_bfloat16 = polar(X, method, steps, kernels="torch")
+    monkeypatch.setattr("optim.polar.storage_dtype", lambda *_: torch.float16)
+    polar_of, norm = row_scaled_polar(X, method, steps, torch.bfloat16, "torch", "auto")
+    assert polar_of(None, "matrix")[0].isfinite().all()
+    for in_float16 in (polar(X, method, steps), polar_of(norm, "matrix")[0]):
+        assert in_float16.dtype == torch.bfloat16
+        for ours, theirs, whole in zip(in_float16, in_bfloat16, expected, strict=True):
+            assert (ours - whole).norm() <= 1.1 * (theirs - whole).norm() + 4e-3 * whole.norm()
+
+
 def test_the_polar_factor_is_detached_and_takes_float64() -> None:
     X = gaussian(6, 4).requires_grad_()
     assert not polar(X).requires_grad

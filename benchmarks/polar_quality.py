@@ -29,7 +29,8 @@ from benchmarks.polar_speed import dense_polar, normalized
 from harness.results import command, report
 from harness.tables import Row
 from kernels import Backend, backend
-from optim.polar import COEFFICIENTS, METHODS, polar
+from optim.polar import COEFFICIENTS, METHODS, dtype_of_unit_rows, polar
+from optim.unit_rows import UnitRows
 
 SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant", "dominant in few columns")
 SHAPES = ("768x768", "2048x768", "768x2048", "3072x768", "1023x511", "257x101")
@@ -120,9 +121,12 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def forms(X: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, result) of each form and format."""
+    """(name, result) of each form and format; "unit rows" are what an optimizer's momentum comes as on a GPU."""
     for dtype, form in itertools.product((torch.float16, torch.float32), ("direct", "gram")):
         yield f"{dtype} {form}", polar(X, method, dtype=dtype, form=form)
+    if dtype_of_unit_rows(method, None, torch.float16, X.device):
+        rows, norm = backend("auto", X.device).normalize_rows(X if X.size(1) >= X.size(2) else X.mT, torch.float16)
+        yield "float16 gram, unit rows", polar(UnitRows(rows, norm, X.shape), method, dtype=torch.float16, form="gram")
 
 
 def restarts(X: Tensor, method: str) -> Iterator[tuple[str, Tensor]]:

@@ -63,7 +63,8 @@ def polar_section() -> str:
 def quality_section() -> str:
     """The float16 Gram form beside the dense form in bfloat16, for two of the shapes."""
     parts = []
-    forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram": "ours, float16 Gram", "unrounded": "exact"}
+    forms = {"bfloat16 dense direct": "dense, bfloat16", "float16 gram, unit rows": "ours in training"}
+    forms |= {"unrounded": "exact"}
     columns = dict(shape="matrix", spectrum="singular values") | forms
     for result in results("polar_quality_*"):
         lines: dict[tuple[str, str], Row] = {}

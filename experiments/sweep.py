@@ -39,6 +39,7 @@ from harness.overrides import arguments, assignments
 from harness.settings import parse_settings
 from harness.tables import Row, mean_and_sd
 from harness.tables import table as as_text
+from train_gpt import load_config
 
 TRAINER = Path(__file__).resolve().parents[1] / "train_gpt.py"
 DECIMALS = {"val_loss": 4, "time_to_target_s": 2, "steps_to_target": 0, "train_time_s": 2}  # columns of the table
@@ -145,6 +146,11 @@ def run_sweep(
         raise ValueError(f"{key} cannot be set here: the grid or the sweep itself sets it (see --seeds and --out)")
     if jobs < 0 or not seeds:
         raise ValueError(f"jobs = {jobs} must be 0 or more and seeds = {list(seeds)} at least one; try --seeds 0 1 2")
+    for cell in cells:  # what the last one would be refused for is said before the first one runs
+        try:
+            load_config([recipe, *arguments(fixed), *arguments(cell)])
+        except ValueError as error:
+            raise ValueError(f"{cell_name(cell)}: {error}") from None
     jobs = jobs or len(gpus) or 1
     threads = max(1, torch.get_num_threads() // jobs)
     record: dict[str, Any] = dict(recipe=recipe, recipe_text=text, fixed=fixed, cells=list(cells), seeds=list(seeds))

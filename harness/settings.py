@@ -166,7 +166,8 @@ def _read_file(path: str) -> dict[str, Any]:
     except OSError as error:
         works = f"--{path}" if "=" in path else f"configs/{Path(path).stem or 'sotu_cpu'}.toml"
         works = works if "=" in path or Path(works).exists() else "configs/sotu_cpu.toml"
-        raise ValueError(f"config {path} cannot be read ({error.strerror}); try {works}") from None
+        command = "" if "." in path or "=" in path else ", or ./run.sh --help if a command was meant"
+        raise ValueError(f"config {path} cannot be read ({error.strerror}); try {works}{command}") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long
         raise ValueError(f"config {path} is not valid TOML ({error}); write one `key = value` per line") from None
 

@@ -1,6 +1,7 @@
 """The optimizers' settings, and the update rules by name: how to add one is at RULES."""
 
 import dataclasses
+import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,8 +69,12 @@ def find_rule(name: str) -> type[MatrixOptimizer]:
     if name in RULES:
         return RULES[name]
     if ":" not in name:
-        names = ", ".join([*RULES, *TORCH_OPTIMIZERS])
-        raise ValueError(f"matrix_optimizer = {name!r} is unknown; choose one of {names}, or your own as module:Class")
+        names = [*RULES, *TORCH_OPTIMIZERS]
+        near = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, names, n=1))
+        raise ValueError(
+            f"matrix_optimizer = {name!r} is unknown; {near}choose one of {', '.join(names)}, or your own as "
+            "module:Class"
+        )
     path, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(path)

@@ -24,6 +24,7 @@ summary = dict(status="finished", val_loss=1.0, train_time_s=2.0, time_to_target
 def fake_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe for a sweep of runs that compute nothing."""
     monkeypatch.setattr(sweep, "TRAINER", tmp_path / "fake_trainer.py")
+    monkeypatch.setattr(sweep, "load_config", lambda argv: None)  # which knows no settings but the real trainer's
     sweep.TRAINER.write_text(FAKE_TRAINER, encoding="utf-8")
     recipe = tmp_path / "fake.toml"
     recipe.write_text("num_layers = 1\n", encoding="utf-8")

@@ -252,9 +252,20 @@ def test_other_recipe_or_settings_are_refused(
 # Mistakes and crashes
 
 
-def test_setting_that_the_trainer_refuses_ends_the_sweep_in_its_words(
+def test_a_cell_that_would_be_refused_is_named_before_any_runs(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = tmp_path / "out"
+    assert main([str(tiny_recipe), "--grid", "matrix_optimizer=muon,muonn", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: matrix_optimizer=muonn: matrix_optimizer = 'muonn' is unknown; did you mean muon?")
+    assert not out.exists()
+
+
+def test_what_the_trainer_alone_refuses_ends_the_sweep_in_its_words(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "load_config", lambda argv: None)
     out = tmp_path / "out"
     assert main([str(tiny_recipe), "--grid", "matrix_optimiser=muon,aurora", "--out", str(out)]) == 2
     last = capsys.readouterr().err.splitlines()[-1]

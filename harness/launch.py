@@ -10,9 +10,10 @@ launchers left in the environment is not obeyed.
 From the environment, as torchrun names them: NPROC_PER_NODE (default: the GPUs of this node, else 1), MAX_RESTARTS
 (default 0: times that the ranks are started again, from their last checkpoint, when one of them fails), and for
 several nodes NNODES and RDZV_ENDPOINT=host:port, the same on every node (torchrun numbers the nodes itself). One
-node asks no name service for its own name.
+node asks no name service for its own name, and has torchrun's own log only with LOGLEVEL=WARNING or MAX_RESTARTS.
 """
 
+import logging
 import os
 import re
 import signal
@@ -64,6 +65,13 @@ def torchrun_arguments(config: Config, environment: dict[str, str]) -> list[str]
     return [*arguments, f"--nnodes={numbers['NNODES']}", f"--rdzv_endpoint={endpoint}", "--rdzv_id=nanogpt-aurora"]
 
 
+def quieten(package: str) -> None:
+    """Take the log of a package away: torchrun's repeats what a rank has said, or the last line here will say."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(package):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def first_cause(failures: Iterable[ProcessFailure]) -> ProcessFailure:
     """The failure that the others followed from; torchrun orders them by whole seconds alone.
 
@@ -93,6 +101,8 @@ def _main(argv: list[str]) -> int:
     is_alone = int(os.environ.get("NNODES") or 1) == 1
     if is_alone:  # torchrun looks the name up for every rank, which takes long where nobody knows it
         socket.getfqdn = lambda name="": name or socket.gethostname()
+    if is_alone and "--max_restarts=0" in arguments and not os.environ.get("LOGLEVEL"):
+        quieten("torch.distributed.elastic")
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a store for each attempt, see machine.fresh_store
     # torchrun takes over the signals named here, also those that its parent ignores; no signal is no list
     stops = [stop.name for stop in console.STOPS if signal.getsignal(stop) != signal.SIG_IGN]

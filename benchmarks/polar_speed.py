@@ -64,7 +64,8 @@ def dense_polar(X: Tensor, dtype: torch.dtype, method: str = "polar_express") ->
     X = X.mT if wide else X
     for a, b, c in COEFFICIENTS[method]:
         R = X.mT @ X
-        X = torch.baddbmm(X, X, torch.baddbmm(R, R, R, beta=b, alpha=c), beta=a)
+        # Without c not by alpha=0: some CPUs' products in bfloat16 then forget beta
+        X = torch.baddbmm(X, X, torch.baddbmm(R, R, R, beta=b, alpha=c) if c else b * R, beta=a)
     return X.mT if wide else X
 
 

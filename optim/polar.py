@@ -34,7 +34,7 @@ to 1, but theirs replaced it. Emerging-Optimizers' (4.0098, ...) turns the sign 
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def polar(
         check_unit_rows(X, method, steps, dtype)
         is_turned, storage = X.shape[-2] < X.shape[-1], X.rows.dtype
         assert safety is not None  # or UnitRows would have been refused
-        batch, square_scale = _scaled(ops, X.rows, X.norm, safety, storage)
+        start = partial(_scaled, ops, X.rows, X.norm, safety, storage)
     else:
         X = as_matrices(X)
         if (length := piece_length(X)) is not None:
@@ -161,10 +161,10 @@ def polar(
             return polar_svd(X)
         is_turned = X.size(-2) <= X.size(-1)  # X X^T of a square row-major X is quicker than X^T X on CPUs
         tall = X.mT if is_turned else X
-        batch, square_scale = _normalize(ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
-    m, n = batch.shape[1:]
+        start = partial(_normalize, ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
+    n, m = sorted(X.shape[-2:])
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
-    U, _ = newton_schulz(ops, batch, square_scale, plan, dtype)
+    U, _ = newton_schulz(ops, start, plan, dtype)
     return (U.mT if is_turned else U).reshape(X.shape)
 
 
@@ -195,12 +195,13 @@ def row_scaled_polar(
             return U, U.square().sum(dim=-1).float()
         plan = plan_segments(method, steps, storage, rows.size(-2), rows.size(-1), ops.symmetric, form)
         if safety is None:
-            X, square_scale = _normalize(ops, d.unsqueeze(-1) * rows, None, storage)
+            start = partial(_normalize, ops, d.unsqueeze(-1) * rows, None, storage)
         elif is_unit and in_float16:  # spares a pass, by the model 2% of Aurora's two polar factors
-            X, (_, square_scale) = rows, frobenius_scales(d, safety)
+            square_scale = frobenius_scales(d, safety)[1]
+            return newton_schulz(ops, lambda: (rows, square_scale), plan, dtype, outputs)
         else:
-            X, square_scale = _scaled(ops, rows, d, safety, storage)
-        return newton_schulz(ops, X, square_scale, plan, dtype, outputs)
+            start = partial(_scaled, ops, rows, d, safety, storage)
+        return newton_schulz(ops, start, plan, dtype, outputs)
 
     return polar_of, norm
 
@@ -286,15 +287,17 @@ def flops(segments: Segments, m: int, n: int, symmetric: bool) -> float:
 
 
 def newton_schulz(
-    ops: Backend, X: Tensor, square_scale: Tensor | None, segments: Segments, dtype: torch.dtype,
+    ops: Backend, start: Callable[[], tuple[Tensor, Tensor | None]], segments: Segments, dtype: torch.dtype,
     outputs: str = "matrix",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Newton-Schulz on sqrt(square_scale) X, whose spectral norm is at most 1.
 
-    X [B, m, n], m >= n, in the dtype to compute in; square_scale float32 [B], None: 1.
+    `start` makes (X, square_scale), so that X is held here alone, and freed after the first segment: X [B, m, n],
+    m >= n, in the dtype to compute in; square_scale float32 [B], None: 1.
     Returns the polar factor U [B, m, n] in `dtype` and the sums of squares of its rows, float32 [B, m]; `outputs`
     ("matrix", "row_square" or "both") says which are wanted, the other is empty. A zero matrix gives zeros.
     """
+    X, square_scale = start()
     for segment in segments[:-1]:
         S, alpha = _segment_factor(ops, X, square_scale, segment)
         X, _ = ops.apply_symmetric(X, S, alpha)

@@ -108,6 +108,19 @@ def test_aurora_with_polar_express_is_equal_about_a_mean_near_one() -> None:
     assert abs(norms.mean() - 1) < 0.05
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_zero_rows_do_not_count(iterations: int) -> None:
+    """In float16 either: the other rows get what they would alone."""
+    M = uneven(48, 10)
+    M[M.norm(dim=1).argsort()[12:]] = 0
+    rows = M.any(dim=1)
+    for dtype, rounding in ((torch.float32, 1e-4), (torch.float16, 0.01)):
+        U = aurora_polar(M, iterations, beta=0, dtype=dtype)
+        alone = aurora_polar(M[rows], iterations, beta=0, dtype=dtype)
+        assert (U[~rows] == 0).all()
+        assert (U[rows] - alone).norm() <= rounding * alone.norm()
+
+
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("form", ["direct", "gram"])

@@ -6,7 +6,8 @@ A product of T tiles runs in rounds of as many as the multiprocessors hold at on
 three: its FLOPs at TENSOR, what its tiles load and store at L2 (each tile its operands anew, whoever loaded them
 before), both for whole rounds, and what has to come from memory at DRAM; LAUNCH comes before. What is no product takes
 its bytes at the rate of PASSES. What the model leaves out: the start and end of a tile, where nothing is multiplied,
-cache misses beyond the first, and clocks that sink.
+cache misses beyond the first, clocks that sink, and torch's operators on scales (14 in a polar factor of unit rows,
+each as long as LAUNCH at least).
 
 The rates are of one H100 80GB HBM3 (benchmarks/results/h100_first_runs.txt). L2 is calibrated on a single product,
 apply_symmetric on 24 x 2048 x 768 by descriptor, 0.119 ms: what the model says of that one is no prediction.

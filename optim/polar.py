@@ -163,7 +163,7 @@ def polar(
         is_turned = X.size(-2) <= X.size(-1)  # X X^T of a square row-major X is quicker than X^T X on CPUs
         tall = X.mT if is_turned else X
         start = partial(_normalize, ops, tall.reshape(-1, *tall.shape[-2:]), safety, storage)
-    n, m = sorted(X.shape[-2:])
+    m, n = max(X.shape[-2:]), min(X.shape[-2:])
     plan = plan_segments(method, steps, storage, m, n, ops.symmetric, form)
     U, _ = newton_schulz(ops, start, plan, dtype)
     return (U.mT if is_turned else U).reshape(X.shape)

@@ -39,7 +39,7 @@ def test_the_launches_of_a_step_are_counted(tmp_path: Path) -> None:
     loading = [call for call in calls if call.what not in PASSES]
     assert 2 * len(loading) <= row["descriptors"] <= 3 * len(loading)
     assert 0 < row["operators"] <= 80
-    assert 40 * row["launches"] < row["calls"] <= 9600  # 8,607 with Triton 3.9
+    assert 40 * row["launches"] < row["calls"] <= 9600  # 8,815 with Triton 3.9
     assert 0 < row["ms"] < 1000
 
 

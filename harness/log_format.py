@@ -79,7 +79,8 @@ def ending(summary: Mapping[str, Any], target_loss: float) -> dict[str, str]:
     if s["val_loss"] is not None:
         when = f"after {s['tokens']:,} tokens" if measured == s["steps"] else f"at step {measured}, the last measured"
         of_text = f", {s['bits_per_byte']:.4f} bits per byte" if s.get("bits_per_byte") else ""
-        told["val_loss"] = f"{s['val_loss']:.5f} nats per token{of_text} {when}"
+        # "a token", and not per token: logs of records are held to these words
+        told["val_loss"] = f"{s['val_loss']:.5f} nats a token{of_text} {when}"
     if s.get("neurons"):
         told["neurons"] = in_words(s["neurons"])
     told["speed"] = f"{s['tokens_per_s']:,.0f} tokens/s" + (f", MFU {s['mfu']:.1%}" if s["mfu"] else "")

@@ -26,7 +26,7 @@ SETTINGS = dict(
 
 
 def losses(matrix_optimizer: str, folder: Path) -> list[float]:
-    """Training losses of 20 steps in nats per token, on tokens that follow each other by a noisy rule."""
+    """Training losses of 20 steps in nats a token, on tokens that follow each other by a noisy rule."""
     tokens = np.cumsum(np.random.default_rng(0).choice([1, 3, 10], size=20 * 512 + 258, p=[0.8, 0.1, 0.1])) % 100
     write_shard(folder / "golden_train_000001.bin", tokens[257:])
     write_shard(folder / "golden_val_000000.bin", tokens[:257])

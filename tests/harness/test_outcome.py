@@ -35,6 +35,6 @@ def test_a_loss_is_told_with_the_step_that_it_was_measured_at() -> None:
         mfu=None, world_size=1, device="X", peak_memory_mib=1.0, phase_s={},
     )  # fmt: skip
     told = ending(summary, 1.3)
-    assert told["val_loss"] == "5.50000 nats per token at step 0, the last measured"
+    assert told["val_loss"] == "5.50000 nats a token at step 0, the last measured"
     assert told["target"] == "1.3 nats not reached: 4.2000 short after 0 steps"
-    assert ending(summary | dict(val_step=20), 1.3)["val_loss"] == "5.50000 nats per token after 40,960 tokens"
+    assert ending(summary | dict(val_step=20), 1.3)["val_loss"] == "5.50000 nats a token after 40,960 tokens"

@@ -69,7 +69,7 @@ def test_the_defaults_are_the_run_s_own_validation(run: Path, capfd: pytest.Capt
     for row in rows:
         assert ("bits_per_byte" in row) == ("val_loss" in row)
     assert rows[-1]["bits_per_byte"] == told["bits_per_byte"]
-    shown = f"nats per token, {told['bits_per_byte']:.4f} bits per byte after"
+    shown = f"nats a token, {told['bits_per_byte']:.4f} bits per byte after"
     assert shown in (run / "log.txt").read_text(encoding="utf-8")
     assert main([str(run), "--dtype=float32"]) == 0
     loss, bits, alone = capfd.readouterr().out.splitlines()
